@@ -1,0 +1,105 @@
+"""What the model says of one Series: the contract for everything downstream (`docs/findings.schema.json`).
+
+Plain data, no torch, no DICOM. `Findings.to_dict()` is exactly what `findings.json` holds.
+"""
+
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Finding(StrEnum):
+    """Answer to "is it fractured?"."""
+
+    PRESENT = "present"  # probability at or above the operating point
+    ABSENT = "absent"  # below it
+    UNDETERMINED = "undetermined"  # not in the field of view, cut by it, or not to be judged
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceWeight:
+    """Share of the attention one Instance received; the weights of a level sum to 1."""
+
+    sop_instance_uid: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """Box around suspicious voxels in one Instance, in its pixels: `x` is the first column, `y` the first row."""
+
+    sop_instance_uid: str
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelFinding:
+    """One vertebra.
+
+    probability: 0..1, None when the finding is undetermined.
+    centroid_lps_mm: `(x, y, z)`; None, as is volume_mm3, when the level is not in the field of view.
+    """
+
+    in_field_of_view: bool
+    probability: float | None
+    finding: Finding
+    centroid_lps_mm: tuple[float, float, float] | None = None
+    volume_mm3: float | None = None
+    attention: tuple[SliceWeight, ...] = ()
+    regions: tuple[Region, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatientFinding:
+    """Any of C1..C7 fractured? probability is None when no level could be judged."""
+
+    probability: float | None
+    finding: Finding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """Which model spoke. trained_on: a sentence on its training data, shown wherever its numbers are shown.
+
+    operating_point: probability from which a finding is called present.
+    """
+
+    name: str
+    version: str
+    trained_on: str
+    operating_point: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All the model says of one Series; `levels` has all of C1..C7, in that order, always."""
+
+    study_instance_uid: str
+    series_instance_uid: str
+    model: ModelInfo
+    patient_overall: PatientFinding
+    levels: dict[str, LevelFinding]
+    warnings: tuple[str, ...] = ()
+    timings_s: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dict, keys as in `docs/findings.schema.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Analysis:
+    """Findings with their masks on the source grid.
+
+    vertebrae: uint8 `(Z, Y, X)`, 0 background, 1..7 = C1..C7. fractures: the same numbering, voxels of suspected fracture.
+    """
+
+    findings: Findings
+    vertebrae: NDArray[np.uint8]
+    fractures: NDArray[np.uint8]
