@@ -1,4 +1,55 @@
 """The door to the model: everything `node/` and `training/` may use of it.
 
-Importing it does not import torch; `load_pipeline` does.
+Importing it does not import torch: the node's own processes stay small, and only the analysis worker, which calls
+`load_pipeline`, pays for it.
 """
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.findings import (
+    Analysis,
+    Finding,
+    Findings,
+    LevelFinding,
+    ModelInfo,
+    PatientFinding,
+    Region,
+    SliceWeight,
+)
+from model.geometry import Grid
+from model.levels import LEVELS
+from model.volume import SliceSource, Volume
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+
+__all__ = [
+    "LEVELS",
+    "Analysis",
+    "Finding",
+    "Findings",
+    "Grid",
+    "LevelFinding",
+    "ModelInfo",
+    "PatientFinding",
+    "Region",
+    "SliceSource",
+    "SliceWeight",
+    "Volume",
+    "load_pipeline",
+]
+
+
+def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads: int | None = None) -> "Pipeline":
+    """The analysis pipeline, its weights loaded and verified.
+
+    bundle: folder of a model bundle; None takes the one shipped with the package.
+    device: "auto", "cpu" or a torch device such as "cuda:0". num_threads: CPU threads; None leaves torch's choice.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or of another architecture.
+    """
+    from model.pipeline import load_pipeline as load
+
+    return load(bundle, device, num_threads)
