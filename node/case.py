@@ -1,0 +1,69 @@
+"""A case: one received Series on its way through the node, and the states it can be in.
+
+    RECEIVING --complete--> QUEUED --claimed--> ANALYSING --results written--> DELIVERING --all delivered--> DONE
+        |                     ^                  |    |                            |
+        |                     +---put back-------+    |                            |
+        +--cannot be analysed--> REFUSED <------------+                            |
+                                 FAILED  <--out of attempts------------------------+
+
+A late Instance takes a case from any state back to RECEIVING; what was made of fewer Instances is then superseded. The
+state lives in the database only (`index.py`).
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+
+class CaseState(StrEnum):
+    """Where a case stands."""
+
+    RECEIVING = "receiving"  # Instances are arriving, or are awaited
+    QUEUED = "queued"  # the Series is whole and waits for a worker
+    ANALYSING = "analysing"  # a worker holds it
+    DELIVERING = "delivering"  # results are on disk, at least one destination has not got them
+    DONE = "done"  # every destination has the results
+    REFUSED = "refused"  # this Series cannot be analysed; the reason says why
+    FAILED = "failed"  # analysis or delivery was given up; the reason says why
+
+
+class DeliveryState(StrEnum):
+    """Where the delivery of one result set to one destination stands."""
+
+    PENDING = "pending"  # to be tried at next_attempt_at
+    DONE = "done"  # the destination accepted every object
+    FAILED = "failed"  # given up; the reason says why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A snapshot of one case. Times are seconds since the epoch; attempts counts analyses begun since it was complete.
+
+    result_dir: folder of the latest results, None before there are any.
+    """
+
+    case_id: int
+    series_instance_uid: str
+    study_instance_uid: str
+    calling_ae_title: str
+    state: CaseState
+    reason: str
+    num_instances: int
+    attempts: int
+    first_received_at: float
+    last_received_at: float
+    changed_at: float
+    result_dir: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """One result set on its way to one destination."""
+
+    delivery_id: int
+    case_id: int
+    series_instance_uid: str
+    study_instance_uid: str
+    result_dir: Path
+    destination: str
+    attempts: int

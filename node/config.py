@@ -1,0 +1,214 @@
+"""The node's configuration: one YAML file, loaded and checked once, then handed down frozen.
+
+Every setting has a default here; `config.yaml` at the top of the repository says the same with comments and units, and
+a test keeps the two equal. Unknown keys and impossible values are all reported at once, each with its line.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message lists every fault with its line."""
+
+
+def _check_ae_title(value: str) -> str:
+    """The AE title, stripped; PS3.5 6.2 (VR AE): 1 to 16 printable ASCII characters, no backslash."""
+    value = value.strip()
+    if not 1 <= len(value) <= 16 or not value.isascii() or not value.isprintable() or "\\" in value:
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
+    return value
+
+
+AETitle = Annotated[str, AfterValidator(_check_ae_title)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReceiveConfig(_Section):
+    """The C-STORE SCP."""
+
+    ae_title: AETitle = "CSPINE"
+    host: str = "127.0.0.1"
+    port: Port = 11112
+    max_associations: int = Field(default=32, ge=1, le=1000)
+    network_timeout_s: Seconds = 60.0
+    min_free_disk_mb: int = Field(default=1024, ge=0)
+
+
+class CompleteConfig(_Section):
+    """When a Series is whole, and whether it can be analysed."""
+
+    quiet_time_s: Seconds = 30.0
+    min_slices: int = Field(default=30, ge=3)
+    max_spacing_mm: float = Field(default=5.0, gt=0, le=20)
+
+
+class AnalyseConfig(_Section):
+    """The worker processes that run the model."""
+
+    bundle: Path | None = None
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    workers: int = Field(default=1, ge=1, le=64)
+    threads: int | None = Field(default=None, ge=1, le=256)
+    timeout_s: Seconds = 600.0
+    max_attempts: int = Field(default=3, ge=1, le=100)
+
+
+class DicomDestination(_Section):
+    """A Storage SCP that gets the results by C-STORE."""
+
+    type: Literal["dicom"]
+    name: str = Field(min_length=1)
+    host: str = Field(min_length=1)
+    port: Port
+    ae_title: AETitle
+    timeout_s: Seconds = 30.0
+
+
+class FolderDestination(_Section):
+    """A folder that gets one sub-folder per result set: `<StudyInstanceUID>/<SeriesInstanceUID>/`."""
+
+    type: Literal["folder"]
+    name: str = Field(min_length=1)
+    path: Path
+
+
+Destination = Annotated[DicomDestination | FolderDestination, Field(discriminator="type")]
+
+
+class DeliverConfig(_Section):
+    """Where results go, and how patiently."""
+
+    retry_first_s: Seconds = 10.0
+    retry_max_s: Seconds = 3600.0
+    max_attempts: int = Field(default=48, ge=1)
+    destinations: tuple[Destination, ...] = (
+        FolderDestination(type="folder", name="results", path=Path("data/results")),
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [destination.name for destination in self.destinations]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two destinations share the name {', '.join(twice)}; give each its own")
+        if self.retry_max_s < self.retry_first_s:
+            raise ValueError(f"retry_max_s ({self.retry_max_s:g}) is less than retry_first_s ({self.retry_first_s:g})")
+        return self
+
+
+class Config(_Section):
+    """Everything that can be set."""
+
+    data_dir: Path = Path("data")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    receive: ReceiveConfig = ReceiveConfig()
+    complete: CompleteConfig = CompleteConfig()
+    analyse: AnalyseConfig = AnalyseConfig()
+    deliver: DeliverConfig = DeliverConfig()
+
+
+def load_config(path: Path | None = None) -> Config:
+    """The configuration in `path`, or the defaults when it is None. Relative paths in it start at its folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, or holds unknown keys or impossible values (all are listed).
+    """
+    if path is None:
+        return _anchored(Config(), Path.cwd())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error}.") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        lines, faults = _lines_of(root)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if values is not None and not isinstance(values, dict):
+        raise ConfigError(
+            f"The configuration {path} holds a {type(values).__name__}; it must be a mapping of settings."
+        )
+    config = None
+    try:
+        config = Config.model_validate(values or {})
+    except ValidationError as error:
+        faults += [_describe(item, lines) for item in error.errors()]
+    if config is None or faults:
+        listed = "".join(f"\n  line {line}: {message}" for line, message in sorted(faults))
+        raise ConfigError(f"The configuration {path} has {len(faults)} fault(s):{listed}")
+    return _anchored(config, path.resolve().parent)
+
+
+def _anchored(config: Config, folder: Path) -> Config:
+    """The configuration with every relative path made absolute from `folder`."""
+    destinations = tuple(
+        d.model_copy(update={"path": folder / d.path}) if isinstance(d, FolderDestination) else d
+        for d in config.deliver.destinations
+    )
+    bundle = config.analyse.bundle
+    return config.model_copy(
+        update={
+            "data_dir": folder / config.data_dir,
+            "analyse": config.analyse.model_copy(update={"bundle": folder / bundle if bundle else None}),
+            "deliver": config.deliver.model_copy(update={"destinations": destinations}),
+        }
+    )
+
+
+Location = tuple[str | int, ...]
+
+
+def _lines_of(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[int, str]]]:
+    """The 1-based line of every key and list item, and a fault for every key given twice."""
+    lines: dict[Location, int] = {(): 1}
+    faults: list[tuple[int, str]] = []
+
+    def walk(node: yaml.Node | None, location: Location) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                here = (*location, str(key.value))
+                if here in lines:
+                    faults.append((key.start_mark.line + 1, f"{_dotted(here)} is given twice"))
+                lines[here] = key.start_mark.line + 1
+                walk(value, here)
+        elif isinstance(node, yaml.SequenceNode):
+            for number, value in enumerate(node.value):
+                lines[*location, number] = value.start_mark.line + 1
+                walk(value, (*location, number))
+
+    walk(root, ())
+    return lines, faults
+
+
+def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
+    """Line and sentence for one pydantic error."""
+    # A tagged union adds its tag ("dicom") to the location; the file has no such level.
+    location: Location = ()
+    for part in item["loc"]:
+        if part not in ("dicom", "folder") or (*location, part) in lines:
+            location = (*location, part)
+    known = location
+    while known not in lines:
+        known = known[:-1]
+    if item["type"] == "extra_forbidden":
+        return lines[known], f"{_dotted(location)} is not a setting"
+    if item["type"] == "missing":
+        return lines[known], f"{_dotted(location)} is missing"
+    value = item["input"]
+    shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
+    message = item["msg"].removeprefix("Value error, ")
+    return lines[known], f"{_dotted(location)}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _dotted(location: Location) -> str:
+    return ".".join(str(part) for part in location)
