@@ -1,0 +1,130 @@
+"""Voxels of one CT Instance: stored pixels to Hounsfield units.
+
+Knows one Instance at a time and nothing of Series, order or geometry. Called by `model.series.read_series`.
+"""
+
+from pathlib import Path
+from struct import error as StructError  # noqa: N812 - a class, named like one
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.errors import BytesLengthException, InvalidDicomError
+from pydicom.pixels.utils import pixel_array
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+AIR_HU = -1024
+"""What padding, and anything below it, becomes: nothing physical lies under -1000 HU, vendors store -2000 or -3024."""
+
+PIXEL_TAGS: list[BaseTag] = [
+    Tag(keyword)
+    for keyword in (
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "PlanarConfiguration",
+        "NumberOfFrames",
+        "Rows",
+        "Columns",
+        "BitsAllocated",
+        "BitsStored",
+        "HighBit",
+        "PixelRepresentation",
+        "PixelPaddingValue",
+        "PixelPaddingRangeLimit",
+        "ExtendedOffsetTable",
+        "ExtendedOffsetTableLengths",
+        "PixelData",
+    )
+]
+"""What decoding needs of a dataset, for `dcmread(specific_tags=...)`."""
+
+_RAW_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
+# What pydicom and its codecs raise on damaged input, as met with its own test files cut and bent.
+_PARSE_ERRORS = (EOFError, ValueError, KeyError, TypeError, AttributeError, StructError, BytesLengthException)
+_CODEC_ERRORS = (*_PARSE_ERRORS, RuntimeError, NotImplementedError, IndexError)
+
+
+class DecodeError(Exception):
+    """One Instance cannot be read or decoded; the message says which and why."""
+
+
+def read_instance(path: Path, tags: list[BaseTag]) -> pydicom.Dataset | None:
+    """The tags of a DICOM file (file meta always included); None when the file is not DICOM.
+
+    Raises:
+        DecodeError: it is DICOM, but damaged.
+        OSError: the file cannot be opened.
+    """
+    try:
+        return pydicom.dcmread(path, specific_tags=list(tags))
+    except InvalidDicomError:
+        return None
+    except _PARSE_ERRORS as error:
+        raise DecodeError(f"File {path} is damaged and cannot be read ({error}). Send the Instance again.") from error
+
+
+def frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: float) -> NDArray[np.int16]:
+    """Hounsfield units `(Y, X)`, int16, of one frame (1-based); padding is `AIR_HU`, fractions are rounded.
+
+    PhotometricInterpretation MONOCHROME1 changes nothing: it inverts the display, not the rescaled value.
+    Reference: PS3.3 C.7.5.1.1.2 (padding), C.8.2.1 (rescale), C.7.6.3.1.2 (photometric interpretation).
+
+    Raises:
+        DecodeError: pixels missing, cut short, or in a syntax no codec here can decode.
+    """
+    stored = _stored_frame(ds, frame_number)
+    padding = _padding_mask(ds, stored)
+    # Only the low BitsStored bits count; shifting up and down again masks them, and extends the sign (PS3.5 8.1.1).
+    unused_bits = stored.dtype.itemsize * 8 - int(ds.get("BitsStored") or stored.dtype.itemsize * 8)
+    if unused_bits > 0:
+        stored = (stored << unused_bits) >> unused_bits
+    if slope == 1 and float(intercept).is_integer():
+        hu = np.add(stored, int(intercept), dtype=np.int32)
+    else:
+        hu = np.rint(stored * np.float32(slope) + np.float32(intercept))
+    clipped: NDArray[np.int16] = np.clip(hu, AIR_HU, np.iinfo(np.int16).max, out=hu).astype(np.int16)
+    if padding is not None:
+        clipped[padding] = AIR_HU
+    return clipped
+
+
+def _stored_frame(ds: pydicom.Dataset, frame_number: int) -> NDArray[np.integer]:
+    """Stored values `(Y, X)` of one frame (1-based), before any rescaling; a read-only view where it can be."""
+    rows, columns = int(ds.Rows), int(ds.Columns)
+    syntax = UID(str(ds.file_meta.get("TransferSyntaxUID", "")))
+    if "PixelData" not in ds:
+        raise DecodeError("it has no PixelData")
+    if syntax in _RAW_SYNTAXES and ds.get("BitsAllocated") == 16 and ds.get("SamplesPerPixel", 1) == 1:
+        frame_bytes = rows * columns * 2
+        if len(ds.PixelData) < frame_bytes * frame_number:
+            raise DecodeError(
+                f"its PixelData is cut short: {len(ds.PixelData)} bytes, expected {frame_bytes * frame_number}"
+            )
+        dtype = "<i2" if ds.get("PixelRepresentation") == 1 else "<u2"
+        offset = frame_bytes * (frame_number - 1)
+        return np.frombuffer(ds.PixelData, dtype, count=rows * columns, offset=offset).reshape(rows, columns)
+    try:
+        stored = pixel_array(ds, index=frame_number - 1, raw=True)
+    except _CODEC_ERRORS as error:
+        raise DecodeError(f"its pixels cannot be decoded from transfer syntax {syntax.name} ({error})") from error
+    if stored.shape != (rows, columns):
+        raise DecodeError(f"its pixels decode to shape {stored.shape}, expected {(rows, columns)}")
+    return stored
+
+
+def _padding_mask(ds: pydicom.Dataset, stored: NDArray[np.integer]) -> NDArray[np.bool_] | None:
+    """Where `stored` is padding; None when the Instance declares none.
+
+    The declared value is wrapped to the type of the cells: some writers give -2000 as 63536.
+    """
+    value, limit = ds.get("PixelPaddingValue"), ds.get("PixelPaddingRangeLimit")
+    if value is None:
+        return None
+    first = np.array(int(value)).astype(stored.dtype)
+    if limit is None:
+        mask: NDArray[np.bool_] = stored == first
+        return mask
+    second = np.array(int(limit)).astype(stored.dtype)
+    mask = (stored >= min(first, second)) & (stored <= max(first, second))
+    return mask

@@ -1,0 +1,269 @@
+"""From Instances to a Volume: the door to reading.
+
+Two users: the node takes `slice_headers` of what it receives and asks `check_series` whether they make a Series that
+can be analysed; analysis and training call `read_series`. The rules are in `model.stack`, one Instance's pixels in
+`model.decode`; nothing here writes or sends.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.tag import BaseTag, Tag
+
+from model.decode import PIXEL_TAGS, DecodeError, frame_hu, read_instance
+from model.stack import IncompleteSeries, SeriesError, SeriesRules, SliceHeader, Stack, check_series
+from model.volume import SliceSource, Volume
+
+__all__ = [
+    "HEADER_TAGS",
+    "IncompleteSeries",
+    "SeriesError",
+    "SeriesRules",
+    "SliceHeader",
+    "Stack",
+    "check_series",
+    "read_series",
+    "slice_headers",
+]
+
+HEADER_TAGS: list[BaseTag] = [
+    Tag(keyword)
+    for keyword in (
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "SeriesInstanceUID",
+        "StudyInstanceUID",
+        "FrameOfReferenceUID",
+        "Modality",
+        "ImageType",
+        "InstanceNumber",
+        "SamplesPerPixel",
+        "Rows",
+        "Columns",
+        "PixelSpacing",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "RescaleSlope",
+        "RescaleIntercept",
+        "RescaleType",
+        "NumberOfFrames",
+        "SharedFunctionalGroupsSequence",
+        "PerFrameFunctionalGroupsSequence",
+    )
+]
+"""What `slice_headers` needs: `dcmread(path, specific_tags=HEADER_TAGS, stop_before_pixels=True)`."""
+
+_NUM_THREADS = 2
+
+
+def slice_headers(
+    ds: pydicom.Dataset, *, sop_class_uid: str | None = None, sop_instance_uid: str | None = None
+) -> tuple[SliceHeader, ...]:
+    """The header of a single-frame Instance, or one header a frame for Enhanced CT; never raises on odd values.
+
+    sop_class_uid, sop_instance_uid: as told by the C-STORE request, for datasets that lack them (after them, the file
+    meta information is asked). Anything but CT gives one header too, for `check_series` to refuse.
+    """
+    meta = getattr(ds, "file_meta", None) or pydicom.Dataset()
+    sop_class = _text(ds, "SOPClassUID") or sop_class_uid or _text(meta, "MediaStorageSOPClassUID")
+    common: dict[str, Any] = {
+        "sop_class_uid": sop_class,
+        "sop_instance_uid": _text(ds, "SOPInstanceUID")
+        or sop_instance_uid
+        or _text(meta, "MediaStorageSOPInstanceUID"),
+        "series_instance_uid": _text(ds, "SeriesInstanceUID"),
+        "study_instance_uid": _text(ds, "StudyInstanceUID"),
+        "frame_of_reference_uid": _text(ds, "FrameOfReferenceUID"),
+        "modality": _text(ds, "Modality"),
+        "samples_per_pixel": _integer(ds, "SamplesPerPixel") or 1,
+        "rows": _integer(ds, "Rows") or 0,
+        "columns": _integer(ds, "Columns") or 0,
+        "instance_number": _integer(ds, "InstanceNumber"),
+    }
+    frames = ds.get("PerFrameFunctionalGroupsSequence")
+    if not frames:
+        return (SliceHeader(**common, **_frame_values([ds])),)
+    shared = list(ds.get("SharedFunctionalGroupsSequence") or ())
+    return tuple(
+        SliceHeader(**common, frame_number=number, **_frame_values([*_groups(frame), *_groups(*shared), ds]))
+        for number, frame in enumerate(frames, start=1)
+    )
+
+
+# Functional groups that hold what a single-frame CT has at its top level (PS3.3 A.38.1.4).
+_GROUP_KEYWORDS = (
+    "PixelMeasuresSequence",
+    "PlanePositionSequence",
+    "PlaneOrientationSequence",
+    "PixelValueTransformationSequence",
+    "CTImageFrameTypeSequence",
+)
+
+
+def _groups(*items: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """First items of the functional groups we read, of one frame's or the shared groups."""
+    return [item[keyword][0] for item in items for keyword in _GROUP_KEYWORDS if item.get(keyword)]
+
+
+def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
+    """What can differ from frame to frame, each taken from the first of the places that has it."""
+
+    def numbers(keyword: str, count: int) -> tuple[float, ...] | None:
+        return next((found for place in places if (found := _numbers(place, keyword, count))), None)
+
+    slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
+    image_types = (place.get("FrameType") or place.get("ImageType") for place in places)
+    image_type = next((value for value in image_types if value), ())
+    return {
+        "image_type": (image_type,) if isinstance(image_type, str) else tuple(str(value) for value in image_type),
+        "pixel_spacing_mm": numbers("PixelSpacing", 2),
+        "position_lps_mm": numbers("ImagePositionPatient", 3),
+        "orientation": numbers("ImageOrientationPatient", 6),
+        "rescale_slope": slope[0] if slope else None,
+        "rescale_intercept": intercept[0] if intercept else None,
+        "rescale_type": next((text for place in places if (text := _text(place, "RescaleType"))), ""),
+    }
+
+
+def _text(ds: pydicom.Dataset, keyword: str) -> str:
+    """A single text value, "" when missing."""
+    value = ds.get(keyword)
+    return str(value).strip() if value is not None else ""
+
+
+def _numbers(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Exactly `count` finite numbers, or None."""
+    try:
+        values = ds.get(keyword)
+        numbers = tuple(float(value) for value in ([values] if count == 1 else values or ()))
+    except (ValueError, TypeError):
+        return None
+    return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
+
+
+def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
+    """A single whole number, or None."""
+    numbers = _numbers(ds, keyword, 1)
+    return int(numbers[0]) if numbers else None
+
+
+def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volume:
+    """The volume of one CT Series, in Hounsfield units, from all its files in any order; each file is read once.
+
+    A bridged slice (see `SeriesRules.max_bridged_gaps`) has a `SliceSource` with an empty SOP Instance UID and frame
+    number 0, and the path of the slice below it.
+
+    Raises:
+        SeriesError: the Series cannot be analysed; the message says why.
+        OSError: a file cannot be opened.
+    """
+    tags = [*HEADER_TAGS, *PIXEL_TAGS]
+    try:
+        datasets = [read_instance(path, tags) for path in paths]
+    except DecodeError as error:
+        raise SeriesError(str(error)) from error
+    found = [
+        (header, ds, path)
+        for path, ds in zip(paths, datasets, strict=True)
+        if ds is not None
+        for header in slice_headers(ds)
+    ]
+    num_foreign = datasets.count(None)
+    headers = [header for header, _, _ in found]
+    stack = check_series(headers, rules, final=True)
+    warnings = list(stack.warnings)
+    if num_foreign:
+        warnings.append(f"{num_foreign} files are not DICOM and were left out.")
+    held = {i: found[i][1] for i in (*stack.order, *(other for _, other in stack.duplicates))}
+    files = [path for _, _, path in found]
+    del datasets, found  # so that each slice's stored pixels go as soon as it is decoded: memory stays near twice
+    voxels_hu = _decode(headers, held, stack)
+    warnings += _check_hu(voxels_hu, headers[stack.order[0]])
+    return Volume(
+        study_instance_uid=headers[0].study_instance_uid,
+        series_instance_uid=headers[0].series_instance_uid,
+        voxels_hu=voxels_hu,
+        grid=stack.grid,
+        slices=_sources(headers, files, stack),
+        warnings=tuple(warnings),
+    )
+
+
+def _decode(headers: Sequence[SliceHeader], held: dict[int, pydicom.Dataset], stack: Stack) -> NDArray[np.int16]:
+    """Voxels `(Z, Y, X)` in HU; empties `held`, compares duplicates, interpolates bridged slices."""
+    voxels_hu = np.empty(stack.grid.shape, np.int16)
+    places = dict(zip(stack.order, stack.z_indices, strict=True))
+    kept_of = {other: kept for kept, other in stack.duplicates}
+
+    def decode(i: int) -> None:
+        header = headers[i]
+        slope = 1.0 if header.rescale_slope is None else header.rescale_slope
+        try:
+            hu = frame_hu(held.pop(i), header.frame_number, slope, header.rescale_intercept or 0.0)
+        except DecodeError as error:
+            raise SeriesError(
+                f"Instance {header.sop_instance_uid} of Series {header.series_instance_uid}: {error}."
+            ) from error
+        if i in places:
+            voxels_hu[places[i]] = hu
+        elif not np.array_equal(voxels_hu[places[kept_of[i]]], hu):
+            raise SeriesError(
+                f"Series {header.series_instance_uid} has two different slices at z = "
+                f"{header.z_mm:.1f} mm (Instances "
+                f"{headers[kept_of[i]].sop_instance_uid} and {header.sop_instance_uid}): two acquisitions "
+                "or reconstructions in one Series. Send them as two."
+            )
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        for group in (stack.order, kept_of):
+            list(pool.map(decode, group))
+    for z in set(range(stack.grid.shape[0])) - set(stack.z_indices):
+        voxels_hu[z] = (voxels_hu[z - 1].astype(np.int32) + voxels_hu[z + 1] + 1) // 2
+    return voxels_hu
+
+
+def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack) -> tuple[SliceSource, ...]:
+    """One source for each Z index."""
+    at = dict(zip(stack.z_indices, stack.order, strict=True))
+    sources: list[SliceSource] = []
+    for z in range(stack.grid.shape[0]):
+        if z in at:
+            header = headers[at[z]]
+            uid, path, number = header.sop_instance_uid, files[at[z]], header.frame_number
+        else:
+            uid, path, number = "", sources[-1].path, 0
+        sources.append(SliceSource(sop_instance_uid=uid, path=path, frame_number=number))
+    return tuple(sources)
+
+
+def _check_hu(voxels_hu: NDArray[np.int16], header: SliceHeader) -> list[str]:
+    """Warnings about values that are unusual for a neck CT; refuses what cannot be Hounsfield units."""
+    series = f"Series {header.series_instance_uid}"
+    sample = voxels_hu[::2, ::4, ::4]
+    low, high = (float(value) for value in np.percentile(sample, (0.5, 99.5)))
+    if voxels_hu.min() == voxels_hu.max():
+        raise SeriesError(f"{series} is empty: every voxel is {voxels_hu.flat[0]} HU.")
+    if header.rescale_intercept is None and low > -500:
+        raise SeriesError(
+            f"{series} has no RescaleIntercept and its values run from {low:.0f} to {high:.0f}: they are not "
+            "Hounsfield units (air would be near -1000). Send the original CT."
+        )
+    warnings = []
+    if header.rescale_intercept is None:
+        warnings.append(
+            "RescaleIntercept is missing; the stored values look like Hounsfield units and were taken as such."
+        )
+    if low > -500:
+        warnings.append(
+            f"There is hardly any air in the Series (0.5th percentile {low:.0f} HU); its values may be wrong."
+        )
+    if high < 150:
+        warnings.append(
+            f"There is hardly any bone in the Series (99.5th percentile {high:.0f} HU); its values may be wrong."
+        )
+    return warnings
