@@ -122,9 +122,8 @@ def _padding_mask(ds: pydicom.Dataset, stored: NDArray[np.integer]) -> NDArray[n
     if value is None:
         return None
     first = np.array(int(value)).astype(stored.dtype)
-    if limit is None:
-        mask: NDArray[np.bool_] = stored == first
-        return mask
-    second = np.array(int(limit)).astype(stored.dtype)
-    mask = (stored >= min(first, second)) & (stored <= max(first, second))
+    second = np.array(int(value if limit is None else limit)).astype(stored.dtype)
+    mask: NDArray[np.bool_] = stored == first
+    if limit is not None:
+        mask = (stored >= min(first, second)) & (stored <= max(first, second))
     return mask

@@ -117,11 +117,12 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
         return next((found for place in places if (found := _numbers(place, keyword, count))), None)
 
     slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
+    spacing_mm = numbers("PixelSpacing", 2)
     image_types = (place.get("FrameType") or place.get("ImageType") for place in places)
     image_type = next((value for value in image_types if value), ())
     return {
         "image_type": (image_type,) if isinstance(image_type, str) else tuple(str(value) for value in image_type),
-        "pixel_spacing_mm": numbers("PixelSpacing", 2),
+        "pixel_spacing_mm": spacing_mm if spacing_mm and min(spacing_mm) > 0 else None,
         "position_lps_mm": numbers("ImagePositionPatient", 3),
         "orientation": numbers("ImageOrientationPatient", 6),
         "rescale_slope": slope[0] if slope else None,

@@ -134,7 +134,7 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
 
     kept, duplicates, heights_mm = _sort_slices(headers, kept, normal)
     if duplicates:
-        warnings.append(f"{len(duplicates)} slices were sent twice for one position; one of each is used.")
+        warnings.append(f"Left out {len(duplicates)} x copy of a slice at the same position.")
     if len(kept) < rules.min_slices:
         raise IncompleteSeries(
             f"{series} has {len(kept)} slices; at least {rules.min_slices} are needed. Check for missing Instances."
