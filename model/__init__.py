@@ -7,6 +7,7 @@ Importing it does not import torch: the node's own processes stay small, and onl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from model.bundle import BundleError
 from model.findings import (
     Analysis,
     Finding,
@@ -19,25 +20,44 @@ from model.findings import (
 )
 from model.geometry import Grid
 from model.levels import LEVELS
+from model.series import (
+    HEADER_TAGS,
+    IncompleteSeries,
+    SeriesError,
+    SeriesRules,
+    SliceHeader,
+    check_series,
+    read_series,
+    slice_headers,
+)
 from model.volume import SliceSource, Volume
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 __all__ = [
+    "HEADER_TAGS",
     "LEVELS",
     "Analysis",
+    "BundleError",
     "Finding",
     "Findings",
     "Grid",
+    "IncompleteSeries",
     "LevelFinding",
     "ModelInfo",
     "PatientFinding",
     "Region",
+    "SeriesError",
+    "SeriesRules",
+    "SliceHeader",
     "SliceSource",
     "SliceWeight",
     "Volume",
+    "check_series",
     "load_pipeline",
+    "read_series",
+    "slice_headers",
 ]
 
 

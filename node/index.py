@@ -70,7 +70,13 @@ _instances = Table(
     "instances",
     _metadata,
     Column("sop_instance_uid", String(64), primary_key=True),
-    Column("series_instance_uid", String(64), ForeignKey("cases.series_instance_uid"), nullable=False, index=True),
+    Column(
+        "series_instance_uid",
+        String(64),
+        ForeignKey("cases.series_instance_uid", deferrable=True, initially="DEFERRED"),  # its case is written after it
+        nullable=False,
+        index=True,
+    ),
     Column("association_id", Integer, ForeignKey("associations.association_id"), nullable=False, index=True),
     Column("path", String, nullable=False),  # relative to the data folder
     Column("headers", JSON, nullable=False),  # SliceHeader.to_dict() of every frame
@@ -299,10 +305,11 @@ class Index:
         return state
 
     def put_back(self) -> int:
-        """Queues again what a worker held when the node stopped; returns how many cases."""
+        """Queues again what a worker held when the node stopped, as if not begun; returns how many cases."""
         held = update(_cases).where(_cases.c.state == CaseState.ANALYSING)
+        queued = {"state": CaseState.QUEUED, "attempts": _cases.c.attempts - 1, "changed_at": time.time()}
         with self._writing() as connection:
-            return connection.execute(held.values(state=CaseState.QUEUED, changed_at=time.time())).rowcount
+            return connection.execute(held.values(queued)).rowcount
 
     # ---- deliver ----
 

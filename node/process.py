@@ -1,0 +1,45 @@
+"""What every process of the node does first: logging, signals, and not outliving the process that started it."""
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import warnings
+
+
+def set_up_logging(level: str) -> None:
+    """Logs to stderr, one line per state change, nothing that names a patient."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    # These speak of every PDU and every tick; and pydicom's warnings quote attribute values, which may name a patient.
+    logging.getLogger("pynetdicom").setLevel(logging.WARNING)
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
+    logging.getLogger("pydicom").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+
+
+def be_child(log_level: str) -> None:
+    """Sets up a child process: logs, leaves Ctrl-C to the parent, and ends when the parent does, however that died."""
+    set_up_logging(log_level)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def describe_error(error: BaseException) -> str:
+    """Type and place of an unexpected error, without its message, which may quote a patient's data."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
+    return f"unexpected {type(error).__name__}{place}"

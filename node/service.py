@@ -1,0 +1,159 @@
+"""The node as a whole: what runs, and the one line a Series takes through it.
+
+    receive -> complete -> analyse -> encode -> deliver
+
+The receiver is a process (`receive.py`); completeness and delivery are jobs of APScheduler here; analysis and encoding
+happen in worker processes (`workers.py`). They meet in the database (`index.py`) only, so any of them may die and be
+started again. This module is the composition root: read it first.
+"""
+
+import logging
+import multiprocessing
+import threading
+from concurrent.futures import Future
+from functools import partial
+
+from apscheduler.schedulers.background import BackgroundScheduler
+
+from node import receive
+from node.case import Case
+from node.complete import check_cases
+from node.config import Config
+from node.deliver import deliver_due
+from node.index import Index
+from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 0.25  # the longest a finished step waits for the next one
+
+
+class StartError(Exception):
+    """The node cannot start; the message says why."""
+
+
+class Service:
+    """The running node. `start`, then `stop`; in between it needs no attention."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._index = Index(config.data_dir)
+        self._pool: WorkerPool | None = None
+        self._receiver: multiprocessing.process.BaseProcess | None = None
+        self._scheduler = BackgroundScheduler(job_defaults={"coalesce": True, "max_instances": 1})
+        self._num_busy = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Starts receiver, workers and clock.
+
+        Raises:
+            StartError: the port cannot be listened on.
+        """
+        index, config = self._index, self._config
+        put_back = index.put_back()
+        if put_back:
+            log.info("action=put-back cases=%d that an earlier run had begun to analyse", put_back)
+        index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
+        self._start_receiver()
+        self._pool = WorkerPool(config)
+        self._every_tick(check_cases, index, config.complete)
+        self._every_tick(self._dispatch)
+        self._every_tick(self._watch_receiver)
+        for destination in config.deliver.destinations:
+            self._every_tick(deliver_due, index, config, destination)
+        self._scheduler.start()
+        log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
+
+    def stop(self) -> None:
+        """Stops within 10 s; what a worker held is queued again."""
+        log.info("action=stopping")
+        if self._scheduler.running:
+            self._scheduler.shutdown(wait=False)
+        if self._receiver is not None:
+            self._receiver.terminate()
+        if self._pool is not None:
+            self._pool.stop()
+        if self._receiver is not None:
+            self._receiver.join(5)
+            self._receiver.kill()
+        self._index.put_back()
+        self._index.close()
+        log.info("action=stopped")
+
+    def _every_tick(self, function: object, *args: object) -> None:
+        self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)
+
+    def _start_receiver(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        ready, far_end = context.Pipe(duplex=False)
+        self._receiver = context.Process(target=receive.run, args=(self._config, far_end), name="cspine-receiver")
+        self._receiver.start()
+        far_end.close()
+        try:
+            problem = ready.recv()
+        except EOFError:
+            problem = "the receiver died while starting"
+        if problem:
+            raise StartError(problem)
+
+    def _watch_receiver(self) -> None:
+        if self._receiver is not None and not self._receiver.is_alive():
+            log.error("action=receiver-died exitcode=%s; starting it again", self._receiver.exitcode)
+            try:
+                self._start_receiver()
+            except StartError as error:
+                log.error("action=receiver-not-started: %s; trying again", error)
+
+    def _dispatch(self) -> None:
+        """Gives queued cases to workers that are free."""
+        assert self._pool is not None
+        while self._num_busy < self._config.analyse.workers:
+            case = self._index.claim_next()
+            if case is None:
+                return
+            with self._lock:
+                self._num_busy += 1
+            log.info(
+                "action=analysing case=%d series=%s attempt=%d", case.case_id, case.series_instance_uid, case.attempts
+            )
+            job = Job(
+                paths=self._index.instance_paths(case.series_instance_uid),
+                results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
+            )
+            self._pool.submit(job).add_done_callback(partial(self._on_analysed, case))
+
+    def _on_analysed(self, case: Case, future: "Future[JobOutcome]") -> None:
+        with self._lock:
+            self._num_busy -= 1
+        if future.cancelled():
+            return
+        outcome = future.result()
+        where = f"case={case.case_id} series={case.series_instance_uid}"
+        if isinstance(outcome, Analysed):
+            names = [destination.name for destination in self._config.deliver.destinations]
+            if self._index.finish(case, outcome.folder, outcome.sop_instance_uids, names):
+                log.info("action=analysed %s total_s=%.2f: %s", where, outcome.total_s, outcome.summary)
+            else:
+                log.info("action=superseded %s: more Instances came while it was analysed", where)
+        elif isinstance(outcome, NotAnalysable):
+            self._index.refuse(case, outcome.reason)
+            log.warning("action=refused %s: %s", where, outcome.reason)
+        else:
+            state = self._index.fail_attempt(case, outcome.reason, self._config.analyse.max_attempts)
+            log.error("action=attempt-failed %s attempt=%d state=%s: %s", where, case.attempts, state, outcome.reason)
+
+
+def serve(config: Config, stopping: threading.Event) -> None:
+    """Runs the node until `stopping` is set.
+
+    Raises:
+        StartError: it cannot start.
+    """
+    service = Service(config)
+    try:
+        service.start()
+        while not stopping.wait(3600):
+            pass
+    finally:
+        service.stop()

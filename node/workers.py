@@ -1,0 +1,198 @@
+"""The worker processes that run analyses, behind one small interface: `submit(job) -> Future[JobOutcome]`.
+
+Nothing outside this module knows that there are processes; a cluster could stand here. Each slot is a thread that owns
+one process, gives it a job, waits, and replaces it when it died or took too long. A worker loads the model once.
+"""
+
+import logging
+import multiprocessing
+import queue
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from node.config import Config
+from node.process import be_child, describe_error
+
+log = logging.getLogger(__name__)
+
+_START_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One Series to analyse: its files, and the folder under which its result folder goes."""
+
+    paths: Sequence[Path]
+    results_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysed:
+    """The results are on disk."""
+
+    folder: Path
+    sop_instance_uids: tuple[str, ...]
+    summary: str
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotAnalysable:
+    """This Series cannot be analysed; another attempt would end the same."""
+
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """The attempt failed; another one may succeed."""
+
+    reason: str
+
+
+JobOutcome = Analysed | NotAnalysable | Broken
+
+
+class WorkerPool:
+    """A fixed number of worker processes.
+
+    A Future that it returns never raises; it is cancelled when the pool stops before the job has ended.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._jobs: queue.SimpleQueue[tuple[Job, Future[JobOutcome]] | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._slots = [
+            threading.Thread(target=self._run_slot, name=f"worker-slot-{number}", daemon=True)
+            for number in range(config.analyse.workers)
+        ]
+        for slot in self._slots:
+            slot.start()
+
+    def submit(self, job: Job) -> "Future[JobOutcome]":
+        """Queues a job for the next free worker."""
+        future: Future[JobOutcome] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def stop(self) -> None:
+        """Ends the workers at once; what they held is cancelled."""
+        self._stopping.set()
+        for _ in self._slots:
+            self._jobs.put(None)
+        for slot in self._slots:
+            slot.join()
+
+    def _run_slot(self) -> None:
+        worker = _Worker(self._config)
+        while (item := self._jobs.get()) is not None and not self._stopping.is_set():
+            job, future = item
+            outcome = worker.run(job, self._stopping)
+            if outcome is None:
+                future.cancel()
+                break
+            if not worker.is_usable():
+                worker.kill()
+                worker = _Worker(self._config)
+            future.set_result(outcome)
+        worker.kill()
+
+
+class _Worker:
+    """One process, as seen from its slot."""
+
+    def __init__(self, config: Config) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._timeout_s = config.analyse.timeout_s
+        self._connection, far_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(config, far_end), name="cspine-worker")
+        self._process.start()
+        far_end.close()
+        self._ready = False
+        self._usable = True
+
+    def is_usable(self) -> bool:
+        return self._usable and self._process.is_alive()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+
+    def run(self, job: Job, stopping: threading.Event) -> JobOutcome | None:
+        """How the job ended; None if the pool stopped first."""
+        try:
+            if not self._ready:
+                started = self._receive(_START_TIMEOUT_S, stopping)
+                if started is not True:
+                    self._usable = False
+                    return started
+                self._ready = True
+            self._connection.send(job)
+            outcome = self._receive(self._timeout_s, stopping)
+        except (EOFError, OSError):
+            self._process.join(5)
+            outcome = Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
+            self._usable = False
+        return outcome
+
+    def _receive(self, timeout_s: float, stopping: threading.Event) -> JobOutcome | None:
+        deadline = time.monotonic() + timeout_s
+        while not stopping.is_set():
+            if wait([self._connection], timeout=0.2):
+                return self._connection.recv()
+            if time.monotonic() > deadline:
+                self._usable = False
+                return Broken(reason=f"no answer from the worker process within {timeout_s:g} s; it was stopped")
+        return None
+
+
+def _exit_words(code: int | None) -> str:
+    if code is None:
+        return "it closed its connection"
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def _work(config: Config, connection: Connection) -> None:
+    """The worker process: loads the model, says so, then answers one job after the other."""
+    be_child(config.log_level)
+    from model import BundleError, SeriesError, load_pipeline
+    from node.analyse import analyse_series, result_folder_name, summarise
+    from node.complete import series_rules
+    from node.identity import node_identity
+
+    rules, node = series_rules(config.complete), node_identity(config)
+    try:
+        pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
+    except BundleError as error:
+        connection.send(Broken(reason=str(error)))
+        return
+    connection.send(True)
+    while True:
+        try:
+            job: Job = connection.recv()
+        except EOFError:
+            return
+        try:
+            # The stored file's name is its SOP Instance UID.
+            name = result_folder_name([path.stem for path in job.paths], pipeline.info)
+            results = analyse_series(job.paths, job.results_dir / name, pipeline, rules, node)
+            outcome: JobOutcome = Analysed(
+                folder=results.folder,
+                sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),
+                summary=summarise(results.findings),
+                total_s=results.findings.timings_s["total"],
+            )
+        except SeriesError as error:
+            outcome = NotAnalysable(reason=str(error))
+        except Exception as error:
+            log.debug("action=analysis-broke", exc_info=True)  # its message may quote a patient's data
+            outcome = Broken(reason=describe_error(error))
+        connection.send(outcome)
