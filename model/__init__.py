@@ -7,7 +7,7 @@ Importing it does not import torch: the node's own processes stay small, and onl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.bundle import BundleError
+from model.bundle import BundleError, read_bundle
 from model.findings import (
     Analysis,
     Finding,
@@ -56,6 +56,7 @@ __all__ = [
     "Volume",
     "check_series",
     "load_pipeline",
+    "read_bundle",
     "read_series",
     "slice_headers",
 ]

@@ -39,7 +39,7 @@ class DeliveryState(StrEnum):
 class Case:
     """A snapshot of one case. Times are seconds since the epoch; attempts counts analyses begun since it was complete.
 
-    result_dir: folder of the latest results, None before there are any.
+    result_dir: folder of the latest results, None before there are any. summary: what they say, in a few words.
     """
 
     case_id: int
@@ -54,6 +54,7 @@ class Case:
     last_received_at: float
     changed_at: float
     result_dir: Path | None
+    summary: str
 
 
 @dataclass(frozen=True, kw_only=True)

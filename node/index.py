@@ -64,6 +64,7 @@ _cases = Table(
     Column("next_check_at", Float, nullable=False),  # when completeness is next judged
     Column("changed_at", Float, nullable=False),
     Column("result_dir", String),  # relative to the data folder
+    Column("summary", String, nullable=False, default=""),
     TableIndex("cases_by_state", "state", "next_check_at"),
 )
 _instances = Table(
@@ -201,6 +202,7 @@ class Index:
             "state": CaseState.RECEIVING,
             "reason": "",
             "attempts": 0,
+            "summary": "",
             "last_received_at": now,
             "next_check_at": now + quiet_time_s,
             "changed_at": now,
@@ -271,7 +273,13 @@ class Index:
             return [self.data_dir / path for path in connection.scalars(here)]
 
     def finish(
-        self, case: Case, result_dir: Path, sop_instance_uids: Sequence[str], destinations: Sequence[str]
+        self,
+        case: Case,
+        result_dir: Path,
+        *,
+        summary: str,
+        sop_instance_uids: Sequence[str],
+        destinations: Sequence[str],
     ) -> bool:
         """The results are safely on disk and go to `destinations`; whatever of the case was on its way is replaced."""
         now = time.time()
@@ -279,7 +287,7 @@ class Index:
         with self._writing() as connection:
             state = CaseState.DELIVERING if destinations else CaseState.DONE
             moved = connection.execute(
-                _unmoved(case).values(state=state, reason="", result_dir=relative, changed_at=now)
+                _unmoved(case).values(state=state, reason="", result_dir=relative, summary=summary, changed_at=now)
             ).rowcount
             if not moved:
                 return False

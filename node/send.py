@@ -137,7 +137,7 @@ def _associate(ae: AE, peer: DicomDestination) -> Association:
     if association.is_rejected:
         answer = association.acceptor.primitive
         raise SendError(
-            f"{_name(peer)} rejected the association from {ae.ae_title}: {answer.reason_str}; check both AE titles there",
+            f"{_name(peer)} rejected the association from {ae.ae_title}: {answer.reason_str}; check AE titles there",
             permanent=answer.result == 1,
         )
     if association.acceptor.primitive is not None:

@@ -10,11 +10,13 @@ started again. This module is the composition root: read it first.
 import logging
 import multiprocessing
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from model import BundleError, read_bundle
 from node import receive
 from node.case import Case
 from node.complete import check_cases
@@ -48,9 +50,13 @@ class Service:
         """Starts receiver, workers and clock.
 
         Raises:
-            StartError: the port cannot be listened on.
+            StartError: the model bundle is unusable, or the port cannot be listened on.
         """
         index, config = self._index, self._config
+        try:
+            read_bundle(config.analyse.bundle)
+        except BundleError as error:
+            raise StartError(str(error)) from error
         put_back = index.put_back()
         if put_back:
             log.info("action=put-back cases=%d that an earlier run had begun to analyse", put_back)
@@ -81,7 +87,7 @@ class Service:
         self._index.close()
         log.info("action=stopped")
 
-    def _every_tick(self, function: object, *args: object) -> None:
+    def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)
 
     def _start_receiver(self) -> None:
@@ -131,8 +137,14 @@ class Service:
         outcome = future.result()
         where = f"case={case.case_id} series={case.series_instance_uid}"
         if isinstance(outcome, Analysed):
-            names = [destination.name for destination in self._config.deliver.destinations]
-            if self._index.finish(case, outcome.folder, outcome.sop_instance_uids, names):
+            finished = self._index.finish(
+                case,
+                outcome.folder,
+                summary=outcome.summary,
+                sop_instance_uids=outcome.sop_instance_uids,
+                destinations=[destination.name for destination in self._config.deliver.destinations],
+            )
+            if finished:
                 log.info("action=analysed %s total_s=%.2f: %s", where, outcome.total_s, outcome.summary)
             else:
                 log.info("action=superseded %s: more Instances came while it was analysed", where)
@@ -144,7 +156,7 @@ class Service:
             log.error("action=attempt-failed %s attempt=%d state=%s: %s", where, case.attempts, state, outcome.reason)
 
 
-def serve(config: Config, stopping: threading.Event) -> None:
+def serve(config: Config, stopping: threading.Event, on_started: Callable[[], None]) -> None:
     """Runs the node until `stopping` is set.
 
     Raises:
@@ -153,6 +165,7 @@ def serve(config: Config, stopping: threading.Event) -> None:
     service = Service(config)
     try:
         service.start()
+        on_started()
         while not stopping.wait(3600):
             pass
     finally:

@@ -1,0 +1,45 @@
+"""What `cspine cases` prints."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from node.case import Case, CaseState
+
+_COLOURS = {CaseState.DONE: "green", CaseState.REFUSED: "yellow", CaseState.FAILED: "red"}
+
+
+def print_table(cases: Sequence[Case]) -> None:
+    """A table for people."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("received", "from", "Series", "Instances", "state", "finding", "reason"):
+        table.add_column(heading, overflow="fold")
+    for case in cases:
+        received = datetime.fromtimestamp(case.first_received_at).strftime("%Y-%m-%d %H:%M:%S")
+        state = f"[{_COLOURS.get(case.state, 'cyan')}]{case.state}[/]"
+        table.add_row(
+            received,
+            case.calling_ae_title,
+            case.series_instance_uid,
+            str(case.num_instances),
+            state,
+            case.summary,
+            case.reason,
+        )
+    Console().print(table)
+
+
+def print_json(cases: Sequence[Case]) -> None:
+    """A JSON object a line for programs; times in ISO 8601 with the zone."""
+    for case in cases:
+        values: dict[str, Any] = asdict(case)
+        for key in ("first_received_at", "last_received_at", "changed_at"):
+            values[key] = datetime.fromtimestamp(values[key]).astimezone().isoformat(timespec="seconds")
+        sys.stdout.write(json.dumps(values, default=str) + "\n")

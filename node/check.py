@@ -1,0 +1,77 @@
+"""What `cspine check` looks at before an administrator trusts a night to the node."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from model import BundleError, load_pipeline
+from node.config import Config, DicomDestination, FolderDestination
+from node.send import SendError, echo
+
+Check = tuple[str, str, str]
+"""Name, problem ("" when there is none), detail."""
+
+
+def run_checks(config: Config) -> Iterator[Check]:
+    """One result for each thing that must be right; the configuration itself is loaded already."""
+    yield "configuration", "", "valid"
+    yield _check_port(config)
+    yield _check_disk(config)
+    yield _check_model(config)
+    for destination in config.deliver.destinations:
+        yield _check_destination(config, destination)
+
+
+def _check_port(config: Config) -> Check:
+    where = f"{config.receive.host}:{config.receive.port}"
+    family = socket.AF_INET6 if ":" in config.receive.host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((config.receive.host, config.receive.port))
+    except OSError as error:
+        return "port", f"{where}: {error.strerror}; is the node running already?", ""
+    return "port", "", f"{where} is free"
+
+
+def _check_disk(config: Config) -> Check:
+    try:
+        _try_write(config.data_dir)
+    except OSError as error:
+        return "disk", f"{config.data_dir} cannot be written: {error.strerror}", ""
+    free_mb = shutil.disk_usage(config.data_dir).free // 2**20
+    if free_mb < config.receive.min_free_disk_mb:
+        return "disk", f"{free_mb} MB free, min_free_disk_mb is {config.receive.min_free_disk_mb}", ""
+    return "disk", "", f"{config.data_dir}, {free_mb} MB free"
+
+
+def _check_model(config: Config) -> Check:
+    try:
+        info = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads).info
+    except BundleError as error:
+        return "model", str(error), ""
+    return "model", "", f"{info.name} {info.version}: {info.trained_on}"
+
+
+def _check_destination(config: Config, destination: DicomDestination | FolderDestination) -> Check:
+    name = f"destination {destination.name}"
+    try:
+        if isinstance(destination, DicomDestination):
+            echo(destination, calling_ae_title=config.receive.ae_title)
+            return name, "", f"{destination.ae_title} answers C-ECHO"
+        _try_write(destination.path)
+        return name, "", f"{destination.path} can be written"
+    except SendError as error:
+        return name, str(error), ""
+    except OSError as error:
+        return name, f"{error.filename or destination.name}: {error.strerror}", ""
+
+
+def _try_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"probe")
+        os.fsync(file.fileno())

@@ -1,0 +1,245 @@
+"""The `cspine` command. Everything heavy is imported inside the command that needs it, so that `--help` is quick.
+
+Exit status: 0 done, 1 it did not work out, 2 wrong usage or configuration, 3 the Series cannot be analysed.
+"""
+
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from node.config import Config
+
+NOTICE = "Research software, not a medical device. Its findings must not be used for diagnosis."
+
+_EXIT_FAILED, _EXIT_USAGE, _EXIT_NOT_ANALYSABLE = 1, 2, 3
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(status)
+
+
+def _load_config(path: Path | None) -> "Config":
+    """The named configuration, else ./config.yaml, else the defaults; ends the command when it has faults."""
+    from node.config import ConfigError, load_config
+
+    here = Path("config.yaml")
+    try:
+        return load_config(path or (here if here.exists() else None))
+    except ConfigError as error:
+        _fail(str(error), _EXIT_USAGE)
+
+
+_config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Configuration file. Without it: ./config.yaml if there is one, else the built-in defaults.",
+)
+
+
+@click.group(epilog=NOTICE, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(version("cspine-node"), prog_name="cspine")
+def main() -> None:
+    """AI node for cervical spine CT: receives Series, finds C1..C7 and fractures, returns DICOM SEG and SR."""
+
+
+@main.command()
+@_config_option
+def serve(config_path: Path | None) -> None:
+    """Run the node until it is stopped (Ctrl-C or SIGTERM).
+
+    Receives CT Series by C-STORE, analyses each one when it is complete, and delivers SEG, SR and findings.json to the
+    configured destinations.
+    """
+    config = _load_config(config_path)
+    from node.process import set_up_logging
+    from node.service import StartError
+    from node.service import serve as run
+
+    set_up_logging(config.log_level)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        run(config, stopping, on_started=lambda: _say_how_to_use(config))
+    except StartError as error:
+        _fail(f"The node cannot start: {error}.", _EXIT_FAILED)
+
+
+def _say_how_to_use(config: "Config") -> None:
+    from node.config import FolderDestination
+
+    receive = config.receive
+    click.echo(f"\nC-Spine Node is ready. {NOTICE}\n")
+    click.echo(f"  Send CT Series to  AE title {receive.ae_title}, {receive.host}:{receive.port}")
+    click.echo(f"  for example        cspine send DIR --to {receive.host}:{receive.port} --aet {receive.ae_title}")
+    for destination in config.deliver.destinations:
+        where = (
+            destination.path
+            if isinstance(destination, FolderDestination)
+            else (f"{destination.ae_title} at {destination.host}:{destination.port}")
+        )
+        click.echo(f"  Results go to      {where}")
+    click.echo("  What is going on   cspine cases\n  Stop               Ctrl-C\n")
+
+
+@main.command()
+def demo() -> None:
+    """Watch the node work on two made-up studies, in a temporary folder and on free ports.
+
+    Starts the node, sends one intact and one fractured phantom by C-STORE, receives SEG and SR back as a PACS would,
+    and compares what they say with the truth. Exit status 0 only if they agree.
+    """
+    from node.demo import run_demo
+
+    if not run_demo():
+        _fail("The demo failed: see above.", _EXIT_FAILED)
+
+
+@main.command()
+@click.argument("series_dir", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out", "out_dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results."
+)
+@_config_option
+def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
+    """Analyse the CT Series in SERIES_DIR, without any network.
+
+    Writes findings.json, vertebrae.seg.dcm, report.sr.dcm and, if there are any, fractures.seg.dcm into the --out
+    folder. Exit status 3 when the Series cannot be analysed; stderr says why.
+    """
+    config = _load_config(config_path)
+    from model import BundleError, SeriesError, load_pipeline
+    from node.analyse import analyse_series, summarise
+    from node.complete import series_rules
+    from node.deliver import copy_results
+    from node.encode import NodeIdentity
+    from node.process import set_up_logging
+    from node.send import find_dicom_files
+
+    set_up_logging("WARNING")
+    try:
+        paths, num_others = find_dicom_files(series_dir)
+        if not paths:
+            _fail(f"{series_dir} holds no DICOM file ({num_others} other files).", _EXIT_NOT_ANALYSABLE)
+        pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        work_dir = out_dir / ".work"
+        try:
+            results = analyse_series(paths, work_dir, pipeline, series_rules(config.complete), NodeIdentity())
+            copy_results(work_dir, out_dir)
+        finally:
+            shutil.rmtree(work_dir, ignore_errors=True)
+    except SeriesError as error:
+        _fail(str(error), _EXIT_NOT_ANALYSABLE)
+    except BundleError as error:
+        _fail(str(error), _EXIT_USAGE)
+    except OSError as error:
+        _fail(f"{out_dir} cannot be written: {error.strerror}.", _EXIT_FAILED)
+    for warning in results.findings.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    click.echo(f"{summarise(results.findings)} in {results.findings.timings_s['total']:.1f} s. Results: {out_dir}")
+    click.echo(f"Model {pipeline.info.name} {pipeline.info.version}: {pipeline.info.trained_on}\n{NOTICE}")
+
+
+def _parse_address(_context: Any, _parameter: Any, value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
+        raise click.BadParameter(f"{value!r} is not HOST:PORT, for example 127.0.0.1:11112.")
+    return host.strip("[]"), int(port)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", "address", metavar="HOST:PORT", required=True, callback=_parse_address, help="Where to send.")
+@click.option("--aet", "called", required=True, metavar="CALLED", help="AE title of the receiver.")
+@click.option("--from", "calling", default="CSPINE-SEND", show_default=True, metavar="CALLING", help="Our AE title.")
+def send(folder: Path, address: tuple[str, int], called: str, calling: str) -> None:
+    """Send every DICOM file under DIR by C-STORE over one association."""
+    from pydantic import ValidationError
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from node.config import DicomDestination
+    from node.process import set_up_logging
+    from node.send import SendError, find_dicom_files, send_files
+
+    set_up_logging("WARNING")
+    try:
+        host, port = address
+        peer = DicomDestination(type="dicom", name="to", host=host, port=port, ae_title=called)
+        caller = DicomDestination(type="dicom", name="from", host=host, port=port, ae_title=calling)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        _fail(f"{fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}.", _EXIT_USAGE)
+    paths, num_others = find_dicom_files(folder)
+    if not paths:
+        _fail(f"{folder} holds no DICOM file ({num_others} other files).", _EXIT_USAGE)
+    started = time.perf_counter()
+    columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+            task = progress.add_task("Sending", total=len(paths))
+            refused = send_files(
+                paths, peer, calling_ae_title=caller.ae_title, on_file=lambda _: progress.advance(task)
+            )
+    except SendError as error:
+        _fail(f"{error}.", _EXIT_FAILED)
+    seconds = time.perf_counter() - started
+    num_sent = len(paths) - len(refused)
+    skipped = f", {num_others} files that are not DICOM left out" if num_others else ""
+    click.echo(f"{num_sent} of {len(paths)} Instances sent in {seconds:.1f} s{skipped}.")
+    for reason, number in _count(item.reason for item in refused):
+        click.echo(f"{number} refused: {reason}.", err=True)
+    if refused:
+        sys.exit(_EXIT_FAILED)
+
+
+def _count(values: Any) -> list[tuple[str, int]]:
+    from collections import Counter
+
+    return Counter(values).most_common(10)
+
+
+@main.command()
+@_config_option
+def check(config_path: Path | None) -> None:
+    """Check that the node can run: configuration, port, disk, model, destinations (C-ECHO)."""
+    config = _load_config(config_path)
+    from node.check import run_checks
+    from node.process import set_up_logging
+
+    set_up_logging("CRITICAL")
+    sound = True
+    for name, problem, detail in run_checks(config):
+        sound &= not problem
+        mark = click.style("failed", fg="red") if problem else click.style("ok    ", fg="green")
+        click.echo(f"{mark}  {name:<24} {problem or detail}")
+    if not sound:
+        sys.exit(_EXIT_FAILED)
+
+
+@main.command()
+@_config_option
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="How many, the latest first.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line.")
+def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
+    """List the received Series: which state each is in, and why."""
+    config = _load_config(config_path)
+    from node.cases import print_json, print_table
+    from node.index import Index
+
+    if not (config.data_dir / "cspine.sqlite").exists():
+        _fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
+    show: Callable[..., None] = print_json if as_json else print_table
+    show(Index(config.data_dir).cases(limit))
