@@ -40,9 +40,18 @@ PIXEL_TAGS: list[BaseTag] = [
 """What decoding needs of a dataset, for `dcmread(specific_tags=...)`."""
 
 _RAW_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
-# What pydicom and its codecs raise on damaged input, as met with its own test files cut and bent.
-_PARSE_ERRORS = (EOFError, ValueError, KeyError, TypeError, AttributeError, StructError, BytesLengthException)
-_CODEC_ERRORS = (*_PARSE_ERRORS, RuntimeError, NotImplementedError, IndexError)
+PARSE_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    BytesLengthException,
+    EOFError,
+    LookupError,
+    NotImplementedError,
+    StructError,
+    TypeError,
+    ValueError,
+)
+"""What pydicom raises on damaged datasets, when it reads them or when a value is first asked for (found by fuzzing)."""
 
 
 class DecodeError(Exception):
@@ -60,7 +69,7 @@ def read_instance(path: Path, tags: list[BaseTag]) -> pydicom.Dataset | None:
         return pydicom.dcmread(path, specific_tags=list(tags))
     except InvalidDicomError:
         return None
-    except _PARSE_ERRORS as error:
+    except PARSE_ERRORS as error:
         raise DecodeError(f"File {path} is damaged and cannot be read ({error}). Send the Instance again.") from error
 
 
@@ -73,6 +82,18 @@ def frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: fl
     Raises:
         DecodeError: pixels missing, cut short, or in a syntax no codec here can decode.
     """
+    try:
+        return _frame_hu(ds, frame_number, slope, intercept)
+    except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
+        syntax = UID(str(ds.file_meta.get("TransferSyntaxUID", "")))
+        why = " ".join(str(error).split())
+        raise DecodeError(
+            f"its pixels cannot be decoded from transfer syntax {syntax.name or '(missing)'} ({why})"
+        ) from error
+
+
+def _frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: float) -> NDArray[np.int16]:
+    """`frame_hu`, with whatever pydicom raises."""
     stored = _stored_frame(ds, frame_number)
     padding = _padding_mask(ds, stored)
     # Only the low BitsStored bits count; shifting up and down again masks them, and extends the sign (PS3.5 8.1.1).
@@ -104,10 +125,7 @@ def _stored_frame(ds: pydicom.Dataset, frame_number: int) -> NDArray[np.integer]
         dtype = "<i2" if ds.get("PixelRepresentation") == 1 else "<u2"
         offset = frame_bytes * (frame_number - 1)
         return np.frombuffer(ds.PixelData, dtype, count=rows * columns, offset=offset).reshape(rows, columns)
-    try:
-        stored = pixel_array(ds, index=frame_number - 1, raw=True)
-    except _CODEC_ERRORS as error:
-        raise DecodeError(f"its pixels cannot be decoded from transfer syntax {syntax.name} ({error})") from error
+    stored: NDArray[np.integer] = pixel_array(ds, index=frame_number - 1, raw=True)
     if stored.shape != (rows, columns):
         raise DecodeError(f"its pixels decode to shape {stored.shape}, expected {(rows, columns)}")
     return stored

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag, Tag
 
-from model.decode import PIXEL_TAGS, DecodeError, frame_hu, read_instance
+from model.decode import PARSE_ERRORS, PIXEL_TAGS, DecodeError, frame_hu, read_instance
 from model.stack import IncompleteSeries, SeriesError, SeriesRules, SliceHeader, Stack, check_series
 from model.volume import SliceSource, Volume
 
@@ -85,12 +86,12 @@ def slice_headers(
         "columns": _integer(ds, "Columns") or 0,
         "instance_number": _integer(ds, "InstanceNumber"),
     }
-    frames = ds.get("PerFrameFunctionalGroupsSequence")
+    frames = _items(ds, "PerFrameFunctionalGroupsSequence")
     if not frames:
         return (SliceHeader(**common, **_frame_values([ds])),)
-    shared = list(ds.get("SharedFunctionalGroupsSequence") or ())
+    shared = [group for item in _items(ds, "SharedFunctionalGroupsSequence") for group in _groups(item)]
     return tuple(
-        SliceHeader(**common, frame_number=number, **_frame_values([*_groups(frame), *_groups(*shared), ds]))
+        SliceHeader(**common, frame_number=number, **_frame_values([*_groups(frame), *shared, ds]))
         for number, frame in enumerate(frames, start=1)
     )
 
@@ -105,9 +106,9 @@ _GROUP_KEYWORDS = (
 )
 
 
-def _groups(*items: pydicom.Dataset) -> list[pydicom.Dataset]:
-    """First items of the functional groups we read, of one frame's or the shared groups."""
-    return [item[keyword][0] for item in items for keyword in _GROUP_KEYWORDS if item.get(keyword)]
+def _groups(item: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """The functional groups we read, of one frame or of those shared by all; each has one item."""
+    return [group for keyword in _GROUP_KEYWORDS for group in _items(item, keyword)]
 
 
 def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
 
     slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
     spacing_mm = numbers("PixelSpacing", 2)
-    image_types = (place.get("FrameType") or place.get("ImageType") for place in places)
+    image_types = (_value(place, "FrameType") or _value(place, "ImageType") for place in places)
     image_type = next((value for value in image_types if value), ())
     return {
         "image_type": (image_type,) if isinstance(image_type, str) else tuple(str(value) for value in image_type),
@@ -131,18 +132,32 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
     }
 
 
+def _value(ds: pydicom.Dataset, keyword: str) -> Any:
+    """The value of an attribute; None when missing or damaged (pydicom parses a value when it is first asked for)."""
+    try:
+        return ds.get(keyword)
+    except PARSE_ERRORS:
+        return None
+
+
+def _items(ds: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
+    """The items of a sequence, none when it is missing or not a sequence."""
+    value = _value(ds, keyword)
+    return list(value) if isinstance(value, DicomSequence) else []
+
+
 def _text(ds: pydicom.Dataset, keyword: str) -> str:
     """A single text value, "" when missing."""
-    value = ds.get(keyword)
+    value = _value(ds, keyword)
     return str(value).strip() if value is not None else ""
 
 
 def _numbers(ds: pydicom.Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
     """Exactly `count` finite numbers, or None."""
     try:
-        values = ds.get(keyword)
+        values = _value(ds, keyword)
         numbers = tuple(float(value) for value in ([values] if count == 1 else values or ()))
-    except (ValueError, TypeError):
+    except PARSE_ERRORS:
         return None
     return numbers if len(numbers) == count and np.isfinite(numbers).all() else None
 
