@@ -7,6 +7,7 @@ can be analysed; analysis and training call `read_series`. The rules are in `mod
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ HEADER_TAGS: list[BaseTag] = [
 ]
 """What `slice_headers` needs: `dcmread(path, specific_tags=HEADER_TAGS, stop_before_pixels=True)`."""
 
-_NUM_THREADS = 2
+_NUM_THREADS = 2  # numpy lets go of the GIL, the codecs do not (measured): more threads gain nothing
 
 
 def slice_headers(
@@ -171,8 +172,8 @@ def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
 def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volume:
     """The volume of one CT Series, in Hounsfield units, from all its files in any order; each file is read once.
 
-    A bridged slice (see `SeriesRules.max_bridged_gaps`) has a `SliceSource` with an empty SOP Instance UID and frame
-    number 0, and the path of the slice below it.
+    A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below it, but frame number 0:
+    there is a nearest Instance to point at, but no frame that a segmentation could refer to.
 
     Raises:
         SeriesError: the Series cannot be analysed; the message says why.
@@ -250,10 +251,12 @@ def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack
     for z in range(stack.grid.shape[0]):
         if z in at:
             header = headers[at[z]]
-            uid, path, number = header.sop_instance_uid, files[at[z]], header.frame_number
+            source = SliceSource(
+                sop_instance_uid=header.sop_instance_uid, path=files[at[z]], frame_number=header.frame_number
+            )
         else:
-            uid, path, number = "", sources[-1].path, 0
-        sources.append(SliceSource(sop_instance_uid=uid, path=path, frame_number=number))
+            source = replace(sources[-1], frame_number=0)
+        sources.append(source)
     return tuple(sources)
 
 
