@@ -172,7 +172,7 @@ def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
 def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volume:
     """The volume of one CT Series, in Hounsfield units, from all its files in any order; each file is read once.
 
-    A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below it, but frame number 0:
+    A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, but frame number 0:
     there is a nearest Instance to point at, but no frame that a segmentation could refer to.
 
     Raises:
