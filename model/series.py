@@ -172,7 +172,7 @@ def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
 def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volume:
     """The volume of one CT Series, in Hounsfield units, from all its files in any order; each file is read once.
 
-    A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, but frame number 0:
+    A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, marked interpolated:
     there is a nearest Instance to point at, but no frame that a segmentation could refer to.
 
     Raises:
@@ -255,7 +255,7 @@ def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack
                 sop_instance_uid=header.sop_instance_uid, path=files[at[z]], frame_number=header.frame_number
             )
         else:
-            source = replace(sources[-1], frame_number=0)
+            source = replace(sources[-1], is_interpolated=True)
         sources.append(source)
     return tuple(sources)
 

@@ -13,12 +13,14 @@ from model.geometry import Grid
 class SliceSource:
     """Where one slice of a volume came from.
 
-    path: the DICOM file. frame_number: 1-based frame inside it (always 1 for a single-frame Instance).
+    path: the DICOM file. frame_number: 1-based frame inside it (always 1 for a single-frame Instance). is_interpolated:
+    the slice was lost and is made up from its neighbours; what is named here is then the slice below it.
     """
 
     sop_instance_uid: str
     path: Path
     frame_number: int = 1
+    is_interpolated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

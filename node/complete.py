@@ -38,13 +38,14 @@ def judge(stored: StoredSeries, rules: SeriesRules, *, is_quiet: bool) -> Verdic
     """Whether to analyse, refuse or await more of a Series.
 
     Before the quiet time is over, only a Series that came over a single association, now released, is judged: a sender
-    that uses several may open another one. is_quiet: no Instance has come for the quiet time.
+    that uses several may open another one. is_quiet: no Instance has come for the quiet time;
+    a lost slice is then bridged, as far as the rules allow.
     """
     came_whole = (stored.num_open, stored.num_released, stored.num_broken) == (0, 1, 0)
     if not is_quiet and not came_whole:
         return Verdict(answer=Answer.WAIT)
     try:
-        check_series([SliceHeader.from_dict(header) for header in stored.headers], rules)
+        check_series([SliceHeader.from_dict(header) for header in stored.headers], rules, final=is_quiet)
     except IncompleteSeries as error:
         return Verdict(answer=Answer.REFUSE, reason=str(error)) if is_quiet else Verdict(answer=Answer.WAIT)
     except SeriesError as error:

@@ -84,9 +84,9 @@ class Receiver:
     def on_established(self, event: evt.Event) -> None:
         calling = event.assoc.requestor.ae_title
         self._association_ids[id(event.assoc)] = self.index.open_association(calling)
-        refused = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
-        if refused:
-            log.info("action=contexts-refused calling=%r sop_classes=%s: only CT is taken", calling, refused)
+        if not event.assoc.accepted_contexts:
+            offered = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
+            log.warning("action=nothing-accepted calling=%r offered=%s: only CT is taken", calling, offered[:5])
 
     def on_released(self, event: evt.Event) -> None:
         self._end(event, released=True)
