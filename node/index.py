@@ -8,7 +8,7 @@ names a patient. Called by every stage of the node; calls none of them.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +263,8 @@ class Index:
         queued = select(_cases).where(_cases.c.state == CaseState.QUEUED).order_by(_cases.c.changed_at).limit(1)
         for case in self._cases(queued):
             if self._move(case, CaseState.ANALYSING, attempts=case.attempts + 1):
-                return self.case(case.series_instance_uid)
+                # Not read again: an Instance that came since must make `finish` miss.
+                return replace(case, state=CaseState.ANALYSING, reason="", attempts=case.attempts + 1)
         return None
 
     def instance_paths(self, series_instance_uid: str) -> list[Path]:

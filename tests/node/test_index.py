@@ -1,0 +1,325 @@
+"""The database: the states of a case, changes that miss when the case moved on, and several writers at once."""
+
+import multiprocessing
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from node.case import Case, CaseState, Delivery, DeliveryState
+from node.index import Index
+
+SERIES, STUDY = "1.2.3", "1.2"
+
+
+def header(number: int, series_instance_uid: str = SERIES) -> dict[str, Any]:
+    return {
+        "sop_instance_uid": f"{series_instance_uid}.{number}",
+        "series_instance_uid": series_instance_uid,
+        "study_instance_uid": STUDY,
+    }
+
+
+def add(
+    index: Index, number: int, *, association_id: int | None = None, series_uid: str = SERIES, quiet_time_s: float = 0.0
+) -> None:
+    """Notes Instance `number`; over an association of its own unless one is named."""
+    index.add_instance(
+        association_id=association_id or index.open_association("SCANNER"),
+        calling_ae_title="SCANNER",
+        path=index.data_dir / "instances" / series_uid / f"{series_uid}.{number}.dcm",
+        headers=[header(number, series_uid)],
+        quiet_time_s=quiet_time_s,
+    )
+
+
+def the_case(index: Index, series_uid: str = SERIES) -> Case:
+    case = index.case(series_uid)
+    assert case is not None
+    return case
+
+
+def claimed(index: Index) -> Case:
+    """A case that a worker holds."""
+    add(index, 1)
+    assert index.queue(the_case(index))
+    case = index.claim_next()
+    assert case is not None
+    return case
+
+
+def finish(index: Index, case: Case, *destinations: str, folder: str = "results") -> bool:
+    return index.finish(
+        case,
+        index.data_dir / "cases" / SERIES / folder,
+        summary="fracture absent 0.02",
+        sop_instance_uids=("9.8.7",),
+        destinations=destinations,
+    )
+
+
+def due(index: Index, destination: str) -> Delivery:
+    delivery = index.next_delivery(destination)
+    assert delivery is not None
+    return delivery
+
+
+def test_a_case_goes_from_receiving_to_done(index: Index) -> None:
+    add(index, 1)
+    add(index, 2)
+    case = the_case(index)
+    assert (case.state, case.num_instances, case.attempts) == (CaseState.RECEIVING, 2, 0)
+    assert (case.study_instance_uid, case.calling_ae_title) == (STUDY, "SCANNER")
+    assert index.queue(case)
+    assert the_case(index).state is CaseState.QUEUED
+    held = index.claim_next()
+    assert held is not None
+    assert (held.state, held.attempts) == (CaseState.ANALYSING, 1)
+    assert finish(index, held, "pacs")
+    case = the_case(index)
+    assert (case.state, case.summary) == (CaseState.DELIVERING, "fracture absent 0.02")
+    assert case.result_dir == index.data_dir / "cases" / SERIES / "results"
+    index.settle_delivery(due(index, "pacs"), DeliveryState.DONE)
+    assert the_case(index).state is CaseState.DONE
+
+
+def test_the_same_instance_twice_counts_once(index: Index) -> None:
+    add(index, 1)
+    add(index, 1)
+    assert the_case(index).num_instances == 1
+    assert len(index.instance_paths(SERIES)) == 1
+
+
+def test_without_destinations_a_finished_case_is_done(index: Index) -> None:
+    assert finish(index, claimed(index))
+    assert the_case(index).state is CaseState.DONE
+
+
+def test_paths_are_kept_relative_so_the_data_folder_can_move(index: Index) -> None:
+    add(index, 1)
+    with sqlite3.connect(index.data_dir / "cspine.sqlite") as connection:
+        (path,) = connection.execute("SELECT path FROM instances").fetchone()
+    connection.close()
+    assert path == f"instances/{SERIES}/{SERIES}.1.dcm"
+    assert index.find_instance(f"{SERIES}.1") == index.data_dir / path
+    assert index.find_instance("1.2.3.4.5.6") is None
+
+
+def test_a_change_decided_on_an_old_snapshot_is_dropped(index: Index) -> None:
+    add(index, 1)
+    old = the_case(index)
+    add(index, 2)
+    assert not index.queue(old)
+    assert not index.refuse(old, "too few slices")
+    assert the_case(index).state is CaseState.RECEIVING
+    assert index.queue(the_case(index))
+
+
+def test_results_of_fewer_instances_are_dropped_when_one_came_meanwhile(index: Index) -> None:
+    held = claimed(index)
+    add(index, 2)
+    assert not finish(index, held, "pacs")
+    assert (the_case(index).state, index.next_delivery("pacs")) == (CaseState.RECEIVING, None)
+    assert not index.is_result("9.8.7")
+
+
+@pytest.mark.parametrize("state", [s for s in CaseState if s is not CaseState.RECEIVING])
+def test_a_late_instance_reopens_a_case_from_any_state(index: Index, state: CaseState) -> None:
+    add(index, 1)
+    assert index._move(the_case(index), state, "why", attempts=2)
+    add(index, 2, quiet_time_s=60)
+    case = the_case(index)
+    assert (case.state, case.reason, case.attempts, case.num_instances) == (CaseState.RECEIVING, "", 0, 2)
+    assert index.cases_to_check() == []
+
+
+def test_deliveries_of_superseded_results_do_not_count_for_the_new_ones(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs", folder="old")
+    old = due(index, "pacs")
+    add(index, 2)
+    assert index.queue(the_case(index))
+    held = index.claim_next()
+    assert held is not None
+    assert finish(index, held, "pacs", folder="new")
+    index.settle_delivery(old, DeliveryState.DONE)
+    assert the_case(index).state is CaseState.DELIVERING
+    assert due(index, "pacs").result_dir.name == "new"
+
+
+def test_a_case_is_checked_after_the_quiet_time_or_when_its_association_ends(index: Index) -> None:
+    association_id = index.open_association("SCANNER")
+    add(index, 1, association_id=association_id, quiet_time_s=60)
+    assert index.cases_to_check() == []
+    index.end_association(association_id, released=True)
+    assert [case.series_instance_uid for case in index.cases_to_check()] == [SERIES]
+    index.check_again(the_case(index), time.time() + 60)
+    assert index.cases_to_check() == []
+
+
+def test_how_each_association_ended_is_known(index: Index) -> None:
+    released, aborted, still_open = (index.open_association("SCANNER") for _ in range(3))
+    for number, association_id in enumerate((released, aborted, still_open)):
+        add(index, number, association_id=association_id)
+    index.end_association(released, released=True)
+    index.end_association(aborted, released=False)
+    stored = index.stored_series(SERIES)
+    assert (stored.num_open, stored.num_released, stored.num_broken) == (1, 1, 1)
+    assert sorted(h["sop_instance_uid"] for h in stored.headers) == [f"{SERIES}.{n}" for n in range(3)]
+    index.end_lost_associations()
+    stored = index.stored_series(SERIES)
+    assert (stored.num_open, stored.num_released, stored.num_broken) == (0, 1, 2)
+
+
+def test_cases_are_claimed_in_the_order_they_were_queued(index: Index) -> None:
+    for series_uid in ("1.1", "1.2", "1.3"):
+        add(index, 1, series_uid=series_uid)
+    for series_uid in ("1.3", "1.1", "1.2"):
+        assert index.queue(the_case(index, series_uid))
+    order = [case.series_instance_uid for case in iter(index.claim_next, None)]
+    assert order == ["1.3", "1.1", "1.2"]
+
+
+def test_an_attempt_that_broke_is_repeated_until_they_are_used_up(index: Index) -> None:
+    held = claimed(index)
+    assert index.fail_attempt(held, "worker died", max_attempts=2) is CaseState.QUEUED
+    held = index.claim_next()
+    assert held is not None
+    assert held.attempts == 2
+    assert index.fail_attempt(held, "worker died again", max_attempts=2) is CaseState.FAILED
+    case = the_case(index)
+    assert (case.state, case.reason) == (CaseState.FAILED, "worker died again")
+    assert index.claim_next() is None
+
+
+def test_put_back_queues_what_was_held_and_costs_no_attempt(index: Index) -> None:
+    claimed(index)
+    assert index.put_back() == 1
+    assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+    assert index.put_back() == 0
+
+
+def test_a_case_is_done_only_when_every_destination_has_its_results(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs", "folder")
+    index.settle_delivery(due(index, "folder"), DeliveryState.DONE)
+    index.settle_delivery(due(index, "pacs"), DeliveryState.PENDING, "not reachable", time.time() + 60)
+    case = the_case(index)
+    assert (case.state, case.reason) == (CaseState.DELIVERING, "delivery to pacs: not reachable")
+    assert index.next_delivery("pacs") is None
+
+
+def test_a_delivery_given_up_makes_the_case_failed_with_its_reason(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs", "folder")
+    index.settle_delivery(due(index, "pacs"), DeliveryState.FAILED, "AE title rejected")
+    assert the_case(index).state is CaseState.DELIVERING
+    index.settle_delivery(due(index, "folder"), DeliveryState.DONE)
+    case = the_case(index)
+    assert (case.state, case.reason) == (CaseState.FAILED, "delivery to pacs: AE title rejected")
+
+
+def test_attempts_of_a_delivery_are_counted(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs")
+    for attempt in (1, 2, 3):
+        delivery = due(index, "pacs")
+        assert delivery.attempts == attempt
+        index.settle_delivery(delivery, DeliveryState.PENDING, "again", time.time())
+
+
+def test_deliveries_to_a_destination_no_longer_configured_are_given_up(index: Index) -> None:
+    assert finish(index, claimed(index), "old-pacs", "folder")
+    index.settle_delivery(due(index, "folder"), DeliveryState.DONE)
+    index.drop_destinations_except(["folder"])
+    case = the_case(index)
+    assert case.state is CaseState.FAILED
+    assert "old-pacs: this destination is no longer in the configuration" in case.reason
+
+
+def test_what_this_node_made_is_known(index: Index) -> None:
+    assert not index.is_result("9.8.7")
+    assert finish(index, claimed(index))
+    assert index.is_result("9.8.7")
+
+
+def test_cases_are_listed_latest_first(index: Index) -> None:
+    for number in range(3):
+        add(index, 1, series_uid=f"1.{number}")
+    assert [case.series_instance_uid for case in index.cases()] == ["1.2", "1.1", "1.0"]
+    assert len(index.cases(limit=2)) == 2
+
+
+def test_everything_survives_closing_and_opening_again(index: Index, tmp_path: Path) -> None:
+    add(index, 1)
+    before = the_case(index)
+    index.close()
+    again = Index(tmp_path / "data")
+    assert the_case(again) == before
+    again.close()
+
+
+def test_commits_survive_a_power_cut(index: Index) -> None:
+    """WAL, and synchronous=FULL (2): the WAL is fsynced at each commit. Every pooled connection must have them."""
+    connections = [index._engine.connect() for _ in range(3)]
+    for connection in connections:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+        connection.close()
+
+
+def _store_series(data_dir: Path, series_uid: str, num_instances: int, errors: Any) -> None:
+    """What a process does in `test_processes_write_at_once…`."""
+    index = Index(data_dir)
+    try:
+        association_id = index.open_association("SCANNER")
+        for number in range(num_instances):
+            add(index, number, association_id=association_id, series_uid=series_uid)
+            index.cases_to_check()
+        index.end_association(association_id, released=True)
+    except Exception as error:
+        errors.put(repr(error))
+    finally:
+        index.close()
+
+
+def test_processes_write_at_once_without_database_is_locked(index: Index) -> None:
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    series_uids = ["1.1", "1.2"]
+    processes = [
+        context.Process(target=_store_series, args=(index.data_dir, uid, 60, errors), daemon=True)
+        for uid in series_uids
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        for uid in series_uids:  # a third writer, and a reader
+            case = index.case(uid)
+            if case is not None:
+                index.check_again(case, time.time() + 1)
+        time.sleep(0.005)
+    for process in processes:
+        process.join()
+    assert errors.empty(), errors.get()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert [the_case(index, uid).num_instances for uid in series_uids] == [60, 60]
+
+
+def test_an_instance_that_comes_right_after_the_claim_is_not_overlooked(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim must name the state it made, or results without that Instance would pass as complete."""
+    add(index, 1)
+    assert index.queue(the_case(index))
+    move = index._move
+
+    def move_then_late_instance(*args: Any, **values: Any) -> bool:
+        moved = move(*args, **values)
+        add(index, 2)
+        return moved
+
+    monkeypatch.setattr(index, "_move", move_then_late_instance)
+    held = index.claim_next()
+    assert held is not None
+    assert not finish(index, held, "pacs")
+    assert the_case(index).state is CaseState.RECEIVING
