@@ -1,0 +1,42 @@
+"""The codes of the result objects: what is meant, where it lies, how sure, in SNOMED CT, DICOM's own terms and UCUM.
+
+From pydicom's dictionaries where they have them. Meanings are what a viewer shows.
+"""
+
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+LEVEL_CODES = {
+    "C1": codes.SCT.C1Vertebra,
+    "C2": codes.SCT.C2Vertebra,
+    "C3": codes.SCT.C3Vertebra,
+    "C4": codes.SCT.C4Vertebra,
+    "C5": codes.SCT.C5Vertebra,
+    "C6": codes.SCT.C6Vertebra,
+    "C7": codes.SCT.C7Vertebra,
+}
+CERVICAL_SPINE = codes.SCT.CervicalSpine
+
+# CID 7150 as of 2025b. Older objects have 123037004 for the same meaning; viewers show the meaning and match labels.
+ANATOMICAL_STRUCTURE = codes.SCT.AnatomicalStructure
+ABNORMAL_STRUCTURE = codes.SCT.MorphologicallyAbnormalStructure
+
+# Not in pydicom's dictionary. The generic morphology: 269062008 would claim a *closed* fracture.
+FRACTURE = Code("72704001", "SCT", "Fracture")
+
+PRESENT = codes.SCT.Present
+ABSENT = codes.SCT.Absent
+UNDETERMINED = codes.SCT.Undetermined
+
+CERTAINTY_OF_FINDING = codes.DCM.CertaintyOfFinding
+VOLUME = codes.SCT.Volume
+PERCENT = codes.UCUM.Percent
+CUBIC_CENTIMETER = codes.UCUM.CubicCentimeter
+
+CT = codes.SCT.ComputedTomography
+ARTIFICIAL_INTELLIGENCE = codes.DCM.ArtificialIntelligence
+PROCESSING_EQUIPMENT = codes.DCM.ProcessingEquipment
+DEVICE = codes.DCM.Device
+CONCLUSION = codes.DCM.Conclusion
+COMMENT = codes.DCM.Comment
+QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")

@@ -1,0 +1,147 @@
+"""The source Series as highdicom wants to see it: one dataset a slice with only what its objects need.
+
+The files were read by `model` already, so their geometry is known to be sound; what scanners leave out or get wrong
+elsewhere in the header is mended here, in memory. Pixels are not read.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
+from pydicom.valuerep import DA, TM
+
+from model import Grid, SliceHeader, SliceSource, slice_headers
+from node.encode.identity import derive_uid
+
+# Type 2 in the Patient and General Study modules: always present in a result, empty when the source lacks them.
+_TYPE_2 = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+    "AccessionNumber",
+    "ReferringPhysicianName",
+)
+
+_FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+
+# What `slice_headers` needs to tell a slice's place, besides what all slices of a Series share.
+_POSITION_TAGS = ["SOPClassUID", "ImagePositionPatient", "PerFrameFunctionalGroupsSequence"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """One Series.
+
+    header: patient, study, series and equipment of its first slice, mended; text is decoded, so it can be written in
+    any character set. slices: one per Z index. images: single-frame datasets by Z index, for the planes asked for;
+    those of Enhanced CT too, because a mask's planes are matched to slices, not to frames.
+    """
+
+    header: Dataset
+    slices: Sequence[SliceSource]
+    images: dict[int, Dataset]
+
+    @property
+    def sop_class_uid(self) -> str:
+        """SOP Class of every Instance of the Series."""
+        return str(self.header.SOPClassUID)
+
+    @property
+    def is_multi_frame(self) -> bool:
+        """Whether references need frame numbers."""
+        return self.sop_class_uid == EnhancedCTImageStorage
+
+    def references(self) -> list[Dataset]:
+        """One dataset for each Instance of the Series with the UIDs of study, series, class and instance."""
+        return [self._reference(uid) for uid in dict.fromkeys(item.sop_instance_uid for item in self.slices)]
+
+    def _reference(self, sop_instance_uid: str) -> Dataset:
+        ds = Dataset()
+        ds.StudyInstanceUID, ds.SeriesInstanceUID = self.header.StudyInstanceUID, self.header.SeriesInstanceUID
+        ds.SOPClassUID, ds.SOPInstanceUID = self.sop_class_uid, sop_instance_uid
+        return ds
+
+
+def read_source(slices: Sequence[SliceSource], grid: Grid, planes: Iterable[int]) -> Source:
+    """The Series with images for these Z indices; interpolated slices have none.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    first = slices[0]
+    ds = pydicom.dcmread(first.path, stop_before_pixels=True)
+    frame = slice_headers(ds)[first.frame_number - 1]
+    header = _mended(ds, frame)
+    places = cache(_positions)
+    images = {
+        z: _image(header, frame, grid, slices[z], places(slices[z].path)[slices[z].frame_number - 1])
+        for z in planes
+        if not slices[z].is_interpolated
+    }
+    return Source(header=header, slices=slices, images=images)
+
+
+def _positions(path: Path) -> list[tuple[float, ...]]:
+    """ImagePositionPatient of each frame of a file, exactly as its owner wrote it."""
+    ds = pydicom.dcmread(path, specific_tags=_POSITION_TAGS, stop_before_pixels=True)
+    return [header.position_lps_mm or () for header in slice_headers(ds)]
+
+
+def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
+    """The header with everything highdicom insists on; values it would refuse are emptied."""
+    for keyword in _FUNCTIONAL_GROUPS:
+        if keyword in ds:
+            del ds[keyword]
+    ds.decode()
+    for keyword in _TYPE_2:
+        value = ds.get(keyword)
+        if isinstance(value, MultiValue):
+            value = value[0] if value else None
+        setattr(ds, keyword, "" if value is None else value)
+    if ds.PatientSex not in ("M", "F", "O"):
+        ds.PatientSex = ""
+    for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
+        if not _is_valid(kind, ds[keyword].value):
+            setattr(ds, keyword, "")
+    ds.SOPClassUID = frame.sop_class_uid or CTImageStorage
+    ds.SOPInstanceUID = frame.sop_instance_uid
+    ds.Modality = "CT"
+    if not ds.get("FrameOfReferenceUID"):
+        # Without one there is no place to put a mask. Viewers then match by the referenced Instances.
+        ds.FrameOfReferenceUID = derive_uid("frame of reference", ds.SeriesInstanceUID)
+    return ds
+
+
+def _is_valid(kind: type[DA] | type[TM], value: object) -> bool:
+    try:
+        kind(value)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _image(
+    header: Dataset, frame: SliceHeader, grid: Grid, source: SliceSource, position_lps_mm: tuple[float, ...]
+) -> Dataset:
+    """One slice as a single-frame CT Instance without pixels."""
+    ds = Dataset()
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"):
+        setattr(ds, keyword, header[keyword].value)
+    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, source.sop_instance_uid
+    ds.Rows, ds.Columns = grid.shape[1:]
+    ds.ImageOrientationPatient, ds.PixelSpacing = list(frame.orientation or ()), list(frame.pixel_spacing_mm or ())
+    ds.ImagePositionPatient = list(position_lps_mm)
+    # Along the normal, which is less than the distance between positions when the gantry was tilted.
+    spacing_mm = grid.voxel_volume_mm3 / (grid.spacing_mm[1] * grid.spacing_mm[2])
+    ds.SpacingBetweenSlices = f"{spacing_mm:.6g}"
+    ds.SliceThickness = header.get("SliceThickness") or f"{spacing_mm:.6g}"
+    return ds
