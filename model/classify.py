@@ -1,0 +1,203 @@
+"""Is each vertebra fractured, and where? The fracture network on a stack of slices per vertebra, back to Instances.
+
+Called by `model/pipeline.py`; `training/` cuts its samples with the same functions.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from model.bundle import ClassifySettings
+from model.findings import Region, SliceWeight
+from model.geometry import FloatArray, Grid
+from model.networks import FractureNet
+from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
+from model.segment import Vertebra
+from model.volume import SliceSource, Volume
+
+NUM_NEIGHBOURS = 2
+"""Neighbouring planes read on each side of a slice."""
+
+REGION_MARGIN_MM = 3.0
+"""How far outside its vertebra a fracture region may reach."""
+
+MIN_REGION_MM2 = 3.0
+"""Smaller specks of a slice get no box."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Verdict:
+    """The network's answer for one vertebra.
+
+    attention: float `(num_slices,)`, sums to 1. regions: probability of fracture, float32 `(num_slices, Y, X)`, on
+    `grid`.
+    """
+
+    probability: float
+    attention: NDArray[np.float32]
+    regions: Tensor
+    grid: Grid
+
+
+def stack_grid(lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, settings: ClassifySettings) -> Grid:
+    """Planes over a vertebra's box, along the patient's axes, half a slice step apart and foot to head.
+
+    Slice j of the network is plane `NUM_NEIGHBOURS + 2 * j`; its neighbours are the planes beside it.
+    """
+    num_planes = 2 * (settings.num_slices - 1) + 1 + 2 * NUM_NEIGHBOURS
+    half_step_mm = max((upper_lps_mm[2] - lower_lps_mm[2]) / (2 * (settings.num_slices - 1)), 0.5)
+    centre = (np.asarray(lower_lps_mm) + np.asarray(upper_lps_mm)) / 2
+    return Grid.axial(
+        shape=(num_planes, settings.num_pixels, settings.num_pixels),
+        spacing_mm=(half_step_mm, settings.pixel_mm, settings.pixel_mm),
+        centre_lps_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
+    )
+
+
+def slice_grid(planes: Grid) -> Grid:
+    """The grid of the network's slices within a `stack_grid`."""
+    affine = planes.affine.copy()
+    affine[:3, 3] = planes.to_lps_mm(np.array([NUM_NEIGHBOURS, 0, 0], float))
+    affine[:3, 0] *= 2
+    num_slices = (planes.shape[0] - 1 - 2 * NUM_NEIGHBOURS) // 2 + 1
+    return Grid(shape=(num_slices, planes.shape[1], planes.shape[2]), affine=affine)
+
+
+def sample_planes(voxels_hu: NDArray[np.int16], grid: Grid, planes: Grid) -> Tensor:
+    """HU, float32, on the planes of a `stack_grid`; air outside the field of view."""
+    part, part_grid = crop_to_box(voxels_hu, grid, *_box(planes))
+    factors = pool_factors(part_grid, min(planes.spacing_mm))
+    pooled = average_pool(part, factors)
+    return sample((pooled - AIR_HU)[None], pooled_grid(part_grid, factors), planes)[0] + AIR_HU
+
+
+def sample_mask(mask: NDArray[np.bool_], grid: Grid, slices: Grid) -> Tensor:
+    """A mask of the source, float32 0..1, interpolated on the slices of a stack."""
+    part, part_grid = crop_to_box(mask, grid, *_box(slices))
+    return sample(torch.from_numpy(np.ascontiguousarray(part)).float()[None], part_grid, slices)[0]
+
+
+def network_input(planes_hu: Tensor, masks: Tensor) -> Tensor:
+    """The network's input `(..., S, 6, Y, X)`: each slice with its neighbours in a bone window, and the mask.
+
+    planes_hu: `(..., planes, Y, X)` on a `stack_grid`. masks: `(..., S, Y, X)` on its `slice_grid`.
+    """
+    windowed = ((planes_hu - 300) / 500).clamp(-2, 3)
+    num_slices = masks.shape[-3]
+    channels = [windowed[..., k : k + 2 * num_slices - 1 : 2, :, :] for k in range(2 * NUM_NEIGHBOURS + 1)]
+    return torch.stack([*channels, masks], dim=-3)
+
+
+def judge(
+    volume: Volume,
+    labels: NDArray[np.uint8],
+    vertebrae: list[Vertebra],
+    network: FractureNet,
+    settings: ClassifySettings,
+    device: torch.device,
+) -> dict[int, Verdict]:
+    """A verdict for each vertebra, by label; all are judged in one batch. labels: as `find_vertebrae` gives them."""
+    if not vertebrae:
+        return {}
+    planes = [stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings) for vertebra in vertebrae]
+    slices = [slice_grid(grid) for grid in planes]
+    planes_hu = torch.stack([sample_planes(volume.voxels_hu, volume.grid, grid) for grid in planes])
+    masks = torch.stack(
+        [
+            sample_mask(labels == vertebra.label, volume.grid, grid)
+            for vertebra, grid in zip(vertebrae, slices, strict=True)
+        ]
+    )
+    logits, attention, region_logits = network(network_input(planes_hu, masks).to(device))
+    probabilities = logits.float().sigmoid().cpu()
+    regions = region_logits.float().sigmoid().cpu() * _dilated(masks, settings.pixel_mm)
+    return {
+        vertebra.label: Verdict(
+            probability=float(probabilities[i]),
+            attention=attention[i].float().cpu().numpy(),
+            regions=regions[i],
+            grid=slices[i],
+        )
+        for i, vertebra in enumerate(vertebrae)
+    }
+
+
+def attention_by_instance(
+    verdict: Verdict, centroid_lps_mm: FloatArray, grid: Grid, sources: tuple[SliceSource, ...]
+) -> tuple[SliceWeight, ...]:
+    """The attention of each slice, given to the Instance that runs through the vertebra there; weights sum to 1."""
+    num_slices = len(verdict.attention)
+    points = np.repeat(centroid_lps_mm[None], num_slices, axis=0)
+    heads = verdict.grid.to_lps_mm(np.stack([np.arange(num_slices), *np.zeros((2, num_slices))], axis=1))
+    points[:, 2] = heads[:, 2]
+    indices = np.clip(np.rint(grid.to_index(points)[:, 0]).astype(int), 0, len(sources) - 1)
+    weights: dict[int, float] = defaultdict(float)
+    for index, weight in zip(indices, verdict.attention.astype(float), strict=True):
+        weights[int(index)] += float(weight)
+    total = sum(weights.values())
+    return tuple(
+        SliceWeight(sop_instance_uid=sources[index].sop_instance_uid, weight=weights[index] / total)
+        for index in sorted(weights)
+    )
+
+
+def draw_regions(
+    fractures: NDArray[np.uint8], label: int, verdict: Verdict, grid: Grid, threshold: float
+) -> dict[int, list[tuple[int, int, int, int]]]:
+    """Marks a vertebra's fracture regions on the source grid; gives their boxes `(x, y, width, height)` by Z index."""
+    first, last = index_range(grid, *_box(verdict.grid), margin=0)
+    part = np.s_[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.to_lps_mm(first.astype(float))
+    z, y, x = fractures[part].shape
+    drawn = sample(verdict.regions[None], verdict.grid, Grid(shape=(z, y, x), affine=affine))[0] >= threshold
+    mask = drawn.numpy()
+    pixel_mm2 = grid.spacing_mm[1] * grid.spacing_mm[2]
+    boxes: dict[int, list[tuple[int, int, int, int]]] = {}
+    for index in np.flatnonzero(mask.any(axis=(1, 2))):
+        components, _ = ndimage.label(mask[index], structure=np.ones((3, 3)))
+        for number, (rows, columns) in enumerate(ndimage.find_objects(components), start=1):
+            speck = components[rows, columns] == number
+            if speck.sum() * pixel_mm2 < MIN_REGION_MM2:
+                mask[index, rows, columns][speck] = False
+                continue
+            boxes.setdefault(int(first[0] + index), []).append(
+                (
+                    int(first[2] + columns.start),
+                    int(first[1] + rows.start),
+                    columns.stop - columns.start,
+                    rows.stop - rows.start,
+                )
+            )
+    fractures[part][mask] = label
+    return boxes
+
+
+def as_regions(
+    boxes: dict[int, list[tuple[int, int, int, int]]], sources: tuple[SliceSource, ...]
+) -> tuple[Region, ...]:
+    """Boxes by Z index as regions of the Instances they lie in."""
+    return tuple(
+        Region(sop_instance_uid=sources[index].sop_instance_uid, x=x, y=y, width=width, height=height)
+        for index in sorted(boxes)
+        for x, y, width, height in boxes[index]
+    )
+
+
+def _box(grid: Grid) -> tuple[FloatArray, FloatArray]:
+    """Lower and upper LPS corner of a grid that runs along the patient's axes."""
+    corners = grid.to_lps_mm(np.array([[0, 0, 0], np.asarray(grid.shape) - 1], float))
+    return corners.min(axis=0), corners.max(axis=0)
+
+
+def _dilated(masks: Tensor, pixel_mm: float) -> Tensor:
+    """The masks grown by REGION_MARGIN_MM within each slice and by one slice up and down, 0 or 1."""
+    pixels = 2 * round(REGION_MARGIN_MM / pixel_mm) + 1
+    grown = F.max_pool3d(masks[:, None], (3, pixels, pixels), 1, (1, pixels // 2, pixels // 2))[:, 0]
+    return (grown > 0.25).float()

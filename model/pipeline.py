@@ -1,0 +1,157 @@
+"""Volume in, Analysis out: find the vertebrae, judge each, say it as findings.
+
+The one straight line through the model; `model.load_pipeline` is how others reach it. It reads no DICOM and writes no
+files.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import Bundle, read_bundle
+from model.classify import Verdict, as_regions, attention_by_instance, draw_regions, judge
+from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo, PatientFinding, Region, SliceWeight
+from model.levels import LEVELS
+from model.networks import FractureNet, VertebraUNet
+from model.segment import Vertebra, find_vertebrae
+from model.volume import Volume
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """A loaded model, ready to analyse one volume after another."""
+
+    bundle: Bundle
+    unet: VertebraUNet
+    fracture_net: FractureNet
+    device: torch.device
+
+    @property
+    def info(self) -> ModelInfo:
+        """Which model this is."""
+        return self.bundle.info
+
+    @torch.inference_mode()
+    def analyse(self, volume: Volume, *, on_stage: Callable[[str], None] | None = None) -> Analysis:
+        """Findings and masks of one volume; the same volume gives the same answer on the same machine.
+
+        on_stage: called with "segment" and "classify" as each begins.
+        """
+        begin = on_stage or (lambda stage: None)
+        begin("segment")
+        started = time.perf_counter()
+        labels, vertebrae = find_vertebrae(volume, self.unet, self.bundle.segment, self.device)
+        segmented = time.perf_counter()
+        begin("classify")
+        whole = [vertebra for vertebra in vertebrae if not vertebra.is_cut]
+        verdicts = judge(volume, labels, whole, self.fracture_net, self.bundle.classify, self.device)
+        fractures = np.zeros(volume.grid.shape, np.uint8)
+        by_label = {vertebra.label: vertebra for vertebra in vertebrae}
+        levels = {
+            name: self._level(volume, by_label.get(label), verdicts.get(label), fractures)
+            for label, name in enumerate(LEVELS, start=1)
+        }
+        timings_s = {"segment": segmented - started, "classify": time.perf_counter() - segmented}
+        findings = Findings(
+            study_instance_uid=volume.study_instance_uid,
+            series_instance_uid=volume.series_instance_uid,
+            model=self.info,
+            patient_overall=patient_finding(levels),
+            levels=levels,
+            warnings=(*volume.warnings, *_warnings(levels)),
+            timings_s=timings_s,
+        )
+        return Analysis(findings=findings, vertebrae=labels, fractures=fractures)
+
+    def _level(
+        self, volume: Volume, vertebra: Vertebra | None, verdict: Verdict | None, fractures: NDArray[np.uint8]
+    ) -> LevelFinding:
+        """One level's finding; marks its fracture regions in `fractures` when the finding is present."""
+        if vertebra is None:
+            return LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+        x, y, z = (float(value) for value in vertebra.centroid_lps_mm)
+        probability, finding = None, Finding.UNDETERMINED
+        attention: tuple[SliceWeight, ...] = ()
+        regions: tuple[Region, ...] = ()
+        if verdict is not None:
+            probability = verdict.probability
+            finding = Finding.PRESENT if probability >= self.info.operating_point else Finding.ABSENT
+            attention = attention_by_instance(verdict, vertebra.centroid_lps_mm, volume.grid, volume.slices)
+            if finding is Finding.PRESENT:
+                threshold = self.bundle.classify.region_threshold
+                boxes = draw_regions(fractures, vertebra.label, verdict, volume.grid, threshold)
+                regions = as_regions(boxes, volume.slices)
+        return LevelFinding(
+            in_field_of_view=True,
+            probability=probability,
+            finding=finding,
+            centroid_lps_mm=(x, y, z),
+            volume_mm3=vertebra.volume_mm3,
+            attention=attention,
+            regions=regions,
+        )
+
+
+def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads: int | None = None) -> Pipeline:
+    """The pipeline of a bundle (None: the one that comes with the package), weights verified and loaded.
+
+    device: "auto" takes a GPU if there is one; otherwise "cpu" or a torch device. num_threads: CPU threads; None leaves
+    torch's choice.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or of another architecture.
+        ValueError: there is no such device.
+    """
+    verified = read_bundle(bundle)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    on = _device(device)
+    unet, fracture_net = verified.load_networks()
+    return Pipeline(
+        bundle=verified,
+        unet=unet.to(on, memory_format=torch.channels_last_3d),  # type: ignore[call-overload]
+        fracture_net=fracture_net.to(on, memory_format=torch.channels_last),  # type: ignore[call-overload]
+        device=on,
+    )
+
+
+def patient_finding(levels: dict[str, LevelFinding]) -> PatientFinding:
+    """The patient's finding: as probable as the most probable level, so that it is present iff some level is.
+
+    On phantoms the noisy-or of the levels ranked patients no better (training/LOG.md).
+    """
+    judged = [level for level in levels.values() if level.probability is not None]
+    if not judged:
+        return PatientFinding(probability=None, finding=Finding.UNDETERMINED)
+    most = max(judged, key=lambda level: level.probability or 0.0)
+    return PatientFinding(probability=most.probability, finding=most.finding)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"Device {name!r} is not usable here. Choose auto, cpu, cuda or cuda:N.") from error
+    return device
+
+
+def _warnings(levels: dict[str, LevelFinding]) -> list[str]:
+    """What the reader of the findings must know about what was not judged."""
+    absent = [name for name, level in levels.items() if not level.in_field_of_view]
+    cut = [name for name, level in levels.items() if level.in_field_of_view and level.probability is None]
+    if len(absent) == len(levels):
+        return ["No cervical vertebra was found: nothing was judged. Is this a CT of the neck?"]
+    sentences = []
+    if absent:
+        sentences.append(f"Not found in the field of view, not judged: {', '.join(absent)}.")
+    if cut:
+        sentences.append(f"Cut by the field of view, not judged: {', '.join(cut)}.")
+    return sentences

@@ -1,0 +1,141 @@
+"""From the source grid to the grids the networks see, and back, through full affines (oblique, sheared, reversed).
+
+No float copy of a whole Series is ever made: pooling goes by slabs, sampling by boxes. Used by `model/segment.py`,
+`model/classify.py` and the training data in `training/`.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from numpy.typing import NDArray
+from torch import Tensor
+
+from model.geometry import FloatArray, Grid
+
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+AIR_HU = -1024.0
+"""What lies outside the field of view."""
+
+BODY_HU = -400
+"""Voxels above it are body (or table); used to leave air out of the network's way."""
+
+
+def lps_grid(*, lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, spacing_mm: float, multiple: int = 1) -> Grid:
+    """An isotropic grid along the patient's axes over a box; sides are rounded up to `multiple` voxels.
+
+    Z runs foot to head, Y front to back, X right to left: the affine is a permutation with one spacing.
+    """
+    extent_mm = np.asarray(upper_lps_mm, float) - np.asarray(lower_lps_mm, float)
+    counts_xyz = np.maximum(np.ceil(extent_mm / spacing_mm / multiple).astype(int), 1) * multiple
+    shape = (int(counts_xyz[2]), int(counts_xyz[1]), int(counts_xyz[0]))
+    centre = (np.asarray(lower_lps_mm, float) + np.asarray(upper_lps_mm, float)) / 2
+    return Grid.axial(shape=shape, spacing_mm=(spacing_mm,) * 3, centre_lps_mm=tuple(centre))
+
+
+def pool_factors(grid: Grid, target_mm: float) -> tuple[int, int, int]:
+    """How many voxels to average along each axis so that sampling at `target_mm` does not alias."""
+    # 1e-6: a spacing of 0.1 + 0.2 must not lose a factor to rounding. At least 2 voxels stay along each axis.
+    sizes = zip(grid.spacing_mm, grid.shape, strict=True)
+    z, y, x = (max(1, min(int(target_mm / spacing + 1e-6), size // 2)) for spacing, size in sizes)
+    return z, y, x
+
+
+def pooled_grid(grid: Grid, factors: tuple[int, int, int]) -> Grid:
+    """The grid of block means: voxel i covers source voxels `factor * i` to `factor * i + factor - 1`."""
+    affine = grid.affine.copy()
+    affine[:3, 3] += grid.affine[:3, :3] @ ((np.asarray(factors) - 1) / 2)
+    affine[:3, :3] *= np.asarray(factors)
+    z, y, x = (size // factor for size, factor in zip(grid.shape, factors, strict=True))
+    return Grid(shape=(z, y, x), affine=affine)
+
+
+def average_pool(voxels_hu: NDArray[np.int16], factors: tuple[int, int, int], slab: int = 48) -> Tensor:
+    """Block means, float32 `(Z', Y', X')`, by slabs; what does not fill a block at the far ends is left out."""
+    num_planes = voxels_hu.shape[0] // factors[0]
+    step = max(1, slab // factors[0])
+    slabs = []
+    for first in range(0, num_planes, step):
+        last = min(first + step, num_planes)
+        block = torch.from_numpy(np.ascontiguousarray(voxels_hu[first * factors[0] : last * factors[0]])).float()
+        slabs.append(F.avg_pool3d(block[None], factors)[0])
+    return torch.cat(slabs)
+
+
+def sample(voxels: Tensor, source: Grid, target: Grid, *, nearest: bool = False) -> Tensor:
+    """`voxels` (float32, on `source`) at the voxel centres of `target`, `(C, Z', Y', X')`; 0 outside `source`."""
+    # grid_sample wants (x, y, z) normalised so that -1 and 1 are the centres of the first and last voxel.
+    index = np.linalg.inv(source.affine) @ target.affine
+    from_unit = _unit_to_index(target.shape)
+    matrix = _index_to_unit(source.shape) @ index @ from_unit
+    matrix_xyz = matrix[:3][::-1][:, [2, 1, 0, 3]]
+    theta = torch.from_numpy(np.ascontiguousarray(matrix_xyz)).to(voxels.device, torch.float32)
+    points = F.affine_grid(theta[None], [1, 1, *target.shape], align_corners=True)
+    mode = "nearest" if nearest else "bilinear"
+    return F.grid_sample(voxels[None], points, mode=mode, align_corners=True)[0]
+
+
+def _unit_to_index(shape: tuple[int, int, int]) -> FloatArray:
+    """Matrix from [-1, 1] coordinates to voxel indices; affine_grid calls the only voxel of an axis 0, not -1."""
+    half = (np.asarray(shape) - 1) / 2
+    matrix = np.diag([*half, 1.0])
+    matrix[:3, 3] = half
+    return matrix
+
+
+def _index_to_unit(shape: tuple[int, int, int]) -> FloatArray:
+    half = (np.asarray(shape) - 1) / 2
+    if half.min() == 0:
+        raise ValueError(f"A volume of shape {shape} has a single voxel along an axis; at least 2 are needed.")
+    matrix = np.diag([*(1 / half), 1.0])
+    matrix[:3, 3] = -1.0
+    return matrix
+
+
+def body_volume(voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, multiple: int) -> tuple[Tensor, Grid]:
+    """HU, float32 `(Z, Y, X)`, on an isotropic LPS-aligned grid over the body, and that grid.
+
+    Air around the body is cropped; outside the source's field of view is air. Sides are multiples of `multiple`.
+    """
+    factors = pool_factors(grid, spacing_mm)
+    pooled = average_pool(voxels_hu, factors)
+    on = pooled_grid(grid, factors)
+    body = (pooled > BODY_HU).numpy()
+    if not body.any():
+        body = np.ones_like(body)
+    corners = []
+    for axis in range(3):
+        inside = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
+        corners.append((inside[0], inside[-1]))
+    box = np.stack(np.meshgrid(*corners, indexing="ij"), axis=-1).reshape(-1, 3).astype(float)
+    points = on.to_lps_mm(box)
+    target = lps_grid(
+        lower_lps_mm=points.min(axis=0), upper_lps_mm=points.max(axis=0), spacing_mm=spacing_mm, multiple=multiple
+    )
+    return sample((pooled - AIR_HU)[None], on, target)[0] + AIR_HU, target
+
+
+def crop_to_box(
+    voxels: NDArray[Scalar], grid: Grid, lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, margin: int = 2
+) -> tuple[NDArray[Scalar], Grid]:
+    """A view of the part of the source that covers an LPS box, and its grid; at least 2 voxels along each axis."""
+    first, last = index_range(grid, lower_lps_mm, upper_lps_mm, margin)
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.to_lps_mm(first.astype(float))
+    part = voxels[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+    z, y, x = part.shape
+    return part, Grid(shape=(z, y, x), affine=affine)
+
+
+def index_range(
+    grid: Grid, lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, margin: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and one-past-last voxel index `(z, y, x)` of the part of `grid` that covers an LPS box."""
+    corners = np.stack(np.meshgrid(*zip(lower_lps_mm, upper_lps_mm, strict=True), indexing="ij"), axis=-1)
+    indices = grid.to_index(corners.reshape(-1, 3))
+    size = np.asarray(grid.shape)
+    first = np.clip(np.floor(indices.min(axis=0)).astype(np.int64) - margin, 0, size - 2)
+    last = np.clip(np.ceil(indices.max(axis=0)).astype(np.int64) + margin + 1, first + 2, size)
+    return first, last
