@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model import Analysis, Finding, Findings, ModelInfo, SeriesRules, Volume, read_series
+from model import Analysis, Findings, ModelInfo, SeriesRules, Volume, read_series
 from node.encode import NodeIdentity, ResultObject, encode_results
 
 if TYPE_CHECKING:
@@ -66,19 +66,6 @@ def result_folder_name(sop_instance_uids: Sequence[str], model: ModelInfo) -> st
     """A name that is the same for the same set of Instances and the same model, and for nothing else."""
     text = "\n".join([model.name, model.version, *sorted(set(sop_instance_uids))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def summarise(findings: Findings) -> str:
-    """One line for logs and lists, e.g. `fracture present 0.97 (C5 0.95)`."""
-    overall = findings.patient_overall
-    if overall.probability is None:
-        return f"fracture {overall.finding}"
-    levels = ", ".join(
-        f"{name} {level.probability:.2f}"
-        for name, level in findings.levels.items()
-        if level.finding is Finding.PRESENT and level.probability is not None
-    )
-    return f"fracture {overall.finding} {overall.probability:.2f}" + (f" ({levels})" if levels else "")
 
 
 def _complete(analysis: Analysis, volume: Volume, timings_s: dict[str, float]) -> Findings:

@@ -120,10 +120,10 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     """
     config = _load_config(config_path)
     from model import BundleError, SeriesError, load_pipeline
-    from node.analyse import analyse_series, summarise
+    from node.analyse import analyse_series
     from node.complete import series_rules
     from node.deliver import copy_results
-    from node.encode import NodeIdentity
+    from node.encode import NodeIdentity, conclude
     from node.process import set_up_logging
     from node.send import find_dicom_files
 
@@ -135,8 +135,9 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
         out_dir.mkdir(parents=True, exist_ok=True)
         work_dir = out_dir / ".work"
+        node = NodeIdentity(ae_title=config.receive.ae_title)
         try:
-            results = analyse_series(paths, work_dir, pipeline, series_rules(config.complete), NodeIdentity())
+            results = analyse_series(paths, work_dir, pipeline, series_rules(config.complete), node)
             copy_results(work_dir, out_dir)
         finally:
             shutil.rmtree(work_dir, ignore_errors=True)
@@ -148,7 +149,8 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
         _fail(f"{out_dir} cannot be written: {error.strerror}.", _EXIT_FAILED)
     for warning in results.findings.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    click.echo(f"{summarise(results.findings)} in {results.findings.timings_s['total']:.1f} s. Results: {out_dir}")
+    click.echo(conclude(results.findings))
+    click.echo(f"Analysed in {results.findings.timings_s['total']:.1f} s. Results: {out_dir}")
     click.echo(f"Model {pipeline.info.name} {pipeline.info.version}: {pipeline.info.trained_on}\n{NOTICE}")
 
 

@@ -184,8 +184,8 @@ class Index:
         path: Path,
         headers: Sequence[dict[str, Any]],
         quiet_time_s: float,
-    ) -> None:
-        """Notes an Instance whose file is safely on disk; no change if its UID is here already.
+    ) -> bool:
+        """Notes an Instance whose file is safely on disk; no change, and False, if its UID is here already.
 
         The first Instance of a Series opens its case; one that comes when the case has moved on reopens it.
         """
@@ -219,8 +219,10 @@ class Index:
             index_elements=["series_instance_uid"], set_=arrival | {"num_instances": _cases.c.num_instances + 1}
         )
         with self._writing() as connection:
-            if connection.execute(instance.on_conflict_do_nothing()).rowcount:
+            is_new = bool(connection.execute(instance.on_conflict_do_nothing()).rowcount)
+            if is_new:
                 connection.execute(case)
+            return is_new
 
     # ---- complete ----
 

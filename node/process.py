@@ -37,9 +37,11 @@ def _end_with_parent() -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and place of an unexpected error, without its message, which may quote a patient's data."""
+    """Kind and place of an unexpected error, without its message, which may quote a patient's data."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     place = f" at {trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace is not None else ""
-    return f"unexpected {type(error).__name__}{place}"
+    # What the system says, such as "No space left on device", quotes nobody.
+    system_says = error.strerror if isinstance(error, OSError) else None
+    return f"{system_says or f'unexpected {type(error).__name__}'}{place}"

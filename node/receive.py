@@ -27,6 +27,7 @@ from pydicom.uid import (
     LegacyConvertedEnhancedCTImageStorage,
 )
 from pynetdicom import AE, evt
+from pynetdicom.pdu_primitives import A_RELEASE
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
@@ -83,17 +84,25 @@ class Receiver:
 
     def on_established(self, event: evt.Event) -> None:
         calling = event.assoc.requestor.ae_title
-        self._association_ids[id(event.assoc)] = self.index.open_association(calling)
         if not event.assoc.accepted_contexts:
             offered = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
             log.warning("action=nothing-accepted calling=%r offered=%s: only CT is taken", calling, offered[:5])
 
-    def on_released(self, event: evt.Event) -> None:
-        self._end(event, released=True)
+    def on_acse(self, event: evt.Event) -> None:
+        """Notes a release when it is asked for; once granted, the close of the connection may be told of first."""
+        if isinstance(event.primitive, A_RELEASE):
+            self._end(event, released=True)
 
     def on_lost(self, event: evt.Event) -> None:
         """The association was aborted, or its connection closed; after a release this finds nothing to do."""
         self._end(event, released=False)
+
+    def _association_id(self, event: evt.Event) -> int:
+        """The row of this association, made with its first Instance: one that only sends C-ECHO leaves none."""
+        key = id(event.assoc)
+        if key not in self._association_ids:
+            self._association_ids[key] = self.index.open_association(event.assoc.requestor.ae_title)
+        return self._association_ids[key]
 
     def _end(self, event: evt.Event, *, released: bool) -> None:
         association_id = self._association_ids.pop(id(event.assoc), None)
@@ -111,20 +120,26 @@ class Receiver:
         | 0xC000 | it cannot be parsed, or lacks a usable UID |
         | 0xC111 | another Instance with this UID is here |
         """
-        uid = event.request.AffectedSOPInstanceUID
+        cause = ""  # for our log only
         try:
             self._store(event)
             return _status(_SUCCESS)
         except RefusedError as refusal:
             status, comment = refusal.status, str(refusal)
         except (OSError, SQLAlchemyError) as error:
-            status, comment = _OUT_OF_RESOURCES, f"cannot be stored: {describe_error(error)}"
+            status, comment = _OUT_OF_RESOURCES, "cannot be stored now; send it again later"
+            cause = f" ({describe_error(error)})"
         except Exception as error:
             # Anything may come over a network, and pydicom has no one error for what it cannot parse.
-            status, comment = _CANNOT_UNDERSTAND, f"the dataset cannot be parsed: {describe_error(error)}"
-        calling = event.assoc.requestor.ae_title
+            status, comment = _CANNOT_UNDERSTAND, "the dataset cannot be parsed"
+            cause = f" ({describe_error(error)})"
         log.warning(
-            "action=instance-refused calling=%r instance=%.64r status=0x%04X: %s", calling, uid, status, comment
+            "action=instance-refused calling=%r instance=%.64r status=0x%04X: %s%s",
+            event.assoc.requestor.ae_title,
+            event.request.AffectedSOPInstanceUID,
+            status,
+            comment,
+            cause,
         )
         return _status(status, comment)
 
@@ -146,13 +161,15 @@ class Receiver:
         path = self.index.data_dir / "instances" / series_uid / f"{uid}.dcm"
         _write_durably(path, encoded)
         try:
-            self.index.add_instance(
-                association_id=self._association_ids[id(event.assoc)],
+            is_new = self.index.add_instance(
+                association_id=self._association_id(event),
                 calling_ae_title=event.assoc.requestor.ae_title,
                 path=path,
                 headers=headers,
                 quiet_time_s=self.config.complete.quiet_time_s,
             )
+            if not is_new:  # the same UID came in another Series at this moment
+                raise RefusedError(_CONFLICT, "another Instance with this UID is here; the first one is kept")
         except BaseException:
             path.unlink()
             raise
@@ -244,7 +261,11 @@ def _sync_folder(folder: Path) -> None:
 
 def reconcile(index: Index) -> int:
     """Removes files that no index row names, which a crash left before they were acknowledged; returns how many."""
-    strays = [path for path in index.data_dir.glob("instances/*/*.dcm") if index.find_instance(path.stem) != path]
+    strays = [
+        path
+        for folder in index.data_dir.glob("instances/*")
+        for path in set(folder.glob("*.dcm")) - set(index.instance_paths(folder.name))
+    ]
     for path in strays:
         path.unlink()
     return len(strays)
@@ -271,7 +292,7 @@ def start_server(config: Config, index: Index) -> ThreadedAssociationServer:
         evt_handlers=[
             (evt.EVT_CONN_OPEN, receiver.on_connect),
             (evt.EVT_ESTABLISHED, receiver.on_established),
-            (evt.EVT_RELEASED, receiver.on_released),
+            (evt.EVT_ACSE_RECV, receiver.on_acse),
             (evt.EVT_ABORTED, receiver.on_lost),
             (evt.EVT_CONN_CLOSE, receiver.on_lost),
             (evt.EVT_C_STORE, receiver.on_c_store),

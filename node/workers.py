@@ -164,11 +164,11 @@ def _work(config: Config, connection: Connection) -> None:
     """The worker process: loads the model, says so, then answers one job after the other."""
     be_child(config.log_level)
     from model import BundleError, SeriesError, load_pipeline
-    from node.analyse import analyse_series, result_folder_name, summarise
+    from node.analyse import analyse_series, result_folder_name
     from node.complete import series_rules
-    from node.identity import node_identity
+    from node.encode import NodeIdentity, conclude
 
-    rules, node = series_rules(config.complete), node_identity(config)
+    rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
     except BundleError as error:
@@ -187,7 +187,7 @@ def _work(config: Config, connection: Connection) -> None:
             outcome: JobOutcome = Analysed(
                 folder=results.folder,
                 sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),
-                summary=summarise(results.findings),
+                summary=conclude(results.findings),
                 total_s=results.findings.timings_s["total"],
             )
         except SeriesError as error:

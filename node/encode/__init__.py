@@ -18,8 +18,9 @@ from node.encode import sr
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.seg import FRACTURES, VERTEBRAE, make_segmentation, marked_planes, save
 from node.encode.source import read_source
+from node.encode.sr import conclude
 
-__all__ = ["NodeIdentity", "ResultObject", "encode_results"]
+__all__ = ["NodeIdentity", "ResultObject", "conclude", "encode_results"]
 
 
 @dataclass(frozen=True, kw_only=True)
