@@ -1,0 +1,47 @@
+# syntax=docker/dockerfile:1
+# The node in a container: docker build -t cspine-node .
+#   docker run -p 11112:11112 -v cspine-data:/data cspine-node         serve, results to /data/results
+#   docker run --rm cspine-node demo                                   watch it work on two made-up studies
+# Settings of your own: -v ./config.yaml:/config.yaml:ro, with receive.host set to 0.0.0.0 and data_dir to /data.
+
+FROM python:3.11-slim AS build
+# Where torch's build comes from. For an NVIDIA GPU: --build-arg TORCH_INDEX=https://pypi.org/simple, and
+# docker run --gpus all.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/cspine
+WORKDIR /source
+COPY constraints.txt .
+# Only torch itself is taken from that index; what it needs comes with the rest.
+RUN /opt/cspine/bin/pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch
+COPY pyproject.toml README.md LICENSE ./
+COPY model model
+COPY node node
+COPY training training
+RUN /opt/cspine/bin/pip install --constraint constraints.txt .
+
+FROM python:3.11-slim
+ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1
+COPY --from=build /opt/cspine /opt/cspine
+RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent cspine \
+    && install --directory --owner=cspine --group=cspine --mode=0750 /data
+# A container has a network of its own: 0.0.0.0 is that one, and what is published of it is decided by docker run.
+COPY --chmod=0644 <<CONFIG /config.yaml
+data_dir: /data
+receive:
+  host: 0.0.0.0
+deliver:
+  destinations:
+    - name: results
+      type: folder
+      path: /data/results
+CONFIG
+USER cspine
+# The cspine command takes ./config.yaml where none is named.
+WORKDIR /
+VOLUME /data
+EXPOSE 11112
+HEALTHCHECK --interval=60s --timeout=10s --start-period=60s --retries=3 \
+    CMD ["python", "-m", "pynetdicom", "echoscu", "127.0.0.1", "11112", "--calling-aet", "HEALTHCHECK", "--called-aet", "CSPINE"]
+ENTRYPOINT ["cspine"]
+CMD ["serve"]
