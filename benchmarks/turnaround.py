@@ -2,8 +2,8 @@
 
     make turnaround            # 300 x 512 x 512 at 0.8 x 0.5 x 0.5 mm, five repeats
 
-Runs the real node (`cspine serve`, embedded defaults) as a process of its own, sends a phantom Series to it by C-STORE and
-lets it deliver by C-STORE to an archive in this process. Each repeat is a new Series. Memory is the sum of the
+Runs the real node (`cspine serve`, embedded defaults) as a process of its own, sends a phantom Series to it by C-STORE
+and lets it deliver by C-STORE to an archive in this process. Each repeat is a new Series. Memory is the sum of the
 proportional set sizes of all processes of the node, sampled every 50 ms, so shared pages count once.
 """
 

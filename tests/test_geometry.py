@@ -55,7 +55,7 @@ def anatomy() -> Anatomy:
 
 
 @pytest.fixture(scope="module")
-def pipeline():  # noqa: ANN201
+def pipeline():
     return load_pipeline()
 
 
@@ -64,7 +64,7 @@ def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 
 
 @pytest.mark.parametrize("name", ACQUISITIONS)
-def test_masks_fall_on_the_vertebrae_however_it_was_scanned(name: str, anatomy, pipeline, tmp_path: Path) -> None:  # noqa: ANN001
+def test_masks_fall_on_the_vertebrae_however_it_was_scanned(name: str, anatomy, pipeline, tmp_path: Path) -> None:
     grid = ACQUISITIONS[name](default_grid(anatomy, SPACING_MM))
     phantom = render(anatomy, grid)
     paths = write_series(phantom, tmp_path / "series")
