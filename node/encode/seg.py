@@ -112,21 +112,24 @@ def make_segmentation(
     Reference: PS3.3 A.51; IHE AIR for the contributing equipment.
     """
     planes = [z for z in marked_planes(mask) if z in source.images]
-    labels = np.unique(mask[planes]) if planes else np.empty(0, np.uint8)
-    levels = [LEVELS[label - 1] for label in labels if label]
-    if not levels:
+    marked = mask[planes]
+    labels = [label for label in range(1, len(LEVELS) + 1) if (marked == label).any()]
+    if not labels:
         return None
-    renumber = np.zeros(len(LEVELS) + 1, np.uint8)
-    renumber[labels[labels > 0]] = np.arange(1, len(levels) + 1)
+    for number, label in enumerate(labels, start=1):
+        if number != label:
+            marked[marked == label] = number
     images = [source.images[z] for z in planes]
     first = Dataset()
     first.update(source.header)
     first.update(images[0])
     seg = Segmentation(
         source_images=[first, *images[1:]],
-        pixel_array=renumber[mask[planes]],
+        pixel_array=marked,
         segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[kind.describe(number, level, model, uids) for number, level in enumerate(levels, 1)],
+        segment_descriptions=[
+            kind.describe(number, LEVELS[label - 1], model, uids) for number, label in enumerate(labels, start=1)
+        ],
         series_instance_uid=uids.uid(f"{kind.name} series"),
         series_number=kind.series_number,
         sop_instance_uid=uids.uid(f"{kind.name} instance"),
