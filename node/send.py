@@ -41,9 +41,10 @@ def send_files(
     peer: DicomDestination,
     *,
     calling_ae_title: str,
-    on_file: Callable[[Path], None] = lambda path: None,
+    on_file: Callable[[Path, Refused | None], None] = lambda path, refused: None,
 ) -> list[Refused]:
-    """Sends files over one association; returns those that were refused. on_file is called after each.
+    """Sends files over one association; returns those that were refused. on_file is called after each,
+    with its refusal if there was one.
 
     Raises:
         SendError: there is no association, or it breaks.
@@ -59,23 +60,40 @@ def send_files(
     # The file's bytes go out in pieces as they are; pynetdicom has only this module-wide switch for it.
     pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
     try:
-        for path, (sop_class, transfer_syntax) in kinds.items():
-            if (sop_class, transfer_syntax) not in accepted:
-                what = f"{UID(sop_class).name} as {UID(transfer_syntax).name}"
-                reason = f"{_name(peer)} does not take {what}; allow it there"
-                refused.append(Refused(path=path, reason=reason, permanent=True))
-            else:
-                status = association.send_c_store(path)
-                if "Status" not in status:
-                    raise SendError(f"{_name(peer)} broke the connection while {path.name} was sent")
-                if code_to_category(status.Status) not in ("Success", "Warning"):
-                    comment = status.get("ErrorComment", "no comment")
-                    reason = f"{_name(peer)} refused {path.name} with status 0x{status.Status:04X} ({comment})"
-                    refused.append(Refused(path=path, reason=reason, permanent=False))
-            on_file(path)
+        for path, kind in kinds.items():
+            refusal = None if kind in accepted else _not_negotiated(path, kind, peer)
+            if refusal is None:
+                refusal = _send(association, path, peer)
+            if refusal is not None:
+                refused.append(refusal)
+            on_file(path, refusal)
     finally:
         association.release()
     return refused
+
+
+def _not_negotiated(path: Path, kind: tuple[str, str], peer: DicomDestination) -> Refused:
+    what = f"{UID(kind[0]).name} as {UID(kind[1]).name}"
+    return Refused(path=path, reason=f"{_name(peer)} does not take {what}; allow it there", permanent=True)
+
+
+def _send(association: Association, path: Path, peer: DicomDestination) -> Refused | None:
+    """Sends one file; its refusal if the peer answers with a failure.
+
+    Raises:
+        SendError: the association broke.
+    """
+    try:
+        status = association.send_c_store(path)
+    except RuntimeError as error:  # the association ended since the last file
+        raise SendError(f"{_name(peer)} ended the association before {path.name} was sent") from error
+    if "Status" not in status:
+        raise SendError(f"{_name(peer)} broke the connection while {path.name} was sent")
+    if code_to_category(status.Status) in ("Success", "Warning"):
+        return None
+    comment = status.get("ErrorComment", "no comment")
+    reason = f"{_name(peer)} refused {path.name} with status 0x{status.Status:04X} ({comment})"
+    return Refused(path=path, reason=reason, permanent=False)
 
 
 def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:

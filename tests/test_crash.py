@@ -18,7 +18,7 @@ from node.archive import Archive
 from node.case import CaseState
 from node.config import DicomDestination
 from node.index import Index
-from node.send import SendError, send_files
+from node.send import Refused, SendError, send_files
 from tests.running_node import RunningNode, free_port, phantom_series
 
 NUM_SERIES = 4
@@ -37,20 +37,16 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         while self._left and not self.stopping:
-            sent: list[Path] = []
-
-            def note(path: Path, sent: list[Path] = sent) -> None:
-                sent.append(path)
-                time.sleep(0.02)  # no faster than a scanner, so that kills fall into the middle
-
             try:
-                refused = send_files(self._left, self._node, calling_ae_title="CRASH", on_file=note)
+                send_files(self._left, self._node, calling_ae_title="CRASH", on_file=self._note)
             except SendError:
-                refused = []  # broken off: what was answered before counts
                 time.sleep(0.3)
-            taken = [path for path in sent if path not in {item.path for item in refused}]
-            self.acknowledged += taken
-            self._left = [path for path in self._left if path not in taken]
+            self._left = [path for path in self._left if path not in self.acknowledged]
+
+    def _note(self, path: Path, refused: Refused | None) -> None:
+        if refused is None:
+            self.acknowledged.append(path)
+        time.sleep(0.02)  # no faster than a scanner, so that kills fall into the middle
 
 
 @pytest.mark.timeout(600)
