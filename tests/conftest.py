@@ -1,6 +1,7 @@
 """Fixtures that tests of the node share: a free port, a data folder of its own, its configuration and its index."""
 
 import socket
+import socketserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ import pytest
 
 from node.config import AnalyseConfig, CompleteConfig, Config, DeliverConfig, ReceiveConfig
 from node.index import Index
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_stop_quickly() -> Iterator[None]:
+    """socketserver looks twice a second whether it is to stop; the tests start and stop many servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
+        yield
 
 
 @pytest.fixture
