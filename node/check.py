@@ -51,7 +51,7 @@ def _check_disk(config: Config) -> Check:
 def _check_model(config: Config) -> Check:
     try:
         info = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads).info
-    except BundleError as error:
+    except (BundleError, ValueError) as error:  # ValueError: there is no such device
         return "model", str(error), ""
     return "model", "", f"{info.name} {info.version}: {info.trained_on}"
 

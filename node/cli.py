@@ -143,7 +143,7 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
             shutil.rmtree(work_dir, ignore_errors=True)
     except SeriesError as error:
         _fail(str(error), _EXIT_NOT_ANALYSABLE)
-    except BundleError as error:
+    except (BundleError, ValueError) as error:  # ValueError: there is no such device
         _fail(str(error), _EXIT_USAGE)
     except OSError as error:
         _fail(f"{out_dir} cannot be written: {error.strerror}.", _EXIT_FAILED)

@@ -43,12 +43,12 @@ def send_files(
     calling_ae_title: str,
     on_file: Callable[[Path, Refused | None], None] = lambda path, refused: None,
 ) -> list[Refused]:
-    """Sends files over one association; returns those that were refused. on_file is called after each,
-    with its refusal if there was one.
+    """Sends files over one association; returns those that were refused.
+
+    on_file is called after each, with its refusal if there was one.
 
     Raises:
-        SendError: there is no association, or it breaks.
-        InvalidDicomError: a file is not DICOM; nothing is sent then.
+        SendError: there is no association, or it breaks, or a file does not say what it is.
     """
     kinds = {path: _kind(path) for path in paths}
     ae = _client(calling_ae_title, peer)
@@ -113,8 +113,8 @@ def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:
 
 
 def find_dicom_files(folder: Path) -> tuple[list[Path], int]:
-    """The DICOM files under a folder, sorted, and the number of other files there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """The DICOM files under a folder, sorted, and the number of other files there. A DICOMDIR is neither."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "DICOMDIR")
     found = [path for path in files if _is_dicom(path)]
     return found, len(files) - len(found)
 
@@ -127,7 +127,10 @@ def _is_dicom(path: Path) -> bool:
 def _kind(path: Path) -> tuple[str, str]:
     """SOP Class UID and Transfer Syntax UID of a file, from its File Meta Information."""
     meta = dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
-    return str(meta.MediaStorageSOPClassUID), str(meta.TransferSyntaxUID)
+    kind = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
+    if not all(kind):
+        raise SendError(f"{path} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
+    return kind
 
 
 def _name(peer: DicomDestination) -> str:

@@ -59,6 +59,14 @@ class Broken:
 JobOutcome = Analysed | NotAnalysable | Broken
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A worker has loaded the model."""
+
+
+_Answer = JobOutcome | _Ready
+
+
 class WorkerPool:
     """A fixed number of worker processes.
 
@@ -94,15 +102,20 @@ class WorkerPool:
         worker = _Worker(self._config)
         while (item := self._jobs.get()) is not None and not self._stopping.is_set():
             job, future = item
+            if not worker.is_usable():  # it died while it had nothing to do
+                worker = self._replace(worker)
             outcome = worker.run(job, self._stopping)
             if outcome is None:
                 future.cancel()
                 break
             if not worker.is_usable():
-                worker.kill()
-                worker = _Worker(self._config)
+                worker = self._replace(worker)
             future.set_result(outcome)
         worker.kill()
+
+    def _replace(self, worker: "_Worker") -> "_Worker":
+        worker.kill()
+        return _Worker(self._config)
 
 
 class _Worker:
@@ -129,25 +142,26 @@ class _Worker:
     def run(self, job: Job, stopping: threading.Event) -> JobOutcome | None:
         """How the job ended; None if the pool stopped first."""
         try:
-            if not self._ready:
-                started = self._receive(_START_TIMEOUT_S, stopping)
-                if started is not True:
-                    self._usable = False
-                    return started
+            answer: _Answer | None = _Ready() if self._ready else self._receive(_START_TIMEOUT_S, stopping)
+            if isinstance(answer, _Ready):
                 self._ready = True
-            self._connection.send(job)
-            outcome = self._receive(self._timeout_s, stopping)
+                self._connection.send(job)
+                answer = self._receive(self._timeout_s, stopping)
+            else:
+                self._usable = False
         except (EOFError, OSError):
             self._process.join(5)
-            outcome = Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
             self._usable = False
-        return outcome
+            answer = Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
+        assert not isinstance(answer, _Ready)
+        return answer
 
-    def _receive(self, timeout_s: float, stopping: threading.Event) -> JobOutcome | None:
+    def _receive(self, timeout_s: float, stopping: threading.Event) -> "_Answer | None":
         deadline = time.monotonic() + timeout_s
         while not stopping.is_set():
             if wait([self._connection], timeout=0.2):
-                return self._connection.recv()
+                answer: _Answer = self._connection.recv()
+                return answer
             if time.monotonic() > deadline:
                 self._usable = False
                 return Broken(reason=f"no answer from the worker process within {timeout_s:g} s; it was stopped")
@@ -171,10 +185,10 @@ def _work(config: Config, connection: Connection) -> None:
     rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
-    except BundleError as error:
+    except (BundleError, ValueError) as error:  # ValueError: there is no such device
         connection.send(Broken(reason=str(error)))
         return
-    connection.send(True)
+    connection.send(_Ready())
     while True:
         try:
             job: Job = connection.recv()
