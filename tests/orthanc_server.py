@@ -79,13 +79,10 @@ class OrthancServer:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        """Ends it, and waits until it is gone: it holds its ports for about two seconds more."""
+        """Ends it at once: a clean end would take Orthanc two to three seconds, and nothing it holds is needed."""
         self.client.close()
-        self._process.terminate()
-        try:
-            self._process.wait(20)
-        finally:
-            self._process.kill()
+        self._process.kill()
+        self._process.wait(20)
 
     def upload(self, folder: Path) -> None:
         """Uploads every DICOM file of a folder over HTTP, as Orthanc Explorer does."""

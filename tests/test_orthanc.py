@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def check_nothing_loops(orthanc: OrthancServer, node: RunningNode, num_jobs: int
     assert case.state is CaseState.DONE
 
 
-def check_seg(found: list[Dataset], sources: list[Dataset]) -> None:
+def check_seg(found: list[Dataset], sources: Sequence[Dataset]) -> None:
     """The vertebrae are segmented, and every frame points at a slice of the CT Series."""
     uids = {source.SOPInstanceUID for source in sources}
     labels = [{segment.SegmentLabel for segment in seg.SegmentSequence} for seg in found]
@@ -185,7 +185,7 @@ def check_seg(found: list[Dataset], sources: list[Dataset]) -> None:
         assert seg.pixel_array.any()
 
 
-def check_sr(found: list[Dataset], sources: list[Dataset]) -> None:
+def check_sr(found: list[Dataset], sources: Sequence[Dataset]) -> None:
     """There is one report, about this patient, with slices of the CT Series as its evidence."""
     (report,) = found
     assert report.SOPClassUID == Comprehensive3DSRStorage
