@@ -36,7 +36,7 @@ class ReceiveConfig(_Section):
     """The C-STORE SCP."""
 
     ae_title: AETitle = "CSPINE"
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)  # empty would be every interface
     port: Port = 11112
     max_associations: int = Field(default=32, ge=1, le=1000)
     network_timeout_s: Seconds = 60.0
@@ -140,7 +140,8 @@ def load_config(path: Path | None = None) -> Config:
         )
     config = None
     try:
-        config = Config.model_validate(values or {})
+        # A section with nothing in it, say because all of it is commented out, is a section left out.
+        config = Config.model_validate({key: value for key, value in (values or {}).items() if value is not None})
     except ValidationError as error:
         faults += [_describe(item, lines) for item in error.errors()]
     if config is None or faults:
@@ -197,16 +198,21 @@ def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
     for part in item["loc"]:
         if part not in ("dicom", "folder") or (*location, part) in lines:
             location = (*location, part)
+    if item["type"].startswith("union_tag"):
+        location = (*location, "type")
     known = location
     while known not in lines:
         known = known[:-1]
     if item["type"] == "extra_forbidden":
         return lines[known], f"{_dotted(location)} is not a setting"
-    if item["type"] == "missing":
+    if item["type"] in ("missing", "union_tag_not_found"):
         return lines[known], f"{_dotted(location)} is missing"
-    value = item["input"]
+    value, message = item["input"], item["msg"].removeprefix("Value error, ")
+    if item["type"] == "union_tag_invalid":
+        value, message = item["ctx"]["tag"], "must be dicom or folder"
+    elif item["type"] == "model_type":
+        message = "must be a group of settings"
     shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
-    message = item["msg"].removeprefix("Value error, ")
     return lines[known], f"{_dotted(location)}: {message[0].lower()}{message[1:]}{shown}"
 
 

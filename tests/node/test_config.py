@@ -1,0 +1,280 @@
+"""The configuration: config.yaml says what the code says, and every fault is named at once with its line."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from node.config import Config, ConfigError, DicomDestination, FolderDestination, load_config
+
+CONFIG_YAML = Path(__file__).parents[2] / "config.yaml"
+
+Load = Callable[[str], Config]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """Loads a configuration from text."""
+
+    def from_text(text: str) -> Config:
+        path = tmp_path / "config.yaml"
+        path.write_text(text, encoding="utf-8")
+        return load_config(path)
+
+    return from_text
+
+
+def faults(load: Load, text: str) -> list[str]:
+    """The lines of the message after the first."""
+    with pytest.raises(ConfigError) as refusal:
+        load(text)
+    first, *rest = str(refusal.value).splitlines()
+    assert first.endswith(f"has {len(rest)} fault(s):")
+    return [line.strip() for line in rest]
+
+
+# ---- config.yaml and the code say the same ----
+
+
+def test_config_yaml_gives_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CONFIG_YAML.parent)
+    assert load_config(CONFIG_YAML) == load_config(None)
+
+
+def _settings(model: type[BaseModel], section: str = "") -> Iterator[str]:
+    """Every setting of the model, dotted."""
+    for name, field in model.model_fields.items():
+        yield f"{section}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _settings(field.annotation, f"{section}{name}.")
+
+
+def test_config_yaml_holds_every_setting_with_a_comment_directly_above_it() -> None:
+    lines = CONFIG_YAML.read_text(encoding="utf-8").splitlines()
+    section, commented, found = "", set(), set()
+    for above, line in zip(["", *lines], lines, strict=False):
+        match = re.fullmatch(r"( *)(\w+):.*", line)
+        if match is None or len(match[1]) > 2:
+            continue
+        if not match[1]:
+            section = match[2]
+        name = f"{section}.{match[2]}" if match[1] else match[2]
+        found.add(name)
+        if above.strip().startswith("#"):
+            commented.add(name)
+    assert found == set(_settings(Config))
+    assert commented == found
+
+
+@pytest.mark.parametrize("kind", [DicomDestination, FolderDestination])
+def test_config_yaml_shows_every_setting_of_a_destination(kind: type[BaseModel]) -> None:
+    shown = set(re.findall(r"(\w+): ", CONFIG_YAML.read_text(encoding="utf-8")))
+    assert set(kind.model_fields) <= shown
+
+
+def test_numbers_in_settings_carry_their_unit() -> None:
+    unitless = {"port", "max_associations", "workers", "threads", "max_attempts", "min_slices"}
+    for model in (section.annotation for section in Config.model_fields.values()):
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            for name, field in model.model_fields.items():
+                if isinstance(field.default, int | float):
+                    assert name in unitless or name.endswith(("_s", "_mm", "_mb")), name
+
+
+# ---- what is read ----
+
+
+def test_settings_left_out_keep_their_defaults(load: Load) -> None:
+    config = load("receive:\n  port: 104\n")
+    assert (config.receive.port, config.receive.ae_title, config.complete.min_slices) == (104, "CSPINE", 30)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "---\n"])
+def test_an_empty_file_is_the_defaults(load: Load, tmp_path: Path, text: str) -> None:
+    assert load(text).receive == Config().receive
+
+
+def test_relative_paths_start_at_the_folder_of_the_file(load: Load, tmp_path: Path) -> None:
+    config = load(
+        "data_dir: here\nanalyse:\n  bundle: ../bundle\n"
+        "deliver:\n  destinations:\n    - {name: a, type: folder, path: out}\n"
+        "    - {name: b, type: folder, path: /out}\n"
+    )
+    paths = [d.path for d in config.deliver.destinations if isinstance(d, FolderDestination)]
+    assert (config.data_dir, config.analyse.bundle) == (tmp_path / "here", tmp_path / "../bundle")
+    assert paths == [tmp_path / "out", Path("/out")]
+
+
+def test_without_a_file_relative_paths_start_at_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = load_config(None)
+    assert config.data_dir == tmp_path / "data"
+    assert [d.path for d in config.deliver.destinations if isinstance(d, FolderDestination)] == [
+        tmp_path / "data" / "results"
+    ]
+
+
+def test_destinations_of_both_types(load: Load) -> None:
+    config = load(
+        "deliver:\n  destinations:\n"
+        "    - {name: pacs, type: dicom, host: pacs.example.org, port: 104, ae_title: PACS}\n"
+        "    - {name: out, type: folder, path: out}\n"
+    )
+    pacs, out = config.deliver.destinations
+    assert isinstance(pacs, DicomDestination)
+    assert isinstance(out, FolderDestination)
+    assert pacs.timeout_s == 30
+
+
+def test_no_destinations_at_all_is_allowed(load: Load) -> None:
+    assert load("deliver:\n  destinations: []\n").deliver.destinations == ()
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Config().receive.port = 1  # type: ignore[misc]
+
+
+# ---- what is refused ----
+
+
+def test_all_faults_are_listed_at_once_with_their_lines(load: Load) -> None:
+    listed = faults(
+        load,
+        "data_dir: data\n"
+        "colour: red\n"
+        "receive:\n"
+        "  port: 70000\n"
+        "  ae_title: THIS_AE_TITLE_IS_TOO_LONG\n"
+        "  prot: 5\n"
+        "complete:\n"
+        "  min_slices: many\n"
+        "deliver:\n"
+        "  destinations:\n"
+        "    - name: pacs\n"
+        "      type: dicom\n"
+        "      host: pacs\n"
+        "      port: 0\n"
+        "    - name: out\n"
+        "      type: folder\n"
+        "      path: out\n"
+        "      ae_title: NOT_FOR_A_FOLDER\n",
+    )
+    starts = [
+        "line 2: colour is not a setting",
+        "line 4: receive.port: input should be less than or equal to 65535 (it is 70000)",
+        "line 5: receive.ae_title: an AE title has 1 to 16 printable ASCII characters and no backslash (it is 'THIS",
+        "line 6: receive.prot is not a setting",
+        "line 8: complete.min_slices: input should be a valid integer",
+        "line 11: deliver.destinations.0.ae_title is missing",
+        "line 14: deliver.destinations.0.port: input should be greater than or equal to 1 (it is 0)",
+        "line 18: deliver.destinations.1.ae_title is not a setting",
+    ]
+    assert len(listed) == len(starts)
+    for line, start in zip(listed, starts, strict=True):
+        assert line.startswith(start)
+
+
+def test_a_setting_given_twice_is_a_fault(load: Load) -> None:
+    assert faults(load, "receive:\n  port: 104\n  host: 127.0.0.1\n  port: 105\n") == [
+        "line 4: receive.port is given twice"
+    ]
+
+
+def test_an_unknown_type_of_destination_names_the_known_ones(load: Load) -> None:
+    (line,) = faults(load, "deliver:\n  destinations:\n    - name: web\n      type: dicomweb\n      url: http://x\n")
+    assert line == "line 4: deliver.destinations.0.type: must be dicom or folder (it is 'dicomweb')"
+
+
+def test_a_destination_without_type_is_told_so(load: Load) -> None:
+    (line,) = faults(load, "deliver:\n  destinations:\n    - name: web\n      path: out\n")
+    assert line == "line 3: deliver.destinations.0.type is missing"
+
+
+def test_two_destinations_of_one_name_are_refused(load: Load) -> None:
+    (line,) = faults(
+        load,
+        "deliver:\n  destinations:\n"
+        "    - {name: out, type: folder, path: a}\n"
+        "    - {name: out, type: folder, path: b}\n",
+    )
+    assert line == "line 1: deliver: two destinations share the name out; give each its own"
+
+
+def test_a_longest_wait_shorter_than_the_first_is_refused(load: Load) -> None:
+    (line,) = faults(load, "deliver:\n  retry_first_s: 60\n  retry_max_s: 10\n")
+    assert line == "line 1: deliver: retry_max_s (10) is less than retry_first_s (60)"
+
+
+def test_a_section_whose_settings_are_all_commented_out_is_a_section_left_out(load: Load) -> None:
+    assert load("receive:\n  # port: 104\ncomplete:\n").receive.port == 11112
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("receive: 104\n", "line 1: receive: must be a group of settings (it is 104)"),
+        ("receive: {host: ''}\n", "line 1: receive.host: string should have at least 1 character (it is '')"),
+        ("receive: {ae_title: ''}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
+        ("receive: {ae_title: 'A\\B'}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
+        ("receive: {ae_title: KÖLN}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
+        ("complete: {quiet_time_s: .inf}\n", "line 1: complete.quiet_time_s: input should be a finite number"),
+        ("complete: {quiet_time_s: -1}\n", "line 1: complete.quiet_time_s: input should be greater than 0"),
+        ("analyse: {device: tpu}\n", "line 1: analyse.device: "),
+        ("analyse: {workers: 0}\n", "line 1: analyse.workers: input should be greater than or equal to 1"),
+        ("log_level: LOUD\n", "line 1: log_level: input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+        ("on: true\n", "line 1: "),
+    ],
+)
+def test_an_impossible_value_is_refused_in_words(load: Load, text: str, expected: str) -> None:
+    (line,) = faults(load, text)
+    assert line.startswith(expected)
+    assert "pydantic" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("receive: [\n", "is not valid YAML"),
+        ("receive:\n\tport: 104\n", "is not valid YAML"),
+        ("data_dir: !!python/object:os.system x\n", "is not valid YAML"),
+        ("just a sentence\n", "holds a str; it must be a mapping of settings"),
+        ("- a\n- list\n", "holds a list; it must be a mapping of settings"),
+    ],
+)
+def test_what_is_not_a_mapping_in_yaml_is_refused(load: Load, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load(text)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "missing.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "binary.yaml")
+
+
+def test_every_error_is_a_config_error(load: Load) -> None:
+    """Whatever a damaged file holds, `cspine` says a sentence and no traceback."""
+    whole = CONFIG_YAML.read_text(encoding="utf-8")
+    for cut in range(0, len(whole), 97):
+        try:
+            load(whole[:cut] + "\n  : }" + whole[cut:])
+        except ConfigError:
+            continue
+
+
+def test_the_example_of_a_pacs_in_config_yaml_is_valid(load: Load) -> None:
+    text = CONFIG_YAML.read_text(encoding="utf-8")
+    example = re.findall(r"^ +#   ((?:- |  )\w+: .*)$", text, re.MULTILINE)
+    assert [line.split(":")[0].strip("- ") for line in example] == list(yaml.safe_load("\n".join(example))[0])
+    listed = "\n".join(f"    {line}" for line in example)
+    (pacs,) = load(f"deliver:\n  destinations:\n{listed}\n").deliver.destinations
+    assert isinstance(pacs, DicomDestination)
+    assert set(DicomDestination.model_fields) == set(yaml.safe_load("\n".join(example))[0])
