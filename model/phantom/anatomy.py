@@ -6,20 +6,23 @@ is sampled here: `render` does that.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+from scipy.ndimage import gaussian_filter
 
 from model.levels import LEVELS
 from model.phantom import bones
 from model.phantom.bones import Jitter, Shape
 from model.phantom.fracture import Crack, Fracture, cracks
+from model.phantom.regions import cranium, face, shoulders
 from model.phantom.solids import Float32Array, Float64Array, Point
-from model.phantom.tissues import Paint, paint_patient
+from model.phantom.tissues import Paint, Spine, muscles, outline, palette, table, throat_and_canal
 
 SPINE = ("T3", "T2", "T1", "C7", "C6", "C5", "C4", "C3", "C2")
 """From foot to head, the vertebrae that stand on one another; C1 and the occiput follow the axis."""
 
-_TILT_DEG = {"T3": 18, "T2": 20, "T1": 22, "C7": 19, "C6": 15, "C5": 10.5, "C4": 6, "C3": 2, "C2": -2, "C1": -5}
+_TILT_DEG = {"T3": 20, "T2": 24, "T1": 27, "C7": 24, "C6": 18.5, "C5": 12, "C4": 5, "C3": -2, "C2": -6, "C1": -9}
 _CURVE = {"T3": -0.2, "T2": -0.2, "T1": 0.0, "C7": 0.35, "C6": 0.6, "C5": 0.5, "C4": 0.1, "C3": -0.4, "C2": -0.8}
 
 
@@ -72,6 +75,7 @@ class Anatomy:
     fractures: tuple[Fracture, ...]
     pose: Float64Array
     bones: tuple[Bone, ...]
+    outline: Paint
     tissues: tuple[Paint, ...]
     texture: Float32Array
     shoulder_z_mm: float
@@ -92,13 +96,23 @@ class Anatomy:
         frames = _frames(rng, variation, jitter)
         shapes = _shapes(rng, variation, jitter)
         placed = _bones(frames, shapes, fractures, seed, jitter, variation, rng)
-        tissues = paint_patient(frames, jitter, rng, variation)
+        spine = Spine(frames=frames)
+        hu = palette(jitter, rng, variation)
+        tissues = (
+            table(spine),
+            *shoulders(spine, hu, jitter),
+            *muscles(spine, hu, jitter),
+            *face(spine, hu, jitter),
+            *cranium(spine, hu, jitter),
+            *throat_and_canal(spine, hu, jitter, rng, variation),
+        )
         return cls(
             seed=seed,
             variation=variation,
             fractures=tuple(fractures),
             pose=_pose(rng, variation),
             bones=placed,
+            outline=outline(spine, hu, jitter),
             tissues=tissues,
             texture=_texture(rng),
             shoulder_z_mm=float(frames["T1"][2, 3]),
@@ -170,7 +184,7 @@ def _frames(rng: np.random.Generator, variation: float, jitter: Jitter) -> dict[
             + 0.8 * variation * rng.normal(),
         )
     positions = {"T3": np.zeros(3)}
-    for below, above in zip(SPINE, SPINE[1:], strict=False):
+    for below, above in pairwise(SPINE):
         small, large = bones.SIZES[below], bones.SIZES[above]
         disc = large.disc * size * jitter(0.12)
         low = angles[below][:, 2] * (small.height + disc / 2)
@@ -178,7 +192,7 @@ def _frames(rng: np.random.Generator, variation: float, jitter: Jitter) -> dict[
     positions["C1"] = positions["C2"] + angles["C2"] @ np.array([0, 1.6, 17.4])
     frames = {name: _frame(angles[name], positions[name] - positions["C4"]) for name in names}
     frames["C0"] = frames["C1"] @ _frame(rotation(tilt_deg=2.0, roll_deg=0.0, yaw_deg=0.0), np.zeros(3))
-    tilt = float(_TILT_DEG["C1"] + 5 + 0.7 * flexion * 0.4)
+    tilt = float(0.3 * flexion)
     head = rotation(tilt_deg=tilt, roll_deg=bend * 3, yaw_deg=head_yaw)
     frames["head"] = _frame(head, positions["C1"] - positions["C4"])
     return frames
@@ -258,8 +272,5 @@ def _pose(rng: np.random.Generator, variation: float) -> Float64Array:
 
 
 def _texture(rng: np.random.Generator) -> Float32Array:
-    grain = rng.standard_normal((32, 32, 32))
-    spectrum = np.fft.rfftn(grain)
-    frequency = np.sqrt(sum(f**2 for f in np.meshgrid(*[np.fft.fftfreq(32)] * 2, np.fft.rfftfreq(32), indexing="ij")))
-    smooth = np.fft.irfftn(spectrum * np.exp(-((frequency / 0.22) ** 2)), s=grain.shape)
-    return (smooth / smooth.std()).astype(np.float32)
+    smooth = gaussian_filter(rng.standard_normal((32, 32, 32), dtype=np.float32), 0.9, mode="wrap")
+    return np.asarray(smooth / smooth.std(), np.float32)

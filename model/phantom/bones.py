@@ -13,6 +13,7 @@ import numpy as np
 from model.phantom.solids import (
     Float64Array,
     Point,
+    RoundedBox,
     Solid,
     VertebralBody,
     capsule,
@@ -152,13 +153,13 @@ FACET_TILT_DEG = {"C2": 38.0, "C3": 42.0, "C4": 43.0, "C5": 42.0, "C6": 40.0, "C
 def typical_vertebra(name: str, size: Size, jitter: Jitter, osteophytes: list[Point]) -> Shape:
     """C3..C7 and T1..T3: body, pedicles, articular pillars, laminae, spinous and transverse processes.
 
-    osteophytes: points `(u, v, sign)` at the rims of the endplates, -1..1 across the body; sign is +1 for the upper one.
+    osteophytes: points `(u, v, sign)` at the rims of the endplates, -1..1 across the body; sign +1 is the upper one.
     """
     cervical = name.startswith("C")
     body = VertebralBody(
         to_local=local_frame((0, 0, 0)),
         half_mm=(size.width, size.depth, size.height),
-        uncinate_mm=3.6 * jitter(0.2) if cervical else 0.0,
+        uncinate_mm=4.4 * jitter(0.2) if cervical else 0.0,
         lip_mm=(1.8 if cervical else 0.4) * jitter(0.3),
     )
     parts = [Part(solid=body)]
@@ -196,7 +197,7 @@ def _half_arch(name: str, size: Size, side: int, jitter: Jitter) -> list[Part]:
     tilt = np.deg2rad(FACET_TILT_DEG.get(name, 20.0))
     pillar = facet_column(
         (side * x, y, z),
-        half_mm=(5.8 * jitter(0.08), 5.2 * jitter(0.08), size.height + size.disc / 2 + 1.3),
+        half_mm=(6.0 * jitter(0.08), 5.6 * jitter(0.08), size.height + size.disc / 2 + 1.6),
         tilt=float(tilt),
     )
     back = size.depth + size.canal_depth
@@ -216,7 +217,7 @@ def _half_arch(name: str, size: Size, side: int, jitter: Jitter) -> list[Part]:
         half_thick_mm=0.4,
         radius_mm=1.5 * jitter(0.1),
     )
-    parts = [Part(solid=pillar), Part(solid=pedicle), Part(solid=lamina)]
+    parts = [Part(solid=pillar), Part(solid=pedicle, blend_mm=2.5), Part(solid=lamina, blend_mm=2.5)]
     if not cervical:
         tip = (side * size.transverse, y + 12, 3.0)
         parts.append(Part(solid=capsule((side * (x - 1), y + 1, 1), tip, 3.6, 4.2)))
@@ -226,9 +227,7 @@ def _half_arch(name: str, size: Size, side: int, jitter: Jitter) -> list[Part]:
 def facet_column(centre: Point, *, half_mm: tuple[float, float, float], tilt: float) -> Solid:
     """An articular pillar: walls upright, upper and lower face sloping down to the back by `tilt` radians."""
     rows = np.array([[1, 0, 0], [0, 1, 0], [0, np.sin(tilt), np.cos(tilt)]])
-    rounding = 1.6
-    from model.phantom.solids import RoundedBox
-
+    rounding = 2.6
     return RoundedBox(
         to_local=local_frame(centre, rows),
         half_mm=(half_mm[0] - rounding, half_mm[1] - rounding, half_mm[2] * float(np.cos(tilt)) - rounding),
@@ -251,9 +250,10 @@ def _spinous(name: str, size: Size, jitter: Jitter) -> list[Part]:
     if name in ("C3", "C4", "C5", "C6"):
         for side in (1, -1):
             horn = (side * 4.2 * jitter(0.2), tip[1] + 4.0 * jitter(0.25), tip[2] - 1.5)
-            parts.append(Part(solid=capsule((0, tip[1] - 1, tip[2]), horn, 2.2, 1.9)))
+            parts.append(Part(solid=capsule((0, tip[1] - 1, tip[2]), horn, 2.6, 2.1)))
+        parts.append(Part(solid=ellipsoid(tip, (2.6, 3.6, 4.6)), blend_mm=2.5))
     else:
-        parts.append(Part(solid=ellipsoid(tip, (3.4, 4.0, 5.0))))
+        parts.append(Part(solid=ellipsoid(tip, (3.4, 4.6, 6.0)), blend_mm=3.0))
     return parts
 
 
@@ -290,7 +290,7 @@ def _basivertebral(size: Size) -> tuple[Solid, ...]:
 
 
 def axis(jitter: Jitter, dens_tilt_deg: float) -> Shape:
-    """C2: body, dens, superior facets, pars, pillars, laminae, heavy bifid spinous process. Origin: centre of the body."""
+    """C2: body, dens, superior facets, pars, pillars, laminae, heavy bifid spinous process. Origin: its body."""
     size = SIZES["C2"]
     body = VertebralBody(
         to_local=local_frame((0, 0, -0.5)),
@@ -313,7 +313,7 @@ def axis(jitter: Jitter, dens_tilt_deg: float) -> Shape:
                 [side * np.sin(tilt), 0, np.cos(tilt)],
             ]
         )
-        parts.append(Part(solid=ellipsoid((side * 14.5, 1.5, 4.6), (8.4 * jitter(0.05), 8.6, 4.6), rows), blend_mm=3.0))
+        parts.append(Part(solid=ellipsoid((side * 14.2, 1.5, 3.8), (8.2 * jitter(0.05), 8.4, 5.4), rows), blend_mm=4.0))
         pillar = facet_column((side * 17.5, 14.5, -6.5), half_mm=(5.8, 5.4, 7.6), tilt=float(np.deg2rad(38)))
         parts.append(Part(solid=pillar))
         parts.append(
@@ -364,16 +364,23 @@ def axis(jitter: Jitter, dens_tilt_deg: float) -> Shape:
 
 
 def atlas(jitter: Jitter) -> Shape:
-    """C1: anterior arch with tubercle, lateral masses, posterior arch, transverse processes. Origin: axis of the dens."""
+    """C1: anterior arch with tubercle, lateral masses, posterior arch, transverse processes. Origin: the dens."""
     parts = []
     back = 30.5 * jitter(0.04)
     for side in (1, -1):
-        mass = facet_column(
-            (side * 17.2, 0.5, 0.0), half_mm=(6.2 * jitter(0.06), 8.6 * jitter(0.05), 7.2), tilt=float(np.deg2rad(4))
+        yaw = np.deg2rad(side * 18.0)
+        lean = np.deg2rad(side * 14.0)  # the lower face looks down and inwards
+        flat = np.array(
+            [[np.cos(yaw), np.sin(yaw), 0], [-np.sin(yaw), np.cos(yaw), 0], [np.sin(lean), 0, np.cos(lean)]]
+        )
+        mass = RoundedBox(
+            to_local=local_frame((side * 17.0, 0.5, 0.0), flat),
+            half_mm=(2.8 * jitter(0.06), 5.0 * jitter(0.05), 3.7),
+            radius_mm=3.6,
         )
         parts.append(Part(solid=mass))
         front = [(side * 15.0, -6.0, 0.0), (side * 8.5, -9.4, 0.3), (0.0, -10.6, 0.5)]
-        parts += [Part(solid=rod) for rod in chain(front, [3.6, 2.8, 3.0])]
+        parts += [Part(solid=rod, blend_mm=0.7) for rod in chain(front, [3.6, 2.8, 3.0])]
         rear = [
             (side * 18.0, 7.0, -0.5),
             (side * 20.0, 14.5, 0.0),
@@ -381,7 +388,7 @@ def atlas(jitter: Jitter) -> Shape:
             (side * 7.0, back - 1.0, -1.0),
             (0.0, back, -1.0),
         ]
-        parts += [Part(solid=rod) for rod in chain(rear, [3.2, 2.5, 2.8, 3.2, 3.2])]
+        parts += [Part(solid=rod, blend_mm=0.7) for rod in chain(rear, [3.2, 2.5, 2.8, 3.2, 3.2])]
         tip = (side * 37.0 * jitter(0.06), 4.5, -2.0)
         parts.append(Part(solid=capsule((side * 22, -1.5, -1), tip, 2.3, 2.6)))
         parts.append(Part(solid=capsule((side * 20, 8.5, -1), tip, 2.3, 3.0)))
@@ -389,8 +396,8 @@ def atlas(jitter: Jitter) -> Shape:
         parts.append(Part(solid=foramen, blend_mm=0.6, cut=True))
         socket = ellipsoid((side * 17.0, 0.5, 12.5), (6.5, 10.5, 7.5))
         parts.append(Part(solid=socket, blend_mm=0.8, cut=True))
-    parts.append(Part(solid=ellipsoid((0, -12.4, -0.5), (3.2, 2.4, 4.4)), blend_mm=2.0))
-    parts.append(Part(solid=ellipsoid((0, back + 2.0, -1.0), (4.0, 2.6, 4.0)), blend_mm=2.0))
+    parts.append(Part(solid=ellipsoid((0, -11.2, 0.0), (6.5, 3.2, 5.6)), blend_mm=2.0))
+    parts.append(Part(solid=ellipsoid((0, back + 1.0, -1.0), (6.0, 3.6, 4.8)), blend_mm=2.0))
     landmarks = {
         "ring_front": np.array([7.0, -9.8, 0.2]),
         "ring_back": np.array([17.5, 19.5, -0.2]),

@@ -1,15 +1,17 @@
 """A phantom as a CT Series of DICOM files, one Instance a slice, written as a scanner would."""
 
 from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 
 import numpy as np
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
 
 from model.geometry import Grid
 from model.phantom.render import Phantom
 
-_IMPLEMENTATION_UID = "2.25.305828488182831875890203105390285383139"
+_IMPLEMENTATION_UID = UID("2.25.305828488182831875890203105390285383139")
 
 
 def write_series(
@@ -58,7 +60,9 @@ def write_series(
 
 
 def _uid(*parts: object) -> str:
-    return str(generate_uid(prefix=None, entropy_srcs=["C-Spine Node phantom", *map(str, parts)]))
+    """A UID that the parts determine. Reference: PS3.5 B.2 (UUID as an OID under 2.25)."""
+    name = "/".join(["C-Spine Node phantom", *map(str, parts)])
+    return f"2.25.{uuid5(NAMESPACE_OID, name).int}"
 
 
 def _direction(grid: Grid) -> tuple[list[float], float]:
@@ -73,6 +77,14 @@ def _direction(grid: Grid) -> tuple[list[float], float]:
         )
     step = abs(float(np.cross(row, column) @ grid.affine[:3, 0]))
     return [round(float(value), 9) for value in (*row, *column)], step
+
+
+def _tilt_deg(grid: Grid) -> float:
+    """Angle between the way from slice to slice and the slices' normal, degrees; more than 0 on sheared grids."""
+    normal = np.cross(grid.affine[:3, 2], grid.affine[:3, 1])
+    step = grid.affine[:3, 0]
+    cosine = abs(float(normal @ step)) / float(np.linalg.norm(normal) * np.linalg.norm(step))
+    return float(np.rad2deg(np.arccos(min(cosine, 1.0))))
 
 
 def _shared_attributes(
@@ -107,7 +119,7 @@ def _shared_attributes(
     ds.SoftwareVersions = "1"
     ds.ProtocolName = "C-Spine trauma"
     ds.ReconstructionDiameter = round(column_step_mm * grid.shape[2], 3)
-    ds.GantryDetectorTilt = 0
+    ds.GantryDetectorTilt = round(_tilt_deg(grid), 3)
     ds.ExposureTime = 500
     ds.XRayTubeCurrent = 300
     ds.Exposure = 150
@@ -120,7 +132,6 @@ def _shared_attributes(
     ds.AcquisitionNumber = 1
     ds.ImageOrientationPatient = orientation
     ds.FrameOfReferenceUID = frame_of_reference
-    ds.Laterality = ""
     ds.PositionReferenceIndicator = ""
     ds.SamplesPerPixel = 1
     ds.PhotometricInterpretation = "MONOCHROME2"
@@ -129,11 +140,10 @@ def _shared_attributes(
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
     ds.WindowCenter, ds.WindowWidth = 400, 1800
     ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType = -1024, 1, "HU"
-    del ds.Laterality  # PS3.3 C.7.3.1: not for an unpaired body part
     return ds
 
 
-def _instance(shared: Dataset, grid: Grid, index: int, slice_hu: np.ndarray) -> Dataset:  # type: ignore[type-arg]
+def _instance(shared: Dataset, grid: Grid, index: int, slice_hu: NDArray[np.int16]) -> Dataset:
     ds = Dataset()
     ds.update(shared)
     ds.SOPInstanceUID = _uid("instance", shared.SeriesInstanceUID, index)

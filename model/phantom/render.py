@@ -9,22 +9,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter1d, map_coordinates
+from scipy.ndimage import gaussian_filter1d, label, map_coordinates, uniform_filter1d
 
 from model.geometry import Grid
 from model.phantom.anatomy import Anatomy, Bone
 from model.phantom.solids import (
-    FAR_MM,
     Box,
     Float32Array,
     Float64Array,
-    Solid,
+    combine,
     coordinates,
     coverage,
     evaluate,
     index_box,
-    smooth_max,
-    smooth_min,
+    inner_box,
+    inverse,
 )
 from model.phantom.tissues import Paint
 
@@ -32,7 +31,8 @@ AIR_HU = -1000.0
 JOINT_GAP_MM = 1.3
 """Between the surfaces of neighbouring vertebrae: joint space with its cartilage."""
 _PAINT_SPACING_MM = 1.25
-_SMOOTH_SPACING_MM = 4.5
+_SMOOTH_SPACING_MM = 6.5
+_FAR_OUTLINE_MM = 60.0
 _PAD_MM = 3.0
 
 
@@ -55,7 +55,7 @@ def default_grid(
     spacing_mm: tuple[float, float, float] = (0.8, 0.5, 0.5),
     shape: tuple[int, int, int] | None = None,
 ) -> Grid:
-    """An axial grid from the skull base to T2 and across the whole neck; `shape`, when given, around the same centre."""
+    """An axial grid from the skull base to T2 and across the whole neck; `shape`, if given, around its centre."""
     top, bottom = anatomy.place("C1"), anatomy.place("T1")
     lower, upper = bottom.lower_lps_mm[2] - 2.0, top.upper_lps_mm[2] + 24.0
     middle = anatomy.place("C4").centre_lps_mm
@@ -78,7 +78,7 @@ def render(anatomy: Anatomy, grid: Grid, *, noise_hu: float = 12.0, blur_mm: flo
     """
     if noise_hu < 0 or blur_mm < 0:
         raise ValueError(f"Noise is {noise_hu} HU and blur {blur_mm} mm; expected 0 or more of both.")
-    to_patient = np.linalg.inv(anatomy.pose) @ grid.affine
+    to_patient = inverse(anatomy.pose) @ grid.affine
     voxels = _soft_tissue(anatomy, to_patient, grid.shape, blur_mm)
     vertebrae = np.zeros(grid.shape, np.uint8)
     fractures = np.zeros(grid.shape, np.uint8)
@@ -127,77 +127,49 @@ def _stretched(values: Float32Array, steps: list[int], shape: tuple[int, ...]) -
 def _soft_tissue(
     anatomy: Anatomy, to_patient: Float64Array, shape: tuple[int, int, int], blur_mm: float
 ) -> Float32Array:
+    """Everything but the spine, painted on a thinned grid."""
     steps, thin, thin_shape = _thinned(to_patient, shape, _PAINT_SPACING_MM)
     canvas = np.full(thin_shape, AIR_HU, np.float32)
     edge = _edge_mm(thin, blur_mm)
-    to_index = np.linalg.inv(thin)
+    to_index = inverse(thin)
+    whole = (slice(0, thin_shape[0]), slice(0, thin_shape[1]), slice(0, thin_shape[2]))
+    body = _paint_distance(anatomy.outline, thin, whole)
+    _layer(anatomy.outline, body, edge, canvas)
+    under_skin = None if float(body.max()) < -20 else coverage(body + np.float32(2.6), edge + 1.0)
     for paint in anatomy.tissues:
-        box = index_box(paint.corners_mm, to_index, thin_shape, 1.0)
-        if box is not None:
-            _apply(paint, thin, box, edge, canvas)
+        box = index_box(paint.corners_mm, to_index, thin_shape, edge)
+        if box is None:
+            continue
+        distance = _paint_distance(paint, thin, box)
+        within = under_skin[box] if paint.flesh and under_skin is not None else None
+        _layer(paint, distance, edge, canvas[box], within)
     return _stretched(canvas, steps, shape)
 
 
-def _apply(paint: Paint, to_patient: Float64Array, box: Box, edge_mm: float, canvas: Float32Array) -> None:
-    to_parent = np.linalg.inv(paint.frame) @ to_patient
-    if paint.smooth:
-        shifted = to_parent.copy()
-        shifted[:, 3] = to_parent @ np.array([part.start for part in box] + [1.0])
-        size = tuple(part.stop - part.start for part in box)
-        steps, thin, thin_shape = _thinned(shifted, size, _SMOOTH_SPACING_MM)
-        whole = (slice(0, thin_shape[0]), slice(0, thin_shape[1]), slice(0, thin_shape[2]))
-        distance = _stretched(_union(paint.solids, thin, whole, paint.blend_mm, far_mm=60.0), steps, size)
-    elif len(paint.solids) == 1:
-        distance = evaluate(paint.solids[0], to_parent, box)
-    else:
-        distance = _union(paint.solids, to_parent, box, paint.blend_mm)
-    view = canvas[box]
+def _paint_distance(paint: Paint, to_patient: Float64Array, box: Box) -> Float32Array:
+    if len(paint.solids) == 1 and not paint.smooth:
+        return evaluate(paint.solids[0], to_patient, box)
+    parts = [(solid, paint.blend_mm, False) for solid in paint.solids]
+    if not paint.smooth:
+        return combine(parts, to_patient, box)
+    shifted = to_patient.copy()
+    shifted[:, 3] = to_patient @ np.array([*(part.start for part in box), 1.0])
+    size = (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start)
+    steps, thin, thin_shape = _thinned(shifted, size, _SMOOTH_SPACING_MM)
+    whole = (slice(0, thin_shape[0]), slice(0, thin_shape[1]), slice(0, thin_shape[2]))
+    return _stretched(combine(parts, thin, whole, far_mm=_FAR_OUTLINE_MM), steps, size)
+
+
+def _layer(
+    paint: Paint, distance: Float32Array, edge_mm: float, view: Float32Array, within: Float32Array | None = None
+) -> None:
+    """Paint the layers over `view`, in place, only where `within` (0..1) allows."""
     for depth_mm, hu in paint.layers:
         share = coverage(distance + np.float32(depth_mm), edge_mm)
+        if within is not None:
+            share *= within
         share *= np.float32(hu) - view
         view += share
-
-
-def _union(
-    solids: tuple[Solid, ...], to_parent: Float64Array, box: Box, blend_mm: float, far_mm: float = FAR_MM
-) -> Float32Array:
-    """Signed distance of the union of solids in the box; far_mm where none is near."""
-    shape = tuple(part.stop - part.start for part in box)
-    union = np.full(shape, far_mm, np.float32)
-    to_index = np.linalg.inv(to_parent)
-    limit = tuple(part.stop for part in box)
-    for solid in solids:
-        near = index_box(solid.corners_mm, to_index, limit, _PAD_MM if far_mm == FAR_MM else 0.8 * far_mm)
-        if near is None:
-            continue
-        near = tuple(slice(max(n.start, b.start), n.stop) for n, b in zip(near, box, strict=True))  # type: ignore[assignment]
-        if any(n.start >= n.stop for n in near):
-            continue
-        local = tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(near, box, strict=True))
-        union[local] = smooth_min(union[local], evaluate(solid, to_parent, near), blend_mm)
-    return union
-
-
-def _bone_distance(bone: Bone, to_bone: Float64Array, box: Box) -> Float32Array:
-    shape = tuple(part.stop - part.start for part in box)
-    distance = np.full(shape, FAR_MM, np.float32)
-    to_index = np.linalg.inv(to_bone)
-    limit = (box[0].stop, box[1].stop, box[2].stop)
-    for part in bone.shape.parts:
-        near = index_box(part.solid.corners_mm, to_index, limit, _PAD_MM)
-        if near is None:
-            continue
-        starts = [max(n.start, b.start) for n, b in zip(near, box, strict=True)]
-        if any(start >= n.stop for start, n in zip(starts, near, strict=True)):
-            continue
-        inner = (slice(starts[0], near[0].stop), slice(starts[1], near[1].stop), slice(starts[2], near[2].stop))
-        local = tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(inner, box, strict=True))
-        own = evaluate(part.solid, to_bone, inner)
-        if part.cut:
-            distance[local] = smooth_max(distance[local], -own, part.blend_mm)
-        else:
-            distance[local] = smooth_min(distance[local], own, part.blend_mm)
-    return distance
 
 
 def _draw_bones(
@@ -209,12 +181,12 @@ def _draw_bones(
     fractures: NDArray[np.uint8],
 ) -> None:
     shape = (voxels.shape[0], voxels.shape[1], voxels.shape[2])
-    to_index = np.linalg.inv(to_patient)
+    to_index = inverse(to_patient)
     solids: list[tuple[Bone, Box, Float64Array, Float32Array]] = []
     for bone in anatomy.bones:
         box = index_box(bone.corners_mm, to_index, shape, _PAD_MM)
         if box is not None:
-            to_bone = np.linalg.inv(bone.to_patient) @ to_patient
+            to_bone = inverse(bone.to_patient) @ to_patient
             solids.append((bone, box, to_bone, _displaced(bone, to_bone, box)))
     intact = [distance.copy() for _, _, _, distance in solids]
     for number in range(len(solids) - 1):
@@ -223,7 +195,7 @@ def _draw_bones(
     for bone, box, to_bone, distance in solids:
         hu = _bone_hu(bone, to_bone, box, distance, edge, anatomy)
         share = coverage(distance, edge)
-        inside = distance < 0
+        inside = _without_crumbs(distance < 0)
         for crack in bone.cracks:
             across, beyond = crack.across_mm(to_bone, box)
             gap = coverage(np.abs(across) - np.float32(crack.width_mm / 2), edge) * coverage(beyond, 2.0)
@@ -239,11 +211,22 @@ def _draw_bones(
         view += share * (hu - view)
 
 
+def _without_crumbs(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask without pieces of a few voxels, which joints can shear off a rim."""
+    pieces, num_pieces = label(mask, np.ones((3, 3, 3)))
+    if num_pieces < 2:
+        return mask
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    return np.asarray((sizes > 0.01 * sizes.max())[pieces])
+
+
 def _displaced(bone: Bone, to_bone: Float64Array, box: Box) -> Float32Array:
     """Distance of the bone with the far side of each fracture slightly out of place."""
-    distance = _bone_distance(bone, to_bone, box)
+    parts = [(part.solid, part.blend_mm, part.cut) for part in bone.shape.parts]
+    distance = combine(parts, to_bone, box)
     for crack in bone.cracks:
-        moved = _bone_distance(bone, crack.moved() @ to_bone, box)
+        moved = combine(parts, crack.moved() @ to_bone, box)
         across, beyond = crack.across_mm(to_bone, box)
         share = coverage(-across, 0.4) * coverage(beyond, 4.0)
         distance += share * (moved - distance)
@@ -273,27 +256,23 @@ def _bone_hu(
 ) -> Float32Array:
     """Units inside the bone: cortex, and trabecular bone with grain and vessels."""
     (back,) = coordinates(to_bone[1:2], box)
-    arch = np.clip((back - np.float32(bone.shape.arch_y_mm)) / 5, 0, 1)
+    arch = np.clip((back - np.float32(bone.shape.arch_y_mm)) / np.float32(5), 0, 1)
     cortex_mm = np.float32(bone.cortex_body_mm) + arch * np.float32(bone.cortex_arch_mm - bone.cortex_body_mm)
-    marrow = np.float32(bone.trabecular_hu) * (1 + np.float32(0.25) * arch)
-    marrow = np.broadcast_to(marrow, distance.shape).copy()
+    marrow = np.empty(distance.shape, np.float32)
+    marrow[:] = np.float32(bone.trabecular_hu) * (1 + np.float32(0.25) * arch)
     where = np.nonzero(distance < -0.2)
     if len(where[0]):
         indices = np.stack([axis + part.start for axis, part in zip(where, box, strict=True)])
         points = (to_bone[:3, :3] @ indices + to_bone[:3, 3:]) / 0.8
         grain = map_coordinates(anatomy.texture, points.astype(np.float32), order=1, mode="grid-wrap")
         marrow[where] *= 1 + np.float32(0.22) * grain
+    to_index = inverse(to_bone)
     for solid in bone.shape.canals:
-        to_index = np.linalg.inv(to_bone)
-        near = index_box(solid.corners_mm, to_index, (box[0].stop, box[1].stop, box[2].stop), 1.0)
-        if near is None:
+        boxes = inner_box(solid, to_index, box, 1.0)
+        if boxes is None:
             continue
-        starts = [max(n.start, b.start) for n, b in zip(near, box, strict=True)]
-        if any(start >= n.stop for start, n in zip(starts, near, strict=True)):
-            continue
-        inner = (slice(starts[0], near[0].stop), slice(starts[1], near[1].stop), slice(starts[2], near[2].stop))
-        local = tuple(slice(n.start - b.start, n.stop - b.start) for n, b in zip(inner, box, strict=True))
-        share = coverage(evaluate(solid, to_bone, inner), edge_mm)
+        near, local = boxes
+        share = coverage(evaluate(solid, to_bone, near), edge_mm)
         marrow[local] += share * (np.float32(40.0) - marrow[local])
     core = coverage(distance + cortex_mm, edge_mm)
     hu: Float32Array = np.float32(bone.cortex_hu) + core * (marrow - np.float32(bone.cortex_hu))
@@ -316,6 +295,11 @@ def _with_noise(
             box = (slice(start, start + len(slab)), slice(0, slab.shape[1]), slice(0, slab.shape[2]))
             (z,) = coordinates(height[None], box)
             below = np.clip((np.float32(anatomy.shoulder_z_mm + 22) - z) / 45, 0, 1)
+            if float(below.max()) > 0:
+                streaks = rng.standard_normal(slab.shape, dtype=np.float32)
+                for _ in range(2):
+                    streaks = uniform_filter1d(streaks, 31, axis=2)
+                noise += streaks * (4.0 * below)
             # 2.16: what the smoothing above takes from the deviation.
             noise *= np.float32(noise_hu * 2.16) * (1 + np.float32(1.2) * below)
             slab = slab + noise

@@ -4,8 +4,11 @@ A solid lives in a parent frame (a vertebra's, or the patient's); `evaluate` sam
 Distances are negative inside, and close to Euclidean near the surface, which is where coverage is taken from them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from math import ceil, floor
 from typing import Protocol
 
 import numpy as np
@@ -15,6 +18,8 @@ Float32Array = NDArray[np.float32]
 Float64Array = NDArray[np.float64]
 Point = Sequence[float] | Float64Array
 Box = tuple[slice, slice, slice]
+
+_SIGNS = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
 
 FAR_MM = 10.0
 """Distance given to voxels that no solid of a bone comes near."""
@@ -47,7 +52,7 @@ class RoundedBox:
     radius_mm: float
     taper: float = 0.0
 
-    @property
+    @cached_property
     def corners_mm(self) -> Float64Array:
         grown = np.asarray(self.half_mm) + self.radius_mm + abs(self.taper) * self.half_mm[0]
         return corners_of(self.to_local, grown)
@@ -74,7 +79,7 @@ class Ellipsoid:
     to_local: Float64Array
     radii_mm: tuple[float, float, float]
 
-    @property
+    @cached_property
     def corners_mm(self) -> Float64Array:
         return corners_of(self.to_local, np.asarray(self.radii_mm))
 
@@ -127,7 +132,7 @@ class VertebralBody:
     uncinate_mm: float
     lip_mm: float
 
-    @property
+    @cached_property
     def corners_mm(self) -> Float64Array:
         a, b, h = self.half_mm
         return corners_of(self.to_local, np.array([a * 1.15, b * 1.15, h + max(self.uncinate_mm, self.lip_mm) + 0.5]))
@@ -135,7 +140,7 @@ class VertebralBody:
     def distance_mm(self, u: Float32Array, v: Float32Array, w: Float32Array) -> Float32Array:
         a, b, h = (np.float32(value) for value in self.half_mm)
         height = np.clip(w / h, -1, 1)
-        waist = np.float32(0.93) + np.float32(0.10) * height * height - np.float32(0.03) * height
+        waist = np.float32(0.95) + np.float32(0.07) * height * height - np.float32(0.03) * height
         x = np.abs(u) / (a * waist)
         y = v / (b * waist)
         x_square, y_square = x * x, y * y
@@ -145,16 +150,28 @@ class VertebralBody:
         side = (np.sqrt(rho_square) - 1) * np.sqrt(a * b)
         hollow = 1 - np.minimum(rho_square, 1)
         rim = np.clip((x - np.float32(0.62)) * np.float32(2.6), 0, 1)
-        top = w - h + hollow - np.float32(self.uncinate_mm) * rim * rim * np.clip(y + np.float32(0.9), 0, 1)
+        top = (
+            w
+            - h
+            + np.float32(0.7) * hollow
+            - np.float32(self.uncinate_mm) * rim * rim * np.clip(y + np.float32(0.9), 0, 1)
+        )
         front = np.clip(-y - np.float32(0.2), 0, 1)
-        bottom = -h + np.float32(1.4) * hollow - np.float32(self.lip_mm) * front * front + np.float32(1.6) * rim - w
+        bottom = -h + np.float32(1.1) * hollow - np.float32(self.lip_mm) * front * front + np.float32(1.6) * rim - w
         return smooth_max(side, np.maximum(top, bottom), 2.0)
+
+
+Placeable = RoundedBox | Ellipsoid | Cone
+
+
+def inverse(matrix: Float64Array) -> Float64Array:
+    """Inverse of a map `(4, 4)`."""
+    return np.asarray(np.linalg.inv(matrix), np.float64)
 
 
 def corners_of(to_local: Float64Array, half_mm: Float64Array) -> Float64Array:
     """Corners `(8, 3)` in the parent frame of the box `±half_mm` in local coordinates."""
-    signs = np.stack(np.meshgrid([-1, 1], [-1, 1], [-1, 1], indexing="ij"), axis=-1).reshape(-1, 3)
-    corners: Float64Array = (signs * half_mm - to_local[:, 3]) @ np.linalg.inv(to_local[:, :3]).T
+    corners: Float64Array = (_SIGNS * half_mm - to_local[:, 3]) @ np.linalg.inv(to_local[:, :3]).T
     return corners
 
 
@@ -162,6 +179,15 @@ def local_frame(origin: Point, rows: Float64Array | None = None) -> Float64Array
     """`(3, 4)` map from parent mm to coordinates along `rows` (unit vectors, one per row) from `origin`."""
     axes = np.eye(3) if rows is None else np.asarray(rows, float)
     return np.concatenate([axes, (-axes @ np.asarray(origin, float))[:, None]], axis=1)
+
+
+def placed(solid: "Placeable", frame: Float64Array) -> "Placeable":
+    """The solid carried into another frame; frame `(4, 4)` maps its parent frame to the new one."""
+    to_local = solid.to_local @ inverse(frame)
+    if isinstance(solid, Cone):
+        corners = solid.corners_mm @ frame[:3, :3].T + frame[:3, 3]
+        return replace(solid, to_local=to_local, corners_mm=corners)
+    return replace(solid, to_local=to_local)
 
 
 def plate(
@@ -223,7 +249,7 @@ class Station:
 
 def loft(stations: Sequence[Station]) -> list[Cone]:
     """A tube through horizontal ellipses, given in descending or ascending z; it ends flat at both ends."""
-    return [_cone(first, last) for first, last in zip(stations, stations[1:], strict=False)]
+    return [_cone(first, last) for first, last in pairwise(stations)]
 
 
 def _cone(first: Station, last: Station) -> Cone:
@@ -237,10 +263,14 @@ def _cone(first: Station, last: Station) -> Cone:
         np.cos(turn) * offset_y - np.sin(turn) * offset_x,
         along,
     ]
+    cos, sin = abs(np.cos(turn)), abs(np.sin(turn))
     corners = [
-        (station.x + sign_x * reach, station.y + sign_y * reach, station.z)
+        (
+            station.x + sign_x * (cos * station.radius_x + sin * station.radius_y),
+            station.y + sign_y * (sin * station.radius_x + cos * station.radius_y),
+            station.z,
+        )
         for station in (first, last)
-        for reach in [max(station.radius_x, station.radius_y)]
         for sign_x in (-1, 1)
         for sign_y in (-1, 1)
     ]
@@ -259,13 +289,15 @@ def index_box(
 
     to_index: `(4, 4)`, parent `(x, y, z, 1)` to voxel indices `(z, y, x, 1)`.
     """
-    indices = corners_mm @ to_index[:3, :3].T + to_index[:3, 3]
-    pad = pad_mm * np.linalg.norm(to_index[:3, :3], axis=1)
-    lower = np.maximum(np.ceil(indices.min(axis=0) - pad), 0).astype(int)
-    upper = np.minimum(np.floor(indices.max(axis=0) + pad) + 1, shape).astype(int)
-    if (lower >= upper).any():
+    linear = to_index[:3, :3]
+    indices = corners_mm @ linear.T + to_index[:3, 3]
+    pad = pad_mm * np.sqrt((linear * linear).sum(axis=1))
+    lower, upper = (indices.min(axis=0) - pad).tolist(), (indices.max(axis=0) + pad).tolist()
+    starts = [max(ceil(value), 0) for value in lower]
+    stops = [min(floor(value) + 1, size) for value, size in zip(upper, shape, strict=True)]
+    if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         return None
-    return slice(lower[0], upper[0]), slice(lower[1], upper[1]), slice(lower[2], upper[2])
+    return slice(starts[0], stops[0]), slice(starts[1], stops[1]), slice(starts[2], stops[2])
 
 
 def coordinates(matrix: Float64Array, box: Box) -> list[Float32Array]:
@@ -276,12 +308,14 @@ def coordinates(matrix: Float64Array, box: Box) -> list[Float32Array]:
     z, y, x = (np.arange(part.start, part.stop, dtype=np.float64) for part in box)
     result = []
     for along_z, along_y, along_x, constant in matrix:
+        # The small array in float64, and one float32 addition over all voxels.
         value = np.full((1, 1, 1), constant)
-        for factor, axis in ((along_x, x[None, None, :]), (along_y, y[None, :, None]), (along_z, z[:, None, None])):
-            if abs(factor) > 1e-9:
-                value = value + (factor * axis)
-            value = value.astype(np.float32) if value.ndim == 3 and value.size > 4096 else value
-        result.append(value.astype(np.float32))
+        if abs(along_z) > 1e-9:
+            value = value + (along_z * z)[:, None, None]
+        if abs(along_y) > 1e-9:
+            value = value + (along_y * y)[None, :, None]
+        row = value.astype(np.float32)
+        result.append(row + (along_x * x).astype(np.float32) if abs(along_x) > 1e-9 else row)
     return result
 
 
@@ -291,13 +325,48 @@ def evaluate(solid: Solid, to_parent: Float64Array, box: Box) -> Float32Array:
     return solid.distance_mm(u, v, w)
 
 
+def inner_box(solid: Solid, to_index: Float64Array, box: Box, pad_mm: float) -> tuple[Box, Box] | None:
+    """Where a solid meets a box: in the volume's indices, and in indices of the box; None when it does not."""
+    near = index_box(solid.corners_mm, to_index, (box[0].stop, box[1].stop, box[2].stop), pad_mm)
+    if near is None:
+        return None
+    starts = [max(part.start, outer.start) for part, outer in zip(near, box, strict=True)]
+    if any(start >= part.stop for start, part in zip(starts, near, strict=True)):
+        return None
+    z, y, x = (slice(start, part.stop) for start, part in zip(starts, near, strict=True))
+    in_z, in_y, in_x = (slice(i.start - o.start, i.stop - o.start) for i, o in zip((z, y, x), box, strict=True))
+    return (z, y, x), (in_z, in_y, in_x)
+
+
+def combine(
+    parts: Iterable[tuple[Solid, float, bool]], to_parent: Float64Array, box: Box, far_mm: float = FAR_MM
+) -> Float32Array:
+    """Signed distance, float32, of the shape of `box`: solids added or cut out in order, far_mm where none is near.
+
+    parts: `(solid, blend_mm, cut)`. Distances are right up to 3 mm outside, with a larger far_mm to most of it.
+    """
+    distance = np.full([part.stop - part.start for part in box], far_mm, np.float32)
+    to_index = inverse(to_parent)
+    pad_mm = 3.0 if far_mm == FAR_MM else 0.8 * far_mm
+    for solid, blend_mm, cut in parts:
+        boxes = inner_box(solid, to_index, box, pad_mm)
+        if boxes is None:
+            continue
+        near, local = boxes
+        own = evaluate(solid, to_parent, near)
+        distance[local] = (
+            smooth_max(distance[local], -own, blend_mm) if cut else smooth_min(distance[local], own, blend_mm)
+        )
+    return distance
+
+
 def smooth_max(first: Float32Array, second: Float32Array, blend_mm: float) -> Float32Array:
     """Maximum of two distances, with a rounded edge of about blend_mm."""
     near = np.maximum(np.float32(blend_mm) - np.abs(first - second), 0)
     near *= near
     near *= np.float32(0.25 / blend_mm)
-    near += np.maximum(first, second)
-    return near
+    result: Float32Array = near + np.maximum(first, second)
+    return result
 
 
 def smooth_min(first: Float32Array, second: Float32Array, blend_mm: float) -> Float32Array:
@@ -305,8 +374,8 @@ def smooth_min(first: Float32Array, second: Float32Array, blend_mm: float) -> Fl
     near = np.maximum(np.float32(blend_mm) - np.abs(first - second), 0)
     near *= near
     near *= np.float32(-0.25 / blend_mm)
-    near += np.minimum(first, second)
-    return near
+    result: Float32Array = near + np.minimum(first, second)
+    return result
 
 
 def coverage(distance_mm: Float32Array, width_mm: float) -> Float32Array:

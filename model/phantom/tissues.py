@@ -1,17 +1,18 @@
 """Everything around the spine, as layers of paint: outline, muscles, vessels, airway, canal, discs, table.
 
-Painted in order, later over earlier. Positions are mm from the middle of the vertebral body of a level (x left, y back),
+Painted in order, later over earlier. Positions are mm from the middle of a level's body (x left, y back),
 so that soft tissue follows the curve of the spine. Head and shoulders are in `regions`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from model.phantom.bones import SIZES, Jitter
 from model.phantom.solids import (
     Float64Array,
+    Placeable,
     RoundedBox,
     Solid,
     Station,
@@ -19,6 +20,7 @@ from model.phantom.solids import (
     ellipsoid,
     local_frame,
     loft,
+    placed,
     plate,
 )
 
@@ -27,24 +29,22 @@ Frames = dict[str, Float64Array]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Paint:
-    """A tissue: the union of solids, with Hounsfield units by depth.
+    """A tissue in the patient frame: the union of solids, with Hounsfield units by depth.
 
-    layers: `(depth_mm, hu)`, from the surface inwards. frame: `(4, 4)`, the solids' frame to the patient frame.
+    layers: `(depth_mm, hu)`, from the surface inwards. flesh: it ends under the skin, wherever its solids reach.
     smooth: large and free of detail, so that its distance may be sampled coarsely.
     """
 
     solids: tuple[Solid, ...]
     layers: tuple[tuple[float, float], ...]
-    frame: Float64Array = field(default_factory=lambda: np.eye(4))
     blend_mm: float = 1.0
+    flesh: bool = False
     smooth: bool = False
 
-    @property
+    @cached_property
     def corners_mm(self) -> Float64Array:
         """Float64 `(n, 3)` in the patient frame."""
-        points = np.concatenate([solid.corners_mm for solid in self.solids])
-        corners: Float64Array = points @ self.frame[:3, :3].T + self.frame[:3, 3]
-        return corners
+        return np.concatenate([solid.corners_mm for solid in self.solids])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,70 +91,90 @@ def palette(jitter: Jitter, rng: np.random.Generator, variation: float) -> Palet
     )
 
 
-def outline(spine: Spine, hu: Palette, jitter: Jitter, rng: np.random.Generator) -> list[Paint]:
-    """Skin and fat of neck, shoulders, cranium and face, and the table under the patient."""
-    at, stout = spine.station, jitter(0.06)
+def outline(spine: Spine, hu: Palette, jitter: Jitter) -> Paint:
+    """Skin, fat under it, and loose fat inside, of neck, shoulders, cranium and face in one."""
+    at, stout = spine.station, jitter(0.05)
     rows = [
-        ("C1", 8, 60, 62, 14), ("C2", 8, 59, 61, 0), ("C3", 8, 58, 60, 0), ("C4", 7, 57, 58, 0), ("C5", 5, 58, 57, 0),
-        ("C6", 4, 64, 58, 0), ("C7", 3, 84, 61, 0), ("T1", 0, 122, 66, 0), ("T2", -6, 166, 76, 0), ("T3", -12, 196, 88, 0),
-        ("T3", -16, 210, 98, -30), ("T3", -18, 214, 104, -120),
+        ("C1", 12, 62, 66, 14), ("C2", 11, 60, 65, 0), ("C3", 10, 59, 64, 0), ("C4", 9, 58, 64, 0),
+        ("C5", 9, 59, 64, 0), ("C6", 11, 66, 68, 0), ("C7", 12, 86, 74, 0), ("T1", 10, 122, 80, 0),
+        ("T2", 3, 164, 89, 0), ("T3", -4, 192, 98, 0), ("T3", -9, 208, 105, -30), ("T3", -12, 214, 110, -120),
     ]  # fmt: skip
     neck = loft([at(level, 0, dy, rx * stout, ry * stout, dz=dz) for level, dy, rx, ry, dz in rows])
-    face = loft(
-        [
-            Station(x=0, y=-62, z=-60, radius_x=12, radius_y=12),
-            Station(x=0, y=-60, z=-50, radius_x=38, radius_y=36),
-            Station(x=0, y=-52, z=-35, radius_x=55, radius_y=52),
-            Station(x=0, y=-44, z=-10, radius_x=65, radius_y=64),
-            Station(x=0, y=-40, z=30, radius_x=67, radius_y=66),
-            Station(x=0, y=-36, z=75, radius_x=66, radius_y=68),
-        ]
-    )
-    head = (
-        ellipsoid((0, 4, 68), (77, 96, 80)),
-        *face,
-        ellipsoid((0, -112, 20), (14, 14, 20)),
-        ellipsoid((77, 8, 18), (5, 13, 28)),
-        ellipsoid((-77, 8, 18), (5, 13, 28)),
-    )
-    fat_mm = float(np.clip(6.5 * jitter(0.4), 2.5, 14))
-    torso = ((0.0, hu.skin), (2.0, hu.fat))
-    x, y, z = spine.frames["T1"][:3, 3]
-    table = RoundedBox(to_local=local_frame((x, y + 118, z)), half_mm=(205, 5, 400), radius_mm=4)
-    return [
-        Paint(solids=(table,), layers=((0.0, -180.0), (2.0, -930.0))),
-        Paint(solids=tuple(neck), layers=(*torso, (fat_mm + 9, hu.fat + 25)), smooth=True),
-        Paint(
-            solids=head,
-            layers=(*torso, (fat_mm * 0.7 + 2, hu.muscle)),
-            frame=spine.frames["head"],
-            blend_mm=6,
-            smooth=True,
-        ),
+    chin = [
+        (-60, -50, 16, 20),
+        (-50, -55, 40, 40),
+        (-35, -52, 55, 54),
+        (-10, -44, 65, 64),
+        (30, -40, 67, 66),
+        (75, -36, 66, 68),
     ]
+    head: list[Placeable] = [
+        ellipsoid((0, 4, 68), (77, 96, 80)),
+        *loft([Station(x=0, y=y, z=z, radius_x=rx, radius_y=ry) for z, y, rx, ry in chin]),
+        ellipsoid((0, -110, 20), (13, 14, 20)),
+        *(ellipsoid((side * 69, 6, 18), (8, 11, 26)) for side in (1, -1)),
+    ]
+    frame = spine.frames["head"]
+    return Paint(
+        solids=(*neck, *(placed(solid, frame) for solid in head)),
+        layers=((0.0, hu.skin), (2.0, hu.fat), (15.0, hu.fat + 45)),
+        blend_mm=9.0,
+        smooth=True,
+    )
+
+
+def table(spine: Spine) -> Paint:
+    """The table under the patient: a shell with foam in it."""
+    x, y, z = spine.frames["T1"][:3, 3]
+    board = RoundedBox(to_local=local_frame((x, y + 118, z)), half_mm=(205, 5, 400), radius_mm=4)
+    return Paint(solids=(board,), layers=((0.0, -180.0), (2.0, -930.0)))
 
 
 Row = tuple[str, float, float, float, float, float]
 """level, dx, dy, radius_x, radius_y, turn in degrees, for the left side."""
 
 _MUSCLES: dict[str, tuple[Row, ...]] = {
-    "longus colli": (("C1", 4, -15, 5, 3, 0), ("C3", 8, -11, 6, 3.4, 15), ("C6", 9, -11, 6, 3.6, 15), ("T3", 7, -13, 4, 3, 0)),
+    "longus colli": (
+        ("C1", 4, -15, 5, 3, 0), ("C3", 8, -11, 6, 3.4, 15), ("C6", 9, -11, 6, 3.6, 15), ("T3", 7, -13, 4, 3, 0),
+    ),
     "sternocleidomastoid": (
         ("C1", 57, 8, 7, 15, 0), ("C3", 52, -8, 6.5, 19, -18), ("C5", 44, -23, 6.5, 18, -38),
         ("C7", 29, -37, 6, 14, -55), ("T1", 20, -45, 5, 11, -70), ("T2", 16, -54, 4, 8, -80),
     ),
-    "levator scapulae": (("C1", 30, 8, 5, 7, 0), ("C3", 37, 14, 7, 11, -20), ("C5", 41, 19, 8, 13, -20), ("C7", 52, 26, 9, 12, -30), ("T2", 72, 34, 9, 11, -30)),
-    "scalenes": (("C3", 24, 0, 4, 5, 0), ("C5", 28, -2, 7, 8, 0), ("C6", 31, -3, 9, 10, -10), ("C7", 37, -4, 11, 12, -10), ("T1", 46, -8, 12, 12, -20), ("T2", 52, -12, 8, 8, 0)),
-    "semispinalis": (("C1", 16, 46, 13, 9, -10), ("C3", 13, 42, 10.5, 9, 0), ("C5", 12.5, 42, 9.5, 10, 0), ("C7", 14, 46, 9, 9, 0), ("T3", 14, 40, 9, 10, 0)),
-    "multifidus": (("C2", 12, 33, 10, 7, 0), ("C4", 12, 29, 10.5, 7, 0), ("C6", 13, 31, 11, 8, 0), ("T1", 15, 30, 12, 10, 0), ("T3", 16, 26, 13, 10, 0)),
-    "splenius": (("C1", 38, 40, 17, 6, -38), ("C3", 29, 45, 17, 5.5, -32), ("C5", 24, 50, 15, 4.5, -25), ("C7", 18, 58, 12, 4, -20), ("T2", 10, 57, 6, 3, 0)),
-    "trapezius": (
-        ("C1", 18, 60, 13, 2.6, -20), ("C3", 24, 59, 20, 3.2, -28), ("C5", 30, 58, 26, 4, -28), ("C7", 44, 55, 40, 6, -20),
-        ("T1", 60, 49, 52, 8, -12), ("T3", 66, 52, 56, 6, -6),
+    "levator scapulae": (
+        ("C1", 30, 8, 5, 7, 0), ("C3", 37, 14, 7, 11, -20), ("C5", 41, 19, 8, 13, -20), ("C7", 52, 26, 9, 12, -30),
+        ("T2", 72, 34, 9, 11, -30),
     ),
-    "shoulder": (("C7", 76, 20, 5, 6, 0), ("T1", 92, 16, 24, 15, 0), ("T2", 112, 8, 42, 24, 0), ("T3", 126, 0, 52, 36, 0)),
-    "chest": (("T1", 40, -38, 14, 5, 20), ("T2", 70, -50, 45, 10, 10), ("T3", 90, -62, 70, 16, 10)),
-    "strap muscles": (("C4", 9, -38, 8, 3, 20), ("C6", 11, -40, 10, 2.6, 25), ("T1", 9, -46, 10, 2.6, 15), ("T2", 8, -54, 8, 2.4, 0)),
+    "scalenes": (
+        ("C3", 24, 0, 4, 5, 0), ("C5", 28, -2, 7, 8, 0), ("C6", 31, -3, 9, 10, -10), ("C7", 37, -4, 11, 12, -10),
+        ("T1", 46, -8, 12, 12, -20), ("T2", 52, -12, 8, 8, 0),
+    ),
+    "semispinalis": (
+        ("C1", 16, 46, 13, 9, -10), ("C3", 13, 42, 10.5, 9, 0), ("C5", 12.5, 42, 9.5, 10, 0),
+        ("C7", 14, 46, 9, 9, 0), ("T3", 14, 40, 9, 10, 0),
+    ),
+    "multifidus": (
+        ("C2", 12, 33, 10, 7, 0), ("C4", 12, 29, 10.5, 7, 0), ("C6", 13, 31, 11, 8, 0), ("T1", 15, 30, 12, 10, 0),
+        ("T3", 16, 26, 13, 10, 0),
+    ),
+    "splenius": (
+        ("C1", 38, 40, 17, 6, -38), ("C3", 29, 45, 17, 5.5, -32), ("C5", 24, 50, 15, 4.5, -25),
+        ("C7", 18, 58, 12, 4, -20), ("T2", 10, 57, 6, 3, 0),
+    ),
+    "trapezius": (
+        ("C1", 18, 60, 13, 2.6, -20), ("C3", 24, 59, 20, 3.2, -28), ("C5", 30, 58, 26, 4, -28),
+        ("C7", 44, 55, 40, 6, -20), ("T1", 60, 49, 52, 8, -12), ("T3", 66, 52, 56, 6, -6),
+    ),
+    "shoulder": (
+        ("C7", 76, 20, 5, 6, 0), ("T1", 92, 16, 24, 15, 0), ("T2", 112, 8, 42, 24, 0), ("T3", 126, 0, 52, 36, 0),
+    ),
+    "chest": (
+        ("T1", 40, -38, 14, 5, 20), ("T2", 70, -50, 45, 10, 10), ("T3", 90, -62, 70, 16, 10),
+    ),
+    "strap muscles": (
+        ("C4", 9, -38, 8, 3, 20), ("C6", 11, -40, 10, 2.6, 25), ("T1", 9, -46, 10, 2.6, 15),
+        ("T2", 8, -54, 8, 2.4, 0),
+    ),
 }  # fmt: skip
 
 
@@ -163,18 +183,23 @@ def muscles(spine: Spine, hu: Palette, jitter: Jitter) -> list[Paint]:
     bulk = [
         spine.station(level, 0, dy, rx, ry)
         for level, dy, rx, ry in (
-            ("C1", 10, 24, 22), ("C2", 11, 25, 22), ("C4", 11, 25, 20), ("C6", 11, 27, 20), ("T1", 11, 30, 20), ("T3", 11, 28, 22)
+            ("C1", 10, 24, 22),
+            ("C2", 11, 25, 22),
+            ("C4", 11, 25, 20),
+            ("C6", 11, 27, 20),
+            ("T1", 11, 30, 20),
+            ("T3", 11, 28, 22),
         )
-    ]  # fmt: skip
-    paints = [Paint(solids=tuple(loft(bulk)), layers=((0.0, hu.muscle - 4),))]
+    ]
+    paints = [Paint(solids=tuple(loft(bulk)), layers=((0.0, hu.muscle - 4),), flesh=True)]
     for rows in _MUSCLES.values():
         for side in (1, -1):
-            girth, out = jitter(0.10), jitter(0.03)
+            girth, out = 1.15 * jitter(0.10), jitter(0.03)
             stations = [
                 spine.station(level, side * dx * out, dy, rx * girth, ry * girth, side * turn)
                 for level, dx, dy, rx, ry, turn in rows
             ]
-            paints.append(Paint(solids=tuple(loft(stations)), layers=((0.0, hu.muscle * jitter(0.04)),)))
+            paints.append(Paint(solids=tuple(loft(stations)), layers=((0.0, hu.muscle * jitter(0.04)),), flesh=True))
     return paints
 
 
@@ -222,8 +247,9 @@ def throat(spine: Spine, hu: Palette, jitter: Jitter) -> list[Paint]:
         ("T3", -2, -30, 10, 10),
     ]
     air = [
-        ("C1", 0, -24, 12, 8), ("C2", 0, -19.5, 11, 5.5), ("C3", 0, -20.5, 13, 6), ("C4", 0, -23, 11, 7), ("C5", 0, -28, 3.6, 8.5),
-        ("C6", 0, -28, 8, 9), ("C7", -1, -28, 8.5, 8.5), ("T1", -1.5, -29, 8.8, 8), ("T3", -2, -30, 8.8, 8),
+        ("C1", 0, -24, 12, 8), ("C2", 0, -19.5, 11, 5.5), ("C3", 0, -20.5, 13, 6), ("C4", 0, -23, 11, 7),
+        ("C5", 0, -28, 3.6, 8.5), ("C6", 0, -28, 8, 9), ("C7", -1, -28, 8.5, 8.5), ("T1", -1.5, -29, 8.8, 8),
+        ("T3", -2, -30, 8.8, 8),
     ]  # fmt: skip
     paints = [
         Paint(solids=tuple(loft([at(level, dx, dy, rx, ry) for level, dx, dy, rx, ry in wall])), layers=((0.0, 52.0),))
@@ -271,16 +297,11 @@ def canal(spine: Spine, hu: Palette) -> list[Paint]:
     stations.insert(0, (top, 13.0, 13.0))
 
     def tube(scale_x: float, scale_y: float, cap_x: float, cap_y: float) -> tuple[Solid, ...]:
-        return tuple(
-            loft(
-                [
-                    Station(
-                        x=p[0], y=p[1], z=p[2], radius_x=min(wide * scale_x, cap_x), radius_y=min(deep * scale_y, cap_y)
-                    )
-                    for p, wide, deep in stations
-                ]
-            )
-        )
+        stack = [
+            Station(x=p[0], y=p[1], z=p[2], radius_x=min(wide * scale_x, cap_x), radius_y=min(deep * scale_y, cap_y))
+            for p, wide, deep in stations
+        ]
+        return tuple(loft(stack))
 
     paints = [
         Paint(solids=tube(1.0, 1.0, 14, 14), layers=((0.0, -35.0),)),
@@ -294,26 +315,12 @@ def canal(spine: Spine, hu: Palette) -> list[Paint]:
             half_mm=(size.width - 3.2, size.depth - 3.4, 0.2),
             radius_mm=3.6,
         )
-        paints.append(Paint(solids=(box,), layers=((0.0, hu.disc),), frame=frame))
+        paints.append(Paint(solids=(placed(box, frame),), layers=((0.0, hu.disc),)))
     return paints
 
 
-Painter = Callable[..., Sequence[Paint]]
-
-
-def paint_patient(frames: Frames, jitter: Jitter, rng: np.random.Generator, variation: float) -> tuple[Paint, ...]:
-    """All tissues of one patient, in the order in which they are painted."""
-    from model.phantom.regions import cranium, face, shoulders
-
-    spine = Spine(frames=frames)
-    hu = palette(jitter, rng, variation)
-    return (
-        *outline(spine, hu, jitter, rng),
-        *shoulders(spine, hu, jitter),
-        *muscles(spine, hu, jitter),
-        *face(spine, hu, jitter),
-        *cranium(spine, hu, jitter),
-        *throat(spine, hu, jitter),
-        *vessels(spine, hu, jitter, rng, variation),
-        *canal(spine, hu),
-    )
+def throat_and_canal(
+    spine: Spine, hu: Palette, jitter: Jitter, rng: np.random.Generator, variation: float
+) -> tuple[Paint, ...]:
+    """What lies in front of the spine and inside it, in the order of painting."""
+    return (*throat(spine, hu, jitter), *vessels(spine, hu, jitter, rng, variation), *canal(spine, hu))
