@@ -1,5 +1,6 @@
 """A real Orthanc beside the node: what its script routes, what it lets in, and the round trip to SEG and SR."""
 
+import json
 import shutil
 import time
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydicom import Dataset, dcmread
 from pydicom.uid import Comprehensive3DSRStorage
 
@@ -19,7 +21,7 @@ from node.index import Index
 from node.receive import start_server
 from node.send import SendError, echo, send_files
 from tests.factories import make_ct_series, make_report, make_screen_save
-from tests.orthanc_server import STABLE_AGE_S, OrthancServer
+from tests.orthanc_server import ORTHANC_FOLDER, STABLE_AGE_S, OrthancServer
 from tests.running_node import RunningNode, free_port, phantom_series
 
 
@@ -103,6 +105,19 @@ def test_a_sender_that_is_not_listed_may_only_echo(orthanc: OrthancServer, tmp_p
     assert orthanc.instances() == set()
     assert send_files(paths, orthanc.destination, calling_ae_title="CSPINE") == []
     assert orthanc.instances() == {dcmread(paths[0]).SOPInstanceUID}
+
+
+def test_docker_compose_makes_orthanc_and_node_known_to_each_other(tmp_path: Path) -> None:
+    compose = yaml.safe_load((ORTHANC_FOLDER.parent / "docker-compose.yml").read_text())
+    orthanc = json.loads(compose["services"]["orthanc"]["environment"]["ORTHANC_JSON"])
+    config_path = tmp_path / "config.yaml"
+    config_path.write_text(compose["configs"]["node"]["content"])
+    config = load_config(config_path)
+    (destination,) = config.deliver.destinations
+    assert isinstance(destination, DicomDestination)
+    assert orthanc["DicomModalities"]["cspine"] == [config.receive.ae_title, "node", config.receive.port]
+    assert (destination.ae_title, destination.host) == (orthanc["DicomAet"], "orthanc")
+    assert {"node", "orthanc"} == set(compose["services"])
 
 
 @pytest.fixture
