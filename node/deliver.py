@@ -48,14 +48,16 @@ def _deliver(delivery: Delivery, config: Config, destination: DicomDestination |
     """Takes one result set to one destination.
 
     Raises:
-        SendError: a DICOM peer cannot be reached or refuses an object.
+        SendError: a DICOM peer cannot be reached or refuses an object, or the results are gone.
         OSError: a folder cannot be written.
     """
+    paths = sorted(delivery.result_dir.glob("*.dcm"))
+    if not paths:
+        raise SendError(f"{delivery.result_dir} holds no results; send the Series again", permanent=True)
     if isinstance(destination, FolderDestination):
         target = destination.path / delivery.study_instance_uid / delivery.series_instance_uid
         copy_results(delivery.result_dir, target)
         return
-    paths = sorted(delivery.result_dir.glob("*.dcm"))
     refused = send_files(paths, destination, calling_ae_title=config.receive.ae_title)
     if refused:
         reasons = "; ".join(item.reason for item in refused)

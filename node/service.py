@@ -42,7 +42,12 @@ class Service:
         self._index = Index(config.data_dir)
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
-        self._scheduler = BackgroundScheduler(job_defaults={"coalesce": True, "max_instances": 1})
+        # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
+        num_jobs = 3 + len(config.deliver.destinations)
+        self._scheduler = BackgroundScheduler(
+            executors={"default": {"type": "threadpool", "max_workers": num_jobs}},
+            job_defaults={"coalesce": True, "max_instances": 1},
+        )
         self._num_busy = 0
         self._lock = threading.Lock()
 
