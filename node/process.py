@@ -23,9 +23,14 @@ def set_up_logging(level: str) -> None:
 
 
 def be_child(log_level: str) -> None:
-    """Sets up a child process: logs, leaves Ctrl-C to the parent, and ends when the parent does, however that died."""
+    """Sets up a child process: logs, leaves stopping to the parent, and ends when the parent does, however that died.
+
+    Ctrl-C and service managers signal every process of a service; a worker that died of that would cost a case an
+    attempt.
+    """
     set_up_logging(log_level)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
 
 

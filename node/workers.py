@@ -91,16 +91,20 @@ class WorkerPool:
         return future
 
     def stop(self) -> None:
-        """Ends the workers at once; what they held is cancelled."""
+        """Ends the workers at once; what they held and what waited is cancelled."""
         self._stopping.set()
         for _ in self._slots:
             self._jobs.put(None)
         for slot in self._slots:
             slot.join()
+        while not self._jobs.empty():
+            item = self._jobs.get()
+            if item is not None:
+                item[1].cancel()
 
     def _run_slot(self) -> None:
         worker = _Worker(self._config)
-        while (item := self._jobs.get()) is not None and not self._stopping.is_set():
+        while (item := self._jobs.get()) is not None:
             job, future = item
             if not worker.is_usable():  # it died while it had nothing to do
                 worker = self._replace(worker)

@@ -1,0 +1,225 @@
+"""The worker pool with real processes that are killed, hang, die at start and are stopped.
+
+What runs in them here is not the model but `play`, which does as the name of the first file tells it. The workers
+import this module, so it imports little.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+import pytest
+
+from node import workers
+from node.config import Config
+from node.process import be_child, describe_error
+from node.workers import Analysed, Broken, Job, JobOutcome, NotAnalysable, WorkerPool
+
+MakeConfig = Callable[..., Config]
+MakePool = Callable[..., WorkerPool]
+
+WAIT_S = 20
+
+
+def play(config: Config, connection: Connection) -> None:
+    """Stands in for `workers._work` in the worker process."""
+    be_child(config.log_level)
+    if config.analyse.device == "cuda:99":
+        os._exit(7)
+    connection.send(workers._Ready())
+    while True:
+        job: Job = connection.recv()
+        match job.paths[0].name:
+            case "hang":
+                time.sleep(60)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "slow":
+                time.sleep(0.3)
+        summary = f"{os.getpid()}"
+        connection.send(Analysed(folder=job.results_dir, sop_instance_uids=(), summary=summary, total_s=0.0))
+
+
+def job(what: str) -> Job:
+    return Job(paths=[Path(what)], results_dir=Path("results"))
+
+
+@pytest.fixture
+def make_pool(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
+    """Makes pools whose workers run `play`; keyword arguments are settings of the section `analyse`."""
+    monkeypatch.setattr(workers, "_work", play)
+    pools = []
+
+    def make(**analyse: object) -> WorkerPool:
+        pools.append(WorkerPool(make_config(analyse=analyse)))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.stop()
+
+
+def worker_pids() -> list[int]:
+    """Processes of this one that are workers; the resource tracker of multiprocessing is none."""
+    return [child.pid for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def outcome_of(future: "Future[JobOutcome]") -> JobOutcome:
+    return future.result(WAIT_S)
+
+
+def pid_of(outcome: JobOutcome) -> int:
+    assert isinstance(outcome, Analysed)
+    return int(outcome.summary)
+
+
+def test_one_worker_does_one_job_after_the_other(make_pool: MakePool) -> None:
+    pool = make_pool()
+    futures = [pool.submit(job("ok")) for _ in range(3)]
+    assert len({pid_of(outcome_of(future)) for future in futures}) == 1
+
+
+def test_two_workers_work_at_the_same_time(make_pool: MakePool) -> None:
+    pool = make_pool(workers=2)
+    futures = [pool.submit(job("slow")) for _ in range(4)]
+    assert len({pid_of(outcome_of(future)) for future in futures}) == 2
+
+
+def test_a_worker_killed_in_the_middle_breaks_its_job_and_the_next_one_works(make_pool: MakePool) -> None:
+    pool = make_pool()
+    first = pid_of(outcome_of(pool.submit(job("ok"))))
+    hanging = pool.submit(job("hang"))
+    time.sleep(0.2)
+    os.kill(first, signal.SIGKILL)
+    assert outcome_of(hanging) == Broken(reason="the worker process died (signal SIGKILL)")
+    assert pid_of(outcome_of(pool.submit(job("ok")))) != first
+
+
+@pytest.mark.parametrize(("what", "words"), [("die", "signal SIGKILL"), ("exit", "exit status 3")])
+def test_a_worker_that_dies_of_its_job_says_how(make_pool: MakePool, what: str, words: str) -> None:
+    pool = make_pool()
+    assert outcome_of(pool.submit(job(what))) == Broken(reason=f"the worker process died ({words})")
+    assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
+
+
+def test_a_worker_that_died_while_idle_costs_no_job(make_pool: MakePool) -> None:
+    """Say, the system took it for its memory; no case should lose an attempt for that."""
+    pool = make_pool()
+    first = pid_of(outcome_of(pool.submit(job("ok"))))
+    os.kill(first, signal.SIGKILL)
+    time.sleep(0.2)
+    assert pid_of(outcome_of(pool.submit(job("ok")))) != first
+
+
+def test_a_worker_that_takes_too_long_is_stopped_and_replaced(make_pool: MakePool) -> None:
+    pool = make_pool(timeout_s=0.5)
+    first = pid_of(outcome_of(pool.submit(job("ok"))))
+    outcome = outcome_of(pool.submit(job("hang")))
+    assert outcome == Broken(reason="no answer from the worker process within 0.5 s; it was stopped")
+    assert not psutil.pid_exists(first)
+    assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
+
+
+def test_a_worker_that_dies_at_start_breaks_the_job(make_pool: MakePool) -> None:
+    outcome = outcome_of(make_pool(device="cuda:99").submit(job("ok")))
+    assert outcome == Broken(reason="the worker process died (exit status 7)")
+
+
+def test_stop_ends_the_workers_at_once_and_cancels_what_they_held_and_what_waited(make_pool: MakePool) -> None:
+    pool = make_pool()
+    outcome_of(pool.submit(job("ok")))
+    held, waiting = pool.submit(job("hang")), pool.submit(job("ok"))
+    time.sleep(0.2)
+    started = time.monotonic()
+    pool.stop()
+    assert time.monotonic() - started < 5
+    assert held.cancelled()
+    assert waiting.cancelled()
+    assert worker_pids() == []
+
+
+def test_stop_right_after_start_leaves_no_process(make_pool: MakePool) -> None:
+    make_pool(workers=2).stop()
+    assert worker_pids() == []
+
+
+def test_a_callback_may_submit_the_next_job(make_pool: MakePool) -> None:
+    """So does the service; it runs in the slot's thread."""
+    pool, done = make_pool(), threading.Event()
+    pool.submit(job("ok")).add_done_callback(lambda _: pool.submit(job("ok")).add_done_callback(lambda _: done.set()))
+    assert done.wait(WAIT_S)
+
+
+def test_sigterm_to_the_whole_process_group_leaves_the_job_to_the_pool(make_pool: MakePool) -> None:
+    """As systemd stops a service: the worker must not die on its own, which would cost the case an attempt."""
+    pool = make_pool()
+    pid = pid_of(outcome_of(pool.submit(job("ok"))))
+    slow = pool.submit(job("slow"))
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)
+    assert pid_of(outcome_of(slow)) == pid
+
+
+# ---- with what really runs in the worker ----
+
+
+@pytest.fixture
+def make_real_pool(make_config: MakeConfig) -> Iterator[MakePool]:
+    pools = []
+
+    def make(**sections: dict[str, object]) -> WorkerPool:
+        pools.append(WorkerPool(make_config(**sections)))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        pool.stop()
+
+
+def test_a_bundle_that_cannot_be_loaded_breaks_the_job_with_the_reason(
+    make_real_pool: MakePool, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    pool = make_real_pool(analyse={"bundle": tmp_path / "empty"})
+    outcome = pool.submit(job("ok")).result(60)
+    assert isinstance(outcome, Broken)
+    assert str(tmp_path / "empty") in outcome.reason
+
+
+def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
+    make_real_pool: MakePool, tmp_path: Path
+) -> None:
+    from tests.factories import make_ct_series
+
+    pool = make_real_pool()
+    too_few = Job(paths=make_ct_series(tmp_path / "series", num_slices=5), results_dir=tmp_path / "results")
+    outcome = pool.submit(too_few).result(60)
+    if isinstance(outcome, Broken) and "weights" in outcome.reason:
+        pytest.skip(outcome.reason)
+    assert isinstance(outcome, NotAnalysable)
+    assert "5 slices; at least 30 are needed" in outcome.reason
+    assert not (tmp_path / "results").exists()
+
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    whole = make_ct_series(tmp_path / "whole", num_slices=30, spacing_mm=2.5, rows=64, columns=64)
+    outcome = pool.submit(Job(paths=whole, results_dir=tmp_path / "file")).result(120)
+    assert isinstance(outcome, Broken)
+    assert outcome.reason.startswith("Not a directory")
+
+
+def test_an_unexpected_error_is_told_without_its_message_which_may_name_a_patient() -> None:
+    try:
+        raise ValueError("Doe^John")
+    except ValueError as error:
+        told = describe_error(error)
+    assert told.startswith("unexpected ValueError at ")
+    assert "Doe" not in told
+    assert describe_error(OSError(28, "No space left on device")) == "No space left on device"
