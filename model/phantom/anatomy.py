@@ -149,7 +149,7 @@ def _triple(values: Float64Array) -> tuple[float, float, float]:
 
 def _jitter(rng: np.random.Generator, variation: float) -> Jitter:
     def jitter(spread: float) -> float:
-        return float(1 + spread * variation * np.clip(rng.normal(), -2.0, 2.0))
+        return float(1 + spread * np.clip(variation * rng.normal(), -2.5, 2.5))
 
     return jitter
 
@@ -230,7 +230,7 @@ def _bones(
     rng: np.random.Generator,
 ) -> tuple[Bone, ...]:
     cortex_hu = float(np.clip(850 * jitter(0.2), 420, 1350))
-    trabecular_hu = float(np.clip(250 * jitter(0.3), 110, 400))
+    trabecular_hu = float(np.clip(285 * jitter(0.28), 110, 400))
     cortex_mm = 1.0 * jitter(0.2)
     labels = {level: number for number, level in enumerate((*LEVELS, "T1"), start=1)}
     placed = []
@@ -253,7 +253,7 @@ def _bones(
                 cortex_hu=cortex_hu * jitter(0.05),
                 trabecular_hu=trabecular_hu * jitter(0.06),
                 cortex_body_mm=0.75 * cortex_mm,
-                cortex_arch_mm=1.5 * cortex_mm,
+                cortex_arch_mm=1.6 * cortex_mm,
             )
         )
     return tuple(placed)

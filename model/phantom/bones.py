@@ -402,7 +402,7 @@ def atlas(jitter: Jitter) -> Shape:
         "ring_front": np.array([7.0, -9.8, 0.2]),
         "ring_back": np.array([17.5, 19.5, -0.2]),
         "facet": np.array([17.2, 0.5, 0.0]),
-        "transverse": np.array([31.5, 4.0, -1.5]),
+        "transverse": np.array([31.0, 4.0, -1.5]),
     }
     return Shape(parts=tuple(parts), arch_y_mm=-30.0, landmarks=landmarks)
 

@@ -259,7 +259,7 @@ def _bone_hu(
     arch = np.clip((back - np.float32(bone.shape.arch_y_mm)) / np.float32(5), 0, 1)
     cortex_mm = np.float32(bone.cortex_body_mm) + arch * np.float32(bone.cortex_arch_mm - bone.cortex_body_mm)
     marrow = np.empty(distance.shape, np.float32)
-    marrow[:] = np.float32(bone.trabecular_hu) * (1 + np.float32(0.25) * arch)
+    marrow[:] = np.float32(bone.trabecular_hu) * (1 + np.float32(0.55) * arch)
     where = np.nonzero(distance < -0.2)
     if len(where[0]):
         indices = np.stack([axis + part.start for axis, part in zip(where, box, strict=True)])

@@ -88,8 +88,9 @@ class Ellipsoid:
         squares = [c * c for c in scaled]
         norm = np.sqrt(squares[0] + squares[1] + squares[2])
         slope = np.sqrt(sum(s * np.float32(1 / r**2) for s, r in zip(squares, self.radii_mm, strict=True)))
-        slope += np.float32(1e-4)
-        result: Float32Array = norm * (norm - 1) / slope
+        # The small terms keep the centre, where slope and norm vanish together, deep inside.
+        slope += np.float32(1e-4 / min(self.radii_mm))
+        result: Float32Array = (norm + np.float32(1e-4)) * (norm - 1) / slope
         return np.maximum(result, np.float32(-min(self.radii_mm)))
 
 
@@ -113,8 +114,8 @@ class Cone:
         scaled_u, scaled_v = u * inverse_u, v * inverse_v
         norm = np.sqrt(scaled_u * scaled_u + scaled_v * scaled_v)
         slope = np.sqrt((scaled_u * inverse_u) ** 2 + (scaled_v * inverse_v) ** 2)
-        slope += np.float32(1e-4)
-        result = norm * (norm - 1) / slope
+        slope += np.float32(1e-4 / max(u0, v0, u1, v1))
+        result = (norm + np.float32(1e-4)) * (norm - 1) / slope
         np.maximum(result, np.float32(-max(u0, v0, u1, v1)), out=result)
         return np.where((w >= 0) & (w < 1), result, np.float32(FAR_MM))
 

@@ -4,7 +4,7 @@ Painted in order, later over earlier. Positions are mm from the middle of a leve
 so that soft tissue follows the curve of the spine. Head and shoulders are in `regions`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -117,7 +117,7 @@ def outline(spine: Spine, hu: Palette, jitter: Jitter) -> Paint:
     frame = spine.frames["head"]
     return Paint(
         solids=(*neck, *(placed(solid, frame) for solid in head)),
-        layers=((0.0, hu.skin), (2.0, hu.fat), (15.0, hu.fat + 45)),
+        layers=((0.0, hu.skin), (2.0, hu.fat), (10.0, hu.fat + 25), (17.0, hu.fat + 70)),
         blend_mm=9.0,
         smooth=True,
     )
@@ -194,12 +194,15 @@ def muscles(spine: Spine, hu: Palette, jitter: Jitter) -> list[Paint]:
     paints = [Paint(solids=tuple(loft(bulk)), layers=((0.0, hu.muscle - 4),), flesh=True)]
     for rows in _MUSCLES.values():
         for side in (1, -1):
-            girth, out = 1.15 * jitter(0.10), jitter(0.03)
+            girth, out = 1.25 * jitter(0.10), jitter(0.03)
             stations = [
                 spine.station(level, side * dx * out, dy, rx * girth, ry * girth, side * turn)
                 for level, dx, dy, rx, ry, turn in rows
             ]
-            paints.append(Paint(solids=tuple(loft(stations)), layers=((0.0, hu.muscle * jitter(0.04)),), flesh=True))
+            top = stations[0]
+            cap = replace(top, z=top.z + 12, radius_x=top.radius_x * 0.3, radius_y=top.radius_y * 0.3)
+            belly = tuple(loft([cap, *stations]))
+            paints.append(Paint(solids=belly, layers=((0.0, hu.muscle * jitter(0.04)),), flesh=True))
     return paints
 
 

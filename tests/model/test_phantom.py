@@ -16,7 +16,7 @@ from model.levels import LEVELS
 from model.phantom import FRACTURE_KINDS, Anatomy, Fracture, Phantom, default_grid, kinds_at, render, write_series
 
 
-def crop_around(anatomy: Anatomy, level: str, *, spacing_mm: float = 0.8) -> Grid:
+def crop_around(anatomy: Anatomy, level: str, *, spacing_mm: float = 1.0) -> Grid:
     place = anatomy.place(level)
     extent = np.array(place.upper_lps_mm) - np.array(place.lower_lps_mm) + 6
     x, y, z = (int(np.ceil(length / spacing_mm)) for length in extent)
