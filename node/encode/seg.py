@@ -170,18 +170,20 @@ def _organise(seg: Segmentation, uid: str) -> None:
 
 
 def _refer_to_frames(seg: Segmentation, source: Source) -> None:
-    """Turns references to single-frame slices into references to frames of Enhanced CT Instances."""
-    frame_at = {
-        tuple(float(value) for value in image.ImagePositionPatient): source.slices[z].frame_number
-        for z, image in source.images.items()
-    }
-    for item in seg.PerFrameFunctionalGroupsSequence:
-        position = tuple(float(value) for value in item.PlanePositionSequence[0].ImagePositionPatient)
-        reference = item.DerivationImageSequence[0].SourceImageSequence[0]
+    """Turns references to the single-frame images of a `Source` into references to frames of Enhanced CT Instances."""
+    slices = {str(image.SOPInstanceUID): source.slices[z] for z, image in source.images.items()}
+    references = [
+        item.DerivationImageSequence[0].SourceImageSequence[0] for item in seg.PerFrameFunctionalGroupsSequence
+    ]
+    for reference in {id(item): item for item in references}.values():  # segments on one plane share theirs
+        found = slices[reference.ReferencedSOPInstanceUID]
         reference.ReferencedSOPClassUID = source.sop_class_uid
-        reference.ReferencedFrameNumber = frame_at[position]
-    instances = {item.ReferencedSOPInstanceUID: item for item in seg.SourceImageSequence}
-    for item in instances.values():
+        reference.ReferencedSOPInstanceUID = found.sop_instance_uid
+        reference.ReferencedFrameNumber = found.frame_number
+    instances = {}
+    for item in seg.SourceImageSequence:
         item.ReferencedSOPClassUID = source.sop_class_uid
+        item.ReferencedSOPInstanceUID = slices[item.ReferencedSOPInstanceUID].sop_instance_uid
+        instances[item.ReferencedSOPInstanceUID] = item
     seg.SourceImageSequence = list(instances.values())
     seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = list(instances.values())

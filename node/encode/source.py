@@ -10,10 +10,12 @@ from functools import cache
 from pathlib import Path
 
 import pydicom
+from pydicom.config import RAISE
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
-from pydicom.valuerep import DA, TM
+from pydicom.valuerep import format_number_as_ds, validate_value
 
 from model import Grid, SliceHeader, SliceSource, slice_headers
 from node.encode.identity import derive_uid
@@ -31,6 +33,9 @@ _TYPE_2 = (
     "ReferringPhysicianName",
 )
 
+# Dates, times, ages and numbers that are none are emptied; text is kept, even if it is longer than it may be.
+_STRICT_VRS = ("AS", "DA", "DS", "DT", "IS", "TM")
+
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 # What `slice_headers` needs to tell a slice's place, besides what all slices of a Series share.
@@ -43,7 +48,8 @@ class Source:
 
     header: patient, study, series and equipment of its first slice, mended; text is decoded, so it can be written in
     any character set. slices: one per Z index. images: single-frame datasets by Z index, for the planes asked for;
-    those of Enhanced CT too, because a mask's planes are matched to slices, not to frames.
+    those of Enhanced CT too, each under its Instance's UID with the frame number appended, because highdicom takes
+    only a whole multi-frame Instance and a Series may be several.
     """
 
     header: Dataset
@@ -109,9 +115,9 @@ def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
         setattr(ds, keyword, "" if value is None else value)
     if ds.PatientSex not in ("M", "F", "O"):
         ds.PatientSex = ""
-    for keyword, kind in (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM)):
-        if not _is_valid(kind, ds[keyword].value):
-            setattr(ds, keyword, "")
+    for element in ds:
+        if element.VR in _STRICT_VRS and not _is_valid(element):
+            ds[element.tag].value = ""
     ds.SOPClassUID = frame.sop_class_uid or CTImageStorage
     ds.SOPInstanceUID = frame.sop_instance_uid
     ds.Modality = "CT"
@@ -121,10 +127,12 @@ def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
     return ds
 
 
-def _is_valid(kind: type[DA] | type[TM], value: object) -> bool:
+def _is_valid(element: DataElement) -> bool:
+    values = element.value if element.VM > 1 else [element.value]
     try:
-        kind(value)
-    except (ValueError, TypeError):
+        for value in values:
+            validate_value(element.VR, "" if value is None else str(value), RAISE)
+    except ValueError:
         return False
     return True
 
@@ -137,9 +145,12 @@ def _image(
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"):
         setattr(ds, keyword, header[keyword].value)
     ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, source.sop_instance_uid
+    if header.SOPClassUID == EnhancedCTImageStorage:
+        ds.SOPInstanceUID += f".{source.frame_number}"
     ds.Rows, ds.Columns = grid.shape[1:]
-    ds.ImageOrientationPatient, ds.PixelSpacing = list(frame.orientation or ()), list(frame.pixel_spacing_mm or ())
-    ds.ImagePositionPatient = list(position_lps_mm)
+    ds.ImagePositionPatient = [format_number_as_ds(value) for value in position_lps_mm]
+    ds.ImageOrientationPatient = [format_number_as_ds(value) for value in frame.orientation or ()]
+    ds.PixelSpacing = [format_number_as_ds(value) for value in frame.pixel_spacing_mm or ()]
     # Along the normal, which is less than the distance between positions when the gantry was tilted.
     spacing_mm = grid.voxel_volume_mm3 / (grid.spacing_mm[1] * grid.spacing_mm[2])
     ds.SpacingBetweenSlices = f"{spacing_mm:.6g}"

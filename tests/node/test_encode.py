@@ -69,9 +69,10 @@ def test_every_voxel_lies_where_its_vertebra_lies_in_the_patient(kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", ["axial", "head to foot", "enhanced, frames out of order"])
-def test_each_frame_names_the_slice_it_lies_on(kind: str, tmp_path: Path) -> None:
+def test_each_frame_names_the_slice_it_lies_on(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     volume = series(tmp_path, kind)
     made = encode(volume, analysis_of(volume), tmp_path / "out")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     ds = pydicom.dcmread(made["vertebrae.seg"].path)
     sources = {path: pydicom.dcmread(path) for path in {item.path for item in volume.slices}}
     by_uid = {source.SOPInstanceUID: source for source in sources.values()}
@@ -295,6 +296,8 @@ def _odd_values(ds: Dataset) -> None:
         ("StudyDate", b"01/02/2026"),
         ("StudyTime", b"noon"),
         ("SliceThickness", b""),
+        ("PatientAge", b"45"),
+        ("PatientSize", b"1,80"),
     ):
         tag = Tag(keyword)
         ds[tag] = pydicom.dataelem.RawDataElement(
@@ -332,22 +335,29 @@ def test_headers_that_break_the_standard_still_give_valid_results(
 
 
 @pytest.mark.parametrize(
-    ("character_set", "name"),
+    ("character_set", "name", "place"),
     [
-        (None, "Plain"),
-        ("ISO_IR 100", "Müller^Jörg"),
-        ("ISO_IR 192", "Ὀδυσσεύς^Ιθάκη"),
-        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+        (None, "Plain", "Zurich"),
+        ("ISO_IR 100", "Müller^Jörg", "Zürich"),
+        ("ISO_IR 192", "Ὀδυσσεύς^Ιθάκη", "Ἰθάκη"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎", "東京"),
     ],
 )
 def test_names_survive_in_any_character_set_and_reach_no_log(
-    character_set: Any, name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+    character_set: Any,
+    name: str,
+    place: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     def edit(_: int, ds: Dataset) -> None:
         if character_set:
             ds.SpecificCharacterSet = character_set
-        ds.PatientName = name
-        ds.StudyDescription = "Halswirbelsäule" if character_set == "ISO_IR 100" else "Neck"
+        ds.PatientName, ds.StudyDescription = name, place
+        other = Dataset()
+        other.PatientID, other.IssuerOfPatientID = "2", place
+        ds.OtherPatientIDsSequence = [other]
 
     volume = series(tmp_path, edit=edit)
     recwarn.clear()
@@ -358,7 +368,8 @@ def test_names_survive_in_any_character_set_and_reach_no_log(
         ds = pydicom.dcmread(item.path)
         assert str(ds.PatientName) == name
         assert ds.PatientID == "TEST"
-        assert ds.StudyDescription == ("Halswirbelsäule" if character_set == "ISO_IR 100" else "Neck")
+        assert ds.StudyDescription == place
+        assert ds.OtherPatientIDsSequence[0].IssuerOfPatientID == place
     assert name.split("^")[0] not in caplog.text
     assert not recwarn.list
 
