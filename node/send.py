@@ -150,9 +150,12 @@ def _associate(ae: AE, peer: DicomDestination) -> Association:
     Raises:
         SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
     """
-    association = ae.associate(
-        peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay)]
-    )
+    try:
+        association = ae.associate(
+            peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay)]
+        )
+    except OSError as error:  # the name cannot be resolved
+        raise SendError(f"{_name(peer)} cannot be reached: {error.strerror}; check the host") from error
     if association.is_established:
         return association
     if association.is_rejected:

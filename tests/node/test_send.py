@@ -1,0 +1,134 @@
+"""Sending as `cspine send` and `cspine check` do: to real peers, to none, and with files that are not DICOM."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+from pynetdicom import AE, evt
+from pynetdicom.sop_class import Verification
+
+from node.config import DicomDestination
+from node.send import Refused, SendError, echo, find_dicom_files, send_files
+from tests.factories import make_ct_series, make_report
+
+# pynetdicom leaves the socket of a failed connection to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
+@pytest.fixture
+def nowhere(free_port: Callable[[], int]) -> DicomDestination:
+    """An address where nothing listens."""
+    return DicomDestination(type="dicom", name="peer", host="127.0.0.1", port=free_port(), ae_title="PEER", timeout_s=3)
+
+
+@pytest.fixture
+def stored() -> list[tuple[str, bytes]]:
+    """Transfer syntax and encoded dataset of what `peer` accepted."""
+    return []
+
+
+@pytest.fixture
+def peer(nowhere: DicomDestination, stored: list[tuple[str, bytes]]) -> Iterator[DicomDestination]:
+    """A Storage SCP for CT that wants no Instance numbered 3."""
+
+    def store(event: evt.Event) -> int:
+        if event.dataset.InstanceNumber == 3:
+            return 0xA700
+        stored.append((event.context.transfer_syntax, event.encoded_dataset(include_meta=False)))
+        return 0x0000
+
+    ae = AE(ae_title="PEER")
+    ae.require_called_aet = True
+    ae.add_supported_context(Verification)
+    ae.add_supported_context(CTImageStorage, [ExplicitVRLittleEndian, RLELossless])
+    server = ae.start_server((nowhere.host, nowhere.port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    yield nowhere
+    server.shutdown()
+
+
+def test_files_go_out_as_they_are_each_in_its_own_transfer_syntax(
+    peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
+) -> None:
+    paths = [
+        *make_ct_series(tmp_path / "plain", num_slices=2),
+        *make_ct_series(tmp_path / "rle", num_slices=2, transfer_syntax_uid=RLELossless),
+    ]
+    seen: list[Path] = []
+    assert send_files(paths, peer, calling_ae_title="TEST", on_file=lambda path, _: seen.append(path)) == []
+    assert seen == paths
+    assert [syntax for syntax, _ in stored] == [ExplicitVRLittleEndian] * 2 + [RLELossless] * 2
+    for path, (_, encoded) in zip(paths, stored, strict=True):
+        assert path.read_bytes().endswith(encoded)
+
+
+def test_each_refusal_is_told_with_its_reason_and_the_rest_is_sent(
+    peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
+) -> None:
+    paths = [*make_ct_series(tmp_path / "ct", num_slices=4), make_report(tmp_path / "report.dcm")]
+    told: list[Refused | None] = []
+    refused = send_files(paths, peer, calling_ae_title="TEST", on_file=lambda _, refusal: told.append(refusal))
+    assert [item.path for item in refused] == [paths[2], paths[4]]
+    assert [item for item in told if item] == refused
+    assert len(stored) == 3
+    assert "refused 0002.dcm with status 0xA700" in refused[0].reason
+    assert not refused[0].permanent
+    assert "does not take Comprehensive SR Storage as Explicit VR Little Endian; allow it there" in refused[1].reason
+    assert refused[1].permanent
+
+
+def test_a_peer_that_is_not_there_is_named_with_what_to_check(nowhere: DicomDestination, tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path, num_slices=1)
+    with pytest.raises(SendError, match=f"PEER at 127.0.0.1:{nowhere.port} cannot be reached; check host and port"):
+        send_files(paths, nowhere, calling_ae_title="TEST")
+    with pytest.raises(SendError, match="cannot be reached"):
+        echo(nowhere, calling_ae_title="TEST")
+
+
+def test_a_host_name_that_does_not_resolve_is_a_send_error(nowhere: DicomDestination) -> None:
+    with pytest.raises(SendError, match=r"no-such-host\.invalid:\d+ cannot be reached: .+; check the host"):
+        echo(nowhere.model_copy(update={"host": "no-such-host.invalid"}), calling_ae_title="TEST")
+
+
+def test_a_wrong_called_ae_title_is_told_as_such(peer: DicomDestination) -> None:
+    with pytest.raises(SendError, match="rejected the association from TEST: Called AE title not recognised") as error:
+        echo(peer.model_copy(update={"ae_title": "WRONG"}), calling_ae_title="TEST")
+    assert error.value.permanent
+
+
+def test_echo_is_answered(peer: DicomDestination) -> None:
+    echo(peer, calling_ae_title="TEST")
+
+
+def test_something_that_listens_but_does_not_speak_dicom_is_a_send_error_in_time(nowhere: DicomDestination) -> None:
+    with socket.create_server((nowhere.host, nowhere.port)) as server:
+        connections: list[socket.socket] = []
+        accepting = threading.Thread(target=lambda: connections.append(server.accept()[0]))
+        accepting.start()
+        with pytest.raises(SendError, match="PEER at"):
+            echo(nowhere.model_copy(update={"timeout_s": 0.5}), calling_ae_title="TEST")
+        accepting.join()
+        connections[0].close()
+
+
+def test_a_file_that_does_not_say_what_it_is_stops_before_anything_is_sent(
+    peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
+) -> None:
+    paths = make_ct_series(tmp_path, num_slices=2)
+    paths[1].write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(SendError, match=r"0001\.dcm lacks SOP Class or transfer syntax"):
+        send_files(paths, peer, calling_ae_title="TEST")
+    assert stored == []
+
+
+def test_dicom_files_are_found_in_all_folders_whatever_their_names(tmp_path: Path) -> None:
+    make_ct_series(tmp_path / "a" / "b", num_slices=2)
+    (tmp_path / "a" / "b" / "0000.dcm").rename(tmp_path / "IM000001")
+    (tmp_path / "notes.txt").write_text("not DICOM", encoding="utf-8")
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "DICOMDIR").write_bytes(b"\0" * 128 + b"DICM")
+    found, num_others = find_dicom_files(tmp_path)
+    assert found == [tmp_path / "IM000001", tmp_path / "a" / "b" / "0001.dcm"]
+    assert num_others == 2
