@@ -54,6 +54,10 @@ class VertebraUNet(nn.Module):
             for i in reversed(range(len(channels) - 1))
         )
         self.heads = nn.ModuleList(nn.Conv3d(channels[i], 2, 1) for i in reversed(range(len(channels) - 1)))
+        for i, head in enumerate(self.heads):
+            nn.init.zeros_(head.weight)  # type: ignore[arg-type]
+            # Training starts from "background" and the middle of the neck; finer scales only add to it.
+            head.bias.data = torch.tensor([-3.0, 4.5]) if i == 0 else torch.zeros(2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Scores `(B, 2, Z, Y, X)` at every decoder scale, coarse to fine; the last one is the answer.
@@ -136,7 +140,9 @@ class RegionDecoder(nn.Module):
             for i in reversed(range(len(channels) - 1))
         )
         # The encoder's finest features are at half resolution: four sub-pixels each.
-        self.head = nn.Sequential(nn.Conv2d(channels[0], 4, 3, padding=1), nn.PixelShuffle(2))
+        last = nn.Conv2d(channels[0], 4, 3, padding=1)
+        nn.init.constant_(last.bias, -4.0)  # type: ignore[arg-type]  # fracture is rare: training starts from "none"
+        self.head = nn.Sequential(last, nn.PixelShuffle(2))
 
     def forward(self, features: list[Tensor]) -> Tensor:
         """Logits `(B, 1, Y, X)` from `SliceEncoder` features."""

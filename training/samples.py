@@ -1,0 +1,136 @@
+"""Training samples cut from rendered phantoms, and the cache that holds them: one file for each imaginary patient.
+
+A patient is rendered twice: the whole neck coarsely for the vertebra U-Net, and a box around the spine at a scanner's
+spacing for the fracture network. Both are cut by the functions the pipeline itself uses, so that training and analysis
+cannot disagree.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.bundle import ClassifySettings, SegmentSettings
+from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
+from model.geometry import Grid
+from model.levels import LEVELS
+from model.phantom import Anatomy, Fracture, kinds_at, render
+from model.resample import average_pool
+
+PREVALENCE = 0.28
+"""Share of fractured vertebrae: far above real life, so that training sees enough of them."""
+
+MAX_LEFT_OUT_MM = 3.0
+"""How far a vertebra's box is off in training: the pipeline takes it from an imperfect segmentation."""
+
+
+def random_fractures(rng: np.random.Generator, prevalence: float = PREVALENCE) -> tuple[Fracture, ...]:
+    """Fractures of any kind, 0.8 to 3 mm wide, each level broken with probability `prevalence`."""
+    return tuple(
+        Fracture(level=level, kind=str(rng.choice(kinds_at(level))), width_mm=float(rng.uniform(0.8, 3.0)))
+        for level in LEVELS
+        if rng.random() < prevalence
+    )
+
+
+def whole_neck_grid(anatomy: Anatomy, rng: np.random.Generator, spacing_mm: float) -> Grid:
+    """An axial grid over neck and shoulders, from up to 30 mm below T1 to up to 60 mm above C1."""
+    lower = anatomy.place("T1").lower_lps_mm[2] - rng.uniform(0, 30)
+    upper = anatomy.place("C1").upper_lps_mm[2] + rng.uniform(5, 60)
+    middle = anatomy.place("C4").centre_lps_mm
+    width = 2 * int(rng.uniform(160, 260) / spacing_mm / 2)
+    depth = 2 * int(rng.uniform(150, 250) / spacing_mm / 2)
+    height = 2 * int((upper - lower) / spacing_mm / 2)
+    centre = (middle[0] + rng.uniform(-10, 10), middle[1] + rng.uniform(-16, 4), (lower + upper) / 2)
+    return Grid.axial(shape=(height, depth, width), spacing_mm=(spacing_mm,) * 3, centre_lps_mm=centre)
+
+
+def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: SegmentSettings) -> dict[str, NDArray]:
+    """The whole neck on the U-Net's grid: `hu` int16, `share` uint8 0..255 of each voxel that is vertebra, `level`.
+
+    The share, not a yes or no, lets the network place an outline between the centres of its coarse voxels.
+    """
+    grid = whole_neck_grid(anatomy, rng, settings.spacing_mm / 2)
+    phantom = render(
+        anatomy, grid, noise_hu=rng.uniform(5, 50), blur_mm=rng.uniform(0.4, 2.0), seed=int(rng.integers(1 << 31))
+    )
+    share = average_pool((phantom.vertebrae > 0).astype(np.int16), (2, 2, 2))
+    level_sum = average_pool(phantom.vertebrae.astype(np.int16), (2, 2, 2))
+    level = torch.where(share > 0, level_sum / share.clamp(min=1e-6), torch.zeros_like(share))
+    return {
+        "hu": average_pool(phantom.voxels_hu, (2, 2, 2)).round().to(torch.int16).numpy(),
+        "share": (share * 255).round().to(torch.uint8).numpy(),
+        "level": level.round().to(torch.uint8).numpy(),
+    }
+
+
+def classify_samples(anatomy: Anatomy, rng: np.random.Generator, settings: ClassifySettings) -> dict[str, NDArray]:
+    """All seven vertebrae as the fracture network sees them, stacked in level order.
+
+    `planes` int16 HU `(7, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(7, slices, Y, X)`, `fractured` bool.
+    """
+    boxes = np.array([(place.lower_lps_mm, place.upper_lps_mm) for place in anatomy.places.values()])
+    # Wide enough that no stack of slices reaches beyond it: in a patient there is tissue, not air.
+    half_mm = settings.num_pixels * settings.pixel_mm / 2 + MAX_LEFT_OUT_MM
+    reach_mm = np.array([half_mm, half_mm, 0.0])
+    centres = boxes.mean(axis=1)
+    lower = np.minimum(boxes[:, 0] - 4, centres - reach_mm).min(axis=0)
+    upper = np.maximum(boxes[:, 1] + 4, centres + reach_mm).max(axis=0)
+    in_plane = rng.uniform(0.35, 0.8)
+    spacing_mm = (float(rng.choice([0.5, 0.625, 0.8, 1.0, 1.25, 1.5])), in_plane, in_plane)
+    shape = tuple(int(n) for n in np.ceil((upper - lower)[::-1] / spacing_mm))
+    grid = Grid.axial(shape=shape, spacing_mm=spacing_mm, centre_lps_mm=tuple((lower + upper) / 2))
+    phantom = render(
+        anatomy, grid, noise_hu=rng.uniform(5, 45), blur_mm=rng.uniform(0.3, 1.2), seed=int(rng.integers(1 << 31))
+    )
+    planes, masks, regions, fractured = [], [], [], []
+    for label in range(1, len(LEVELS) + 1):
+        mask = phantom.vertebrae == label
+        points = grid.to_lps_mm(np.argwhere(mask).astype(float))
+        wrong_mm = rng.uniform(-MAX_LEFT_OUT_MM, MAX_LEFT_OUT_MM, size=(2, 3))
+        stack = stack_grid(points.min(axis=0) + wrong_mm[0], points.max(axis=0) + wrong_mm[1], settings)
+        slices = slice_grid(stack)
+        gap = phantom.fractures == label
+        planes.append(sample_planes(phantom.voxels_hu, grid, stack).round().to(torch.int16).numpy())
+        masks.append((sample_mask(mask, grid, slices) * 255).to(torch.uint8).numpy())
+        regions.append((sample_mask(gap, grid, slices) * 255).to(torch.uint8).numpy())
+        fractured.append(bool(gap.any()))
+    return {
+        "planes": np.stack(planes),
+        "masks": np.stack(masks),
+        "regions": np.stack(regions),
+        "fractured": np.array(fractured),
+    }
+
+
+def write_patient(path: Path, seed: int, segment: SegmentSettings, classify: ClassifySettings) -> None:
+    """Draws, renders and stores one patient; a file that is there already is kept."""
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    rng = np.random.default_rng([seed, 17])
+    anatomy = Anatomy.random(seed, random_fractures(rng), variation=float(rng.uniform(0.6, 1.4)))
+    arrays = segment_sample(anatomy, rng, segment) | classify_samples(anatomy, rng, classify)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+    unfinished.replace(path)
+
+
+def write_patients(
+    folder: Path, seeds: range, segment: SegmentSettings, classify: ClassifySettings, num_workers: int
+) -> Iterator[Path]:
+    """The files of the patients of all seeds, as they are drawn; what an earlier call drew is used again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{seed}.npz" for seed in seeds]
+    with ProcessPoolExecutor(num_workers) as pool:
+        jobs = [
+            pool.submit(write_patient, path, seed, segment, classify) for path, seed in zip(paths, seeds, strict=True)
+        ]
+        for job, path in zip(jobs, paths, strict=True):
+            job.result()
+            yield path

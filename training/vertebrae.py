@@ -1,0 +1,107 @@
+"""Trains the vertebra U-Net: from the cached necks, turned, cut and degraded anew at every step."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from torch import Tensor
+
+from model.geometry import FloatArray, Grid
+from model.networks import VertebraUNet
+from model.resample import AIR_HU, sample
+from model.segment import network_input
+from training.schedule import train
+
+LEARNING_RATE = 3e-3
+SMALL_CROP, LARGE_CROP = (64, 48, 48), (80, 64, 64)
+"""Voxels of a training crop `(Z, Y, X)`; the large ones, later in the run, see what numbers the levels."""
+
+
+def train_unet(network: VertebraUNet, paths: list[Path], *, num_steps: int, seed: int) -> Iterator[tuple[int, float]]:
+    """Trains in place, leaving the averaged weights; gives step and loss."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+
+    def loss_of_step(step: int) -> Tensor:
+        crop = SMALL_CROP if step < 0.75 * num_steps else LARGE_CROP
+        hu, share, level = draw_crop(paths[rng.integers(len(paths))], rng, crop)
+        return loss(network(network_input(hu)[None]), share, level)
+
+    yield from train(network, loss_of_step, num_steps=num_steps, learning_rate=LEARNING_RATE)
+
+
+def draw_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """One crop around some point of the spine: HU, share of vertebra 0..1 and level, each float32 `(Z, Y, X)`."""
+    with np.load(path) as arrays:
+        hu, share, level = (torch.from_numpy(arrays[name]).float() for name in ("hu", "share", "level"))
+    z, y, x = hu.shape
+    source = Grid(shape=(z, y, x), affine=np.eye(4))
+    bone = np.argwhere(level.numpy() > 0)
+    centre = bone[rng.integers(len(bone))] + rng.uniform(-12, 12, size=3)
+    target = Grid(shape=shape, affine=_turned(centre, np.asarray(shape), rng))
+    hu, share = sample(torch.stack([hu - AIR_HU, share / 255]), source, target)
+    hu = hu + AIR_HU
+    level = sample(level[None], source, target, nearest=True)[0]
+    if rng.random() < 0.5:
+        _cut_field_of_view(hu, share, rng)
+    return _degraded(hu, rng), share, level
+
+
+def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
+    """Outline (cross-entropy and Dice) plus numbering (smooth L1 on the level at every scale).
+
+    scores: as `VertebraUNet` gives them for a batch of one. share, level: `(Z, Y, X)`.
+    """
+    logit = scores[-1][0, 0]
+    probability = logit.sigmoid()
+    outline = F.binary_cross_entropy_with_logits(logit, share)
+    dice = 1 - (2 * (probability * share).sum() + 1) / (probability.square().sum() + share.square().sum() + 1)
+    total = 3 * outline + dice
+    weight = share * (level > 0)
+    if not weight.any():
+        return total
+    for score in scores:
+        factor = share.shape[0] // score.shape[2]
+        mass = F.avg_pool3d(weight[None], factor)[0]
+        mean = F.avg_pool3d((weight * level)[None], factor)[0] / mass.clamp(min=1e-6)
+        error = F.smooth_l1_loss(score[0, 1], mean, reduction="none", beta=0.5)
+        total = total + 0.5 * (error * mass).sum() / mass.sum()
+    return total
+
+
+def _turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Affine of a crop around `centre`, turned by up to 12 degrees an axis, scaled, mirrored half the time."""
+    matrix = np.eye(3)
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        angle = np.deg2rad(rng.uniform(-12, 12))
+        turn = np.eye(3)
+        turn[np.ix_((first, second), (first, second))] = [
+            [np.cos(angle), -np.sin(angle)],
+            [np.sin(angle), np.cos(angle)],
+        ]
+        matrix = matrix @ turn
+    matrix = matrix @ np.diag(rng.uniform(0.88, 1.12, size=3) * [1, 1, rng.choice([-1, 1])])
+    affine = np.eye(4)
+    affine[:3, :3] = matrix
+    affine[:3, 3] = centre - matrix @ ((shape - 1) / 2)
+    return affine
+
+
+def _cut_field_of_view(hu: Tensor, share: Tensor, rng: np.random.Generator) -> None:
+    """Puts air above or below a plane, as beyond the first or last slice."""
+    at = int(rng.integers(2, hu.shape[0] // 3))
+    beyond = slice(None, at) if rng.random() < 0.5 else slice(-at, None)
+    hu[beyond] = AIR_HU
+    share[beyond] = 0
+
+
+def _degraded(hu: Tensor, rng: np.random.Generator) -> Tensor:
+    """Other gain, offset, noise and sharpness, as other scanners and kernels have."""
+    body = hu > -900
+    if rng.random() < 0.3:
+        hu = 0.5 * hu + 0.5 * F.avg_pool3d(hu[None], 3, 1, 1, count_include_pad=False)[0]
+    noise = torch.randn_like(hu) * rng.uniform(0, 30)
+    changed = hu * rng.uniform(0.85, 1.15) + rng.uniform(-30, 30) + noise
+    return torch.where(body, changed, hu)
