@@ -113,10 +113,14 @@ class Cone:
         inverse_v = 1 / (np.float32(v0) + within * np.float32(v1 - v0))
         scaled_u, scaled_v = u * inverse_u, v * inverse_v
         norm = np.sqrt(scaled_u * scaled_u + scaled_v * scaled_v)
-        slope = np.sqrt((scaled_u * inverse_u) ** 2 + (scaled_v * inverse_v) ** 2)
+        scaled_u *= inverse_u
+        scaled_v *= inverse_v
+        slope = np.sqrt(scaled_u * scaled_u + scaled_v * scaled_v)
         slope += np.float32(1e-4 / max(u0, v0, u1, v1))
         result = (norm + np.float32(1e-4)) * (norm - 1) / slope
         np.maximum(result, np.float32(-max(u0, v0, u1, v1)), out=result)
+        if float(w.min()) >= 0 and float(w.max()) < 1:
+            return np.asarray(result, np.float32)
         return np.where((w >= 0) & (w < 1), result, np.float32(FAR_MM))
 
 
@@ -383,6 +387,10 @@ def coverage(distance_mm: Float32Array, width_mm: float) -> Float32Array:
     """Part of a voxel that lies inside, 0..1: a smooth step of the given width about distance zero."""
     share = distance_mm * np.float32(-1 / width_mm)
     share += np.float32(0.5)
-    np.clip(share, 0, 1, out=share)
-    share *= share * (3 - 2 * share)
+    np.maximum(share, 0, out=share)
+    np.minimum(share, 1, out=share)
+    rest = share * np.float32(-2)
+    rest += 3
+    share *= share
+    share *= rest
     return share
