@@ -142,7 +142,7 @@ def make_segmentation(
         content_label=kind.content_label,
         content_description=kind.series_description,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set="ISO_IR 192",
+        specific_character_set=source.character_set,
         contributing_equipment=[processing_equipment(node)],
     )
     _organise(seg, uids.uid(f"{kind.name} dimensions"))

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pydicom
+from highdicom.enum import SpecificCharacterSetValues
 from pydicom.config import RAISE
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
@@ -36,6 +37,9 @@ _TYPE_2 = (
 # Dates, times, ages and numbers that are none are emptied; text is kept, even if it is longer than it may be.
 _STRICT_VRS = ("AS", "DA", "DS", "DT", "IS", "TM")
 
+UTF_8 = "ISO_IR 192"
+_CHARACTER_SETS = {item.value for item in SpecificCharacterSetValues}
+
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
 # What `slice_headers` needs to tell a slice's place, besides what all slices of a Series share.
@@ -60,6 +64,12 @@ class Source:
     def sop_class_uid(self) -> str:
         """SOP Class of every Instance of the Series."""
         return str(self.header.SOPClassUID)
+
+    @property
+    def character_set(self) -> str:
+        """The source's own character set, so that names keep their bytes; UTF-8 where highdicom does not know it."""
+        own = self.header.get("SpecificCharacterSet")
+        return own if isinstance(own, str) and own in _CHARACTER_SETS else UTF_8
 
     @property
     def is_multi_frame(self) -> bool:

@@ -37,7 +37,7 @@ from node.encode import codes
 from node.encode.equipment import algorithm_template, device_observer, processing_equipment
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.seg import segment_numbers
-from node.encode.source import Source
+from node.encode.source import UTF_8, Source
 
 NAME = "report.sr"
 FILE_NAME = "report.sr.dcm"
@@ -115,7 +115,7 @@ def make_report(
         is_final=False,
         is_verified=False,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set="ISO_IR 192",
+        specific_character_set=_character_set(findings, source),
         contributing_equipment=[processing_equipment(node)],
     )
 
@@ -138,6 +138,13 @@ def conclude(findings: Findings) -> str:
     else:
         sentence = "No fracture suspected in the levels that were judged."
     return sentence + (f" Not judged: {', '.join(unjudged)}." if unjudged else "")
+
+
+def _character_set(findings: Findings, source: Source) -> str:
+    """The source's character set if what we add needs no other than ASCII, or else UTF-8."""
+    model = findings.model
+    texts = (model.name, model.version, model.trained_on, *findings.warnings)
+    return source.character_set if all(text.isascii() for text in texts) else UTF_8
 
 
 def _patient_group(context: _Context) -> MeasurementsAndQualitativeEvaluations:

@@ -370,6 +370,7 @@ def test_names_survive_in_any_character_set_and_reach_no_log(
         assert ds.PatientID == "TEST"
         assert ds.StudyDescription == place
         assert ds.OtherPatientIDsSequence[0].IssuerOfPatientID == place
+        assert ds.SpecificCharacterSet == ("ISO_IR 100" if character_set == "ISO_IR 100" else "ISO_IR 192")
     assert name.split("^")[0] not in caplog.text
     assert not recwarn.list
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import highdicom as hd
 import pydicom
 import pytest
+from pydicom.dataset import Dataset
 
 from model import (
     LEVELS,
@@ -118,6 +119,20 @@ def test_report_says_its_limits_its_training_data_and_its_warnings(tmp_path: Pat
         "PRELIMINARY",
     )
     assert "not a medical device" in value(report, "121013")
+
+
+def test_a_warning_beyond_the_sources_character_set_is_kept(tmp_path: Path) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        ds.SpecificCharacterSet, ds.PatientName = "ISO_IR 100", "Müller^Jörg"
+
+    volume = series(tmp_path, edit=edit)
+    analysis = analysis_of(volume)
+    analysis = replace(analysis, findings=replace(analysis.findings, warnings=("Spacing ≥ 1 mm.",)))
+    report = pydicom.dcmread(encode(volume, analysis, tmp_path / "out")["report.sr"].path)
+
+    (evaluations,) = children(report, "C0034375")
+    assert children(evaluations, "121106")[-1].TextValue == "Spacing ≥ 1 mm."
+    assert report.PatientName == "Müller^Jörg"
 
 
 @pytest.mark.parametrize("kind", ["axial", "enhanced"])
