@@ -1,4 +1,4 @@
-"""Imports run one way, heavy modules stay out of light processes, a few habits are kept. Each failure names the place."""
+"""Imports run one way, heavy modules stay out of light processes, habits are kept. Each failure names the place."""
 
 import ast
 import subprocess
