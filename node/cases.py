@@ -9,6 +9,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from node.case import Case, CaseState
@@ -26,12 +27,12 @@ def print_table(cases: Sequence[Case]) -> None:
         state = f"[{_COLOURS.get(case.state, 'cyan')}]{case.state}[/]"
         table.add_row(
             received,
-            case.calling_ae_title,
+            escape(case.calling_ae_title),  # comes from the network, and brackets are markup to rich
             case.series_instance_uid,
             str(case.num_instances),
             state,
-            case.summary,
-            case.reason,
+            escape(case.summary),
+            escape(case.reason),
         )
     Console().print(table)
 

@@ -3,6 +3,7 @@
 Exit status: 0 done, 1 it did not work out, 2 wrong usage or configuration, 3 the Series cannot be analysed.
 """
 
+import os
 import shutil
 import signal
 import sys
@@ -74,6 +75,10 @@ def serve(config_path: Path | None) -> None:
         run(config, stopping, on_started=lambda: _say_how_to_use(config))
     except StartError as error:
         _fail(f"The node cannot start: {error}.", _EXIT_FAILED)
+    # Python would wait for threads, and one may be with a destination that hangs; that delivery is still due.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _say_how_to_use(config: "Config") -> None:

@@ -7,14 +7,18 @@ happen in worker processes (`workers.py`). They meet in the database (`index.py`
 started again. This module is the composition root: read it first.
 """
 
+import fcntl
 import logging
 import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
 from apscheduler.schedulers.background import BackgroundScheduler
+from sqlalchemy.exc import DBAPIError
 
 from model import BundleError, read_bundle
 from node import receive
@@ -35,11 +39,21 @@ class StartError(Exception):
 
 
 class Service:
-    """The running node. `start`, then `stop`; in between it needs no attention."""
+    """The running node. `start`, then `stop`; in between it needs no attention.
+
+    Raises:
+        StartError: the data folder cannot be used.
+    """
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._index = Index(config.data_dir)
+        try:
+            self._data_lock = _lock(config.data_dir)
+            self._index = Index(config.data_dir)
+        except OSError as error:
+            raise StartError(f"the data folder {config.data_dir} cannot be used: {error.strerror}") from error
+        except DBAPIError as error:
+            raise StartError(f"the database in {config.data_dir} cannot be used: {error.orig}") from error
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
@@ -90,6 +104,7 @@ class Service:
             self._receiver.kill()
         self._index.put_back()
         self._index.close()
+        self._data_lock.close()
         log.info("action=stopped")
 
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
@@ -159,6 +174,24 @@ class Service:
         else:
             state = self._index.fail_attempt(case, outcome.reason, self._config.analyse.max_attempts)
             log.error("action=attempt-failed %s attempt=%d state=%s: %s", where, case.attempts, state, outcome.reason)
+
+
+def _lock(data_dir: Path) -> BinaryIO:
+    """Takes the data folder for this process, until the file is closed or the process ends, however it does.
+
+    A second node there would put back what the first is analysing, and remove the files it is just receiving.
+
+    Raises:
+        StartError: another node has it.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    file = (data_dir / "lock").open("wb")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise StartError(f"another node uses {data_dir}; stop it, or give this one a data_dir of its own") from error
+    return file
 
 
 def serve(config: Config, stopping: threading.Event, on_started: Callable[[], None]) -> None:
