@@ -4,9 +4,9 @@ Exit status: 0 done, 1 it did not work out, 2 wrong usage or configuration, 3 th
 """
 
 import os
-import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -133,25 +133,23 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     from node.send import find_dicom_files
 
     set_up_logging("WARNING")
+    paths, num_others = find_dicom_files(series_dir)
+    if not paths:
+        _fail(f"{series_dir} holds no DICOM file ({num_others} other files).", _EXIT_NOT_ANALYSABLE)
     try:
-        paths, num_others = find_dicom_files(series_dir)
-        if not paths:
-            _fail(f"{series_dir} holds no DICOM file ({num_others} other files).", _EXIT_NOT_ANALYSABLE)
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
-        out_dir.mkdir(parents=True, exist_ok=True)
-        work_dir = out_dir / ".work"
-        node = NodeIdentity(ae_title=config.receive.ae_title)
-        try:
-            results = analyse_series(paths, work_dir, pipeline, series_rules(config.complete), node)
-            copy_results(work_dir, out_dir)
-        finally:
-            shutil.rmtree(work_dir, ignore_errors=True)
-    except SeriesError as error:
-        _fail(str(error), _EXIT_NOT_ANALYSABLE)
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
         _fail(str(error), _EXIT_USAGE)
+    rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".cspine-", dir=out_dir) as scratch:
+            results = analyse_series(paths, Path(scratch) / "results", pipeline, rules, node)
+            copy_results(results.folder, out_dir)
+    except SeriesError as error:
+        _fail(str(error), _EXIT_NOT_ANALYSABLE)
     except OSError as error:
-        _fail(f"{out_dir} cannot be written: {error.strerror}.", _EXIT_FAILED)
+        _fail(f"{error.filename or out_dir}: {error.strerror}.", _EXIT_FAILED)
     for warning in results.findings.warnings:
         click.echo(f"Warning: {warning}", err=True)
     click.echo(conclude(results.findings))

@@ -65,7 +65,7 @@ def _deliver(delivery: Delivery, config: Config, destination: DicomDestination |
 
 
 def copy_results(source: Path, target: Path) -> None:
-    """Copies the result files, each appearing whole under its name; DICOM files no longer made are removed there.
+    """Copies the result files, each appearing whole under its name; results no longer made are removed there.
 
     Raises:
         OSError: the folder cannot be written.
@@ -78,6 +78,6 @@ def copy_results(source: Path, target: Path) -> None:
         with draft.open("rb") as file:
             os.fsync(file.fileno())
         draft.rename(target / name)
-    for path in target.glob("*.dcm"):
+    for path in (*target.glob("*.seg.dcm"), *target.glob("*.sr.dcm")):  # of our names only: others may keep files there
         if path.name not in names:
             path.unlink()

@@ -290,12 +290,14 @@ def test_new_results_replace_the_old_ones(tmp_path: Path) -> None:
         for name in names:
             (folder / name).write_text(folder.name, encoding="utf-8")
     copy_results(old, target)
-    (target / "notes.txt").write_text("the user's own", encoding="utf-8")
+    for name in ("notes.txt", "0001.dcm"):
+        (target / name).write_text("the user's own", encoding="utf-8")
     copy_results(new, target)
     assert {path.name: path.read_text(encoding="utf-8") for path in target.iterdir()} == {
         "findings.json": "new",
         "vertebrae.seg.dcm": "new",
         "notes.txt": "the user's own",
+        "0001.dcm": "the user's own",
     }
 
 
