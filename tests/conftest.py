@@ -1,4 +1,4 @@
-"""Fixtures that tests of the node share: a free port, a data folder of its own, its configuration and its index."""
+"""Fixtures that tests of the node share: a port, a configuration, an index in a folder of its own, a model bundle."""
 
 import socket
 import socketserver
@@ -60,3 +60,23 @@ def index(tmp_path: Path) -> Iterator[Index]:
     opened = Index(tmp_path / "data")
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of small networks that never saw a neck: it loads and runs in no time, and finds nothing."""
+    from model.bundle import Bundle, ClassifySettings, SegmentSettings, write_bundle
+    from model.findings import ModelInfo
+    from model.networks import FractureNet, VertebraUNet
+
+    bundle = Bundle(
+        folder=tmp_path_factory.mktemp("bundle"),
+        info=ModelInfo(name="untrained", version="0.0.1", trained_on="Nothing.", operating_point=0.5),
+        segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
+        classify=ClassifySettings(
+            channels=(4, 8), num_hidden=4, num_slices=3, num_pixels=32, pixel_mm=1.0, region_threshold=0.5
+        ),
+        metrics={},
+    )
+    write_bundle(bundle, (VertebraUNet((4, 8)), FractureNet(6, (4, 8), 4)))
+    return bundle.folder

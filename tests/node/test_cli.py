@@ -282,11 +282,14 @@ def test_check_names_everything_that_is_wrong(
     assert "cannot be reached" in lines["destination pacs"]
 
 
-def test_check_of_a_device_that_is_not_there_is_a_failed_check(cspine: Cspine, tmp_path: Path) -> None:
-    path = write_config(tmp_path, analyse={"device": "cuda:63"}, deliver={"destinations": []})
+def test_check_of_a_device_that_is_not_there_is_a_failed_check(
+    cspine: Cspine, tmp_path: Path, untrained_bundle: Path
+) -> None:
+    analyse = {"bundle": str(untrained_bundle), "device": "cuda:63"}
+    path = write_config(tmp_path, analyse=analyse, deliver={"destinations": []})
     result = cspine("check", "--config", path)
     assert result.exit_code == 1
-    assert any(line.startswith("failed") and "model" in line for line in result.stdout.splitlines())
+    assert any(line.startswith("failed") and "cuda:63" in line for line in result.stdout.splitlines())
 
 
 # ---- analyze ----
@@ -300,20 +303,21 @@ def test_analyze_of_what_holds_no_dicom_ends_with_status_3(cspine: Cspine, tmp_p
 
 
 def test_analyze_of_a_series_that_cannot_be_analysed_ends_with_status_3_and_leaves_nothing(
-    cspine: Cspine, tmp_path: Path
+    cspine: Cspine, tmp_path: Path, untrained_bundle: Path
 ) -> None:
     make_ct_series(tmp_path / "series", num_slices=5)
-    result = cspine("analyze", tmp_path / "series", "--out", tmp_path / "out")
-    if "No model bundle" in result.stderr:
-        pytest.skip(result.stderr)
+    config = write_config(tmp_path, analyse={"bundle": str(untrained_bundle)})
+    result = cspine("analyze", tmp_path / "series", "--out", tmp_path / "out", "--config", config)
     assert result.exit_code == 3
     assert "5 slices; at least 30 are needed" in one_sentence(result.stderr)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_analyze_with_a_bundle_or_device_that_is_not_there_ends_with_status_2(cspine: Cspine, tmp_path: Path) -> None:
+def test_analyze_with_a_bundle_or_device_that_is_not_there_ends_with_status_2(
+    cspine: Cspine, tmp_path: Path, untrained_bundle: Path
+) -> None:
     make_ct_series(tmp_path / "series", num_slices=5)
-    for settings in ({"bundle": str(tmp_path / "no-bundle")}, {"device": "cuda:63"}):
+    for settings in ({"bundle": str(tmp_path / "no-bundle")}, {"bundle": str(untrained_bundle), "device": "cuda:63"}):
         path = write_config(tmp_path, analyse=settings)
         result = cspine("analyze", tmp_path / "series", "--out", tmp_path / "out", "--config", path)
         assert result.exit_code == 2
@@ -339,20 +343,10 @@ def test_serve_with_a_data_folder_that_cannot_be_made_says_so(tmp_path: Path, fr
     assert "Traceback" not in error
 
 
-@pytest.fixture
-def bundle_is_there() -> None:
-    from model import BundleError, read_bundle
-
-    try:
-        read_bundle(None)
-    except BundleError as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.usefixtures("bundle_is_there")
-def test_serve_on_a_port_in_use_says_so(tmp_path: Path) -> None:
+def test_serve_on_a_port_in_use_says_so(tmp_path: Path, untrained_bundle: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as in_use:
-        path = write_config(tmp_path, receive={"port": in_use.getsockname()[1]})
+        receive = {"port": in_use.getsockname()[1]}
+        path = write_config(tmp_path, receive=receive, analyse={"bundle": str(untrained_bundle)})
         node = serve(path)
         _, error = node.communicate(timeout=60)
     assert node.returncode == 1
@@ -360,15 +354,16 @@ def test_serve_on_a_port_in_use_says_so(tmp_path: Path) -> None:
     assert "Traceback" not in error
 
 
-@pytest.mark.usefixtures("bundle_is_there")
-def test_a_second_node_on_the_same_data_folder_does_not_start(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_a_second_node_on_the_same_data_folder_does_not_start(
+    tmp_path: Path, untrained_bundle: Path, free_port: Callable[[], int]
+) -> None:
     """It would clear away what the first is just storing."""
-    first = serve(write_config(tmp_path, receive={"port": free_port(), "min_free_disk_mb": 0}))
+    first = serve(write_config(tmp_path, receive={"port": free_port()}, analyse={"bundle": str(untrained_bundle)}))
     try:
         assert first.stdout is not None
         while "is ready" not in first.stdout.readline():
             assert first.poll() is None
-        second = serve(write_config(tmp_path, receive={"port": free_port(), "min_free_disk_mb": 0}))
+        second = serve(write_config(tmp_path, receive={"port": free_port()}, analyse={"bundle": str(untrained_bundle)}))
         _, error = second.communicate(timeout=60)
         assert second.returncode == 1
         assert f"another node uses {tmp_path / 'data'}" in error
@@ -377,8 +372,9 @@ def test_a_second_node_on_the_same_data_folder_does_not_start(tmp_path: Path, fr
         first.communicate(timeout=30)
 
 
-@pytest.mark.usefixtures("bundle_is_there")
-def test_serve_stops_within_10_s_while_a_destination_hangs(tmp_path: Path, free_port: Callable[[], int]) -> None:
+def test_serve_stops_within_10_s_while_a_destination_hangs(
+    tmp_path: Path, untrained_bundle: Path, free_port: Callable[[], int]
+) -> None:
     index = Index(tmp_path / "data")
     folder = index.data_dir / "cases" / "1.2.3" / "results"
     folder.mkdir(parents=True)
@@ -399,7 +395,8 @@ def test_serve_stops_within_10_s_while_a_destination_hangs(tmp_path: Path, free_
         path = write_config(
             tmp_path,
             data_dir=str(tmp_path / "data"),
-            receive={"port": free_port(), "min_free_disk_mb": 0},
+            receive={"port": free_port()},
+            analyse={"bundle": str(untrained_bundle)},
             deliver={"destinations": [pacs | {"port": hanging.getsockname()[1]}]},
         )
         node = serve(path)
