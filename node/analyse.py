@@ -76,10 +76,16 @@ def _complete(analysis: Analysis, volume: Volume, timings_s: dict[str, float]) -
 def _publish(draft: Path, folder: Path) -> None:
     """Gives the draft its name, safely on disk."""
     for path in (*draft.iterdir(), draft):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Has a file, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
