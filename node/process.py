@@ -17,6 +17,7 @@ def set_up_logging(level: str) -> None:
     )
     # These speak of every PDU and every tick; and pydicom's warnings quote attribute values, which may name a patient.
     logging.getLogger("pynetdicom").setLevel(logging.WARNING)
+    logging.getLogger("highdicom").setLevel(logging.WARNING)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")

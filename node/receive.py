@@ -282,6 +282,7 @@ def start_server(config: Config, index: Index) -> ThreadedAssociationServer:
     ae.maximum_associations = config.receive.max_associations
     ae.maximum_pdu_size = 0  # unlimited: fastest
     ae.network_timeout = config.receive.network_timeout_s
+    ae.acse_timeout = 5.0  # a health check that only connects holds one of the associations for so long
     ae.add_supported_context(Verification)
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
