@@ -241,10 +241,15 @@ def check(config_path: Path | None) -> None:
 def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
     """List the received Series: which state each is in, and why."""
     config = _load_config(config_path)
+    from sqlalchemy.exc import DBAPIError
+
     from node.cases import print_json, print_table
     from node.index import Index
 
     if not (config.data_dir / "cspine.sqlite").exists():
         _fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
     show: Callable[..., None] = print_json if as_json else print_table
-    show(Index(config.data_dir).cases(limit))
+    try:
+        show(Index(config.data_dir).cases(limit))
+    except DBAPIError as error:
+        _fail(f"The database in {config.data_dir} cannot be used: {error.orig}.", _EXIT_FAILED)

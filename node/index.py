@@ -6,7 +6,7 @@ names a patient. Called by every stage of the node; calls none of them.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -315,12 +315,12 @@ class Index:
         self._move(case, state, reason)
         return state
 
-    def put_back(self) -> int:
-        """Queues again what a worker held when the node stopped, as if not begun; returns how many cases."""
-        held = update(_cases).where(_cases.c.state == CaseState.ANALYSING)
+    def put_back(self, held: Collection[int]) -> int:
+        """Queues again, as if not begun, what is ANALYSING but for the cases `held`; returns how many."""
+        begun = update(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))
         queued = {"state": CaseState.QUEUED, "attempts": _cases.c.attempts - 1, "changed_at": time.time()}
         with self._writing() as connection:
-            return connection.execute(held.values(queued)).rowcount
+            return connection.execute(begun.values(queued)).rowcount
 
     # ---- deliver ----
 

@@ -310,6 +310,8 @@ def run(config: Config, ready: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     index = Index(config.data_dir)
     index.end_lost_associations()
+    (index.data_dir / "instances").mkdir(exist_ok=True)
+    _sync_folder(index.data_dir)
     strays = reconcile(index)
     if strays:
         log.warning("action=reconciled removed=%d files that were never acknowledged", strays)

@@ -20,7 +20,6 @@ from typing import BinaryIO
 from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy.exc import DBAPIError
 
-from model import BundleError, read_bundle
 from node import receive
 from node.case import Case
 from node.complete import check_cases
@@ -32,6 +31,7 @@ from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
+_PUT_BACK_S = 30.0
 
 
 class StartError(Exception):
@@ -57,34 +57,31 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_jobs = 3 + len(config.deliver.destinations)
+        num_jobs = 4 + len(config.deliver.destinations)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_jobs}},
             job_defaults={"coalesce": True, "max_instances": 1},
         )
-        self._num_busy = 0
+        self._held: set[int] = set()  # ids of the cases that workers have
         self._lock = threading.Lock()
 
     def start(self) -> None:
         """Starts receiver, workers and clock.
 
         Raises:
-            StartError: the model bundle is unusable, or the port cannot be listened on.
+            StartError: the port cannot be listened on, or the model cannot be loaded.
         """
         index, config = self._index, self._config
-        try:
-            read_bundle(config.analyse.bundle)
-        except BundleError as error:
-            raise StartError(str(error)) from error
-        put_back = index.put_back()
-        if put_back:
-            log.info("action=put-back cases=%d that an earlier run had begun to analyse", put_back)
+        self._put_back_unheld()
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
         self._start_receiver()
         self._pool = WorkerPool(config)
+        if problem := self._pool.wait_until_loaded():
+            raise StartError(problem)
         self._every_tick(check_cases, index, config.complete)
         self._every_tick(self._dispatch)
         self._every_tick(self._watch_receiver)
+        self._scheduler.add_job(self._put_back_unheld, "interval", seconds=_PUT_BACK_S)
         for destination in config.deliver.destinations:
             self._every_tick(deliver_due, index, config, destination)
         self._scheduler.start()
@@ -102,13 +99,20 @@ class Service:
         if self._receiver is not None:
             self._receiver.join(5)
             self._receiver.kill()
-        self._index.put_back()
+        self._index.put_back(held=())
         self._index.close()
         self._data_lock.close()
         log.info("action=stopped")
 
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)
+
+    def _put_back_unheld(self) -> None:
+        """Queues what stands as ANALYSING though no worker has it: an earlier run's, or one whose end was not noted."""
+        with self._lock:
+            put_back = self._index.put_back(held=self._held)
+        if put_back:
+            log.warning("action=put-back cases=%d that no worker holds", put_back)
 
     def _start_receiver(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -134,12 +138,12 @@ class Service:
     def _dispatch(self) -> None:
         """Gives queued cases to workers that are free."""
         assert self._pool is not None
-        while self._num_busy < self._config.analyse.workers:
-            case = self._index.claim_next()
-            if case is None:
-                return
+        while len(self._held) < self._config.analyse.workers:
             with self._lock:
-                self._num_busy += 1
+                case = self._index.claim_next()
+                if case is None:
+                    return
+                self._held.add(case.case_id)
             log.info(
                 "action=analysing case=%d series=%s attempt=%d", case.case_id, case.series_instance_uid, case.attempts
             )
@@ -150,11 +154,15 @@ class Service:
             self._pool.submit(job).add_done_callback(partial(self._on_analysed, case))
 
     def _on_analysed(self, case: Case, future: "Future[JobOutcome]") -> None:
-        with self._lock:
-            self._num_busy -= 1
-        if future.cancelled():
-            return
-        outcome = future.result()
+        try:
+            if not future.cancelled():
+                self._settle(case, future.result())
+        finally:
+            with self._lock:
+                self._held.discard(case.case_id)
+
+    def _settle(self, case: Case, outcome: JobOutcome) -> None:
+        """Notes how an analysis ended."""
         where = f"case={case.case_id} series={case.series_instance_uid}"
         if isinstance(outcome, Analysed):
             finished = self._index.finish(

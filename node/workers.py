@@ -4,6 +4,7 @@ Nothing outside this module knows that there are processes; a cluster could stan
 one process, gives it a job, waits, and replaces it when it died or took too long. A worker loads the model once.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import queue
@@ -64,7 +65,14 @@ class _Ready:
     """A worker has loaded the model."""
 
 
-_Answer = JobOutcome | _Ready
+@dataclass(frozen=True)
+class _CannotLoad:
+    """A worker cannot load the model, and ends."""
+
+    reason: str
+
+
+_Answer = JobOutcome | _Ready | _CannotLoad
 
 
 class WorkerPool:
@@ -76,6 +84,7 @@ class WorkerPool:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._jobs: queue.SimpleQueue[tuple[Job, Future[JobOutcome]] | None] = queue.SimpleQueue()
+        self._loaded: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._slots = [
             threading.Thread(target=self._run_slot, name=f"worker-slot-{number}", daemon=True)
@@ -83,6 +92,14 @@ class WorkerPool:
         ]
         for slot in self._slots:
             slot.start()
+
+    def wait_until_loaded(self) -> str:
+        """Waits until every worker has tried to load the model; what is wrong with it, "" if nothing is.
+
+        A worker that only died is not the model's fault, and is replaced when it is needed.
+        """
+        answers = [self._loaded.get() for _ in self._slots]
+        return next((answer.reason for answer in answers if isinstance(answer, _CannotLoad)), "")
 
     def submit(self, job: Job) -> "Future[JobOutcome]":
         """Queues a job for the next free worker."""
@@ -104,6 +121,7 @@ class WorkerPool:
 
     def _run_slot(self) -> None:
         worker = _Worker(self._config)
+        self._loaded.put(worker.load(self._stopping))
         while (item := self._jobs.get()) is not None:
             job, future = item
             if not worker.is_usable():  # it died while it had nothing to do
@@ -143,29 +161,36 @@ class _Worker:
         self._process.join()
         self._connection.close()
 
+    def load(self, stopping: threading.Event) -> "_Answer | None":
+        """Waits until the model is loaded; how that ended, None if the pool stopped first."""
+        answer = self._receive(_START_TIMEOUT_S, stopping)
+        self._ready = self._usable = isinstance(answer, _Ready)
+        return answer
+
     def run(self, job: Job, stopping: threading.Event) -> JobOutcome | None:
         """How the job ended; None if the pool stopped first."""
-        try:
-            answer: _Answer | None = _Ready() if self._ready else self._receive(_START_TIMEOUT_S, stopping)
-            if isinstance(answer, _Ready):
-                self._ready = True
+        answer: _Answer | None = _Ready() if self._ready else self.load(stopping)
+        if isinstance(answer, _Ready):
+            with contextlib.suppress(OSError):  # it is dead, and what follows says how it died
                 self._connection.send(job)
-                answer = self._receive(self._timeout_s, stopping)
-            else:
-                self._usable = False
-        except (EOFError, OSError):
-            self._process.join(5)
-            self._usable = False
-            answer = Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
+            answer = self._receive(self._timeout_s, stopping)
+        if isinstance(answer, _CannotLoad):
+            return Broken(reason=answer.reason)
         assert not isinstance(answer, _Ready)
         return answer
 
     def _receive(self, timeout_s: float, stopping: threading.Event) -> "_Answer | None":
+        """What the worker says next; Broken, and no longer usable, if it dies or is silent for too long."""
         deadline = time.monotonic() + timeout_s
         while not stopping.is_set():
-            if wait([self._connection], timeout=0.2):
-                answer: _Answer = self._connection.recv()
-                return answer
+            try:
+                if wait([self._connection], timeout=0.2):
+                    answer: _Answer = self._connection.recv()
+                    return answer
+            except (EOFError, OSError):
+                self._usable = False
+                self._process.join(5)
+                return Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
             if time.monotonic() > deadline:
                 self._usable = False
                 return Broken(reason=f"no answer from the worker process within {timeout_s:g} s; it was stopped")
@@ -190,7 +215,7 @@ def _work(config: Config, connection: Connection) -> None:
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
-        connection.send(Broken(reason=str(error)))
+        connection.send(_CannotLoad(str(error)))
         return
     connection.send(_Ready())
     while True:

@@ -70,6 +70,13 @@ class RunningNode:
         self.process.kill()
         self.process.wait()
 
+    def wait_until_gone(self) -> None:
+        """Waits until none of its processes is left: none may outlive it."""
+        deadline = time.monotonic() + 10
+        while left := [pid for pid in self.pids if psutil.pid_exists(pid)]:
+            assert time.monotonic() < deadline, f"{left} outlived the node"
+            time.sleep(0.1)
+
     def find(self, role: str) -> psutil.Process | None:
         """The "receiver" (it listens) or the "worker" process; None while there is none."""
         self._note_pids()

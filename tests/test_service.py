@@ -109,7 +109,7 @@ def test_a_case_in_a_workers_hands_survives_the_end_of_the_node(ending: str, tmp
             assert node.cases()[0].state is CaseState.QUEUED
         else:
             node.kill()
-        _wait_until_gone(node)
+        node.wait_until_gone()
         node.start()
         assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
     finally:
@@ -118,18 +118,10 @@ def test_a_case_in_a_workers_hands_survives_the_end_of_the_node(ending: str, tmp
 
 
 def test_a_port_in_use_is_one_sentence(node: RunningNode) -> None:
-    command = [sys.executable, "-m", "node", "serve", "--config", str(node.config_path)]
+    elsewhere = node.config_path.with_name("second.yaml")
+    elsewhere.write_text(node.config_path.read_text().replace(str(node.data_dir), f"{node.data_dir}-2"))
+    command = [sys.executable, "-m", "node", "serve", "--config", str(elsewhere)]
     second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert second.returncode == 1
     assert f"The node cannot start: 127.0.0.1:{node.port} cannot be listened on" in second.stderr
     assert "Traceback" not in second.stderr
-
-
-def _wait_until_gone(node: RunningNode) -> None:
-    """Waits until no process of the node is left: none may outlive it."""
-    import psutil
-
-    deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) for pid in node.pids):
-        assert time.monotonic() < deadline, "a child outlived the node"
-        time.sleep(0.1)

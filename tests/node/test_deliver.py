@@ -347,7 +347,6 @@ def test_many_destinations_that_hang_hold_up_no_other(
     destinations = tuple(FolderDestination(type="folder", name=name, path=tmp_path / name) for name in names)
     monkeypatch.setattr(service, "deliver_due", deliver_due_or_hang)
     monkeypatch.setattr(service, "check_cases", lambda *_: checked.release())
-    monkeypatch.setattr(service, "read_bundle", lambda _: None)
     monkeypatch.setattr(service.Service, "_start_receiver", lambda _: None)
     monkeypatch.setattr(service, "WorkerPool", _NoWorkers)
     node = service.Service(make_config(deliver={"destinations": destinations}))
@@ -366,6 +365,9 @@ class _NoWorkers:
 
     def __init__(self, _config: Config) -> None:
         pass
+
+    def wait_until_loaded(self) -> str:
+        return ""
 
     def stop(self) -> None:
         pass
