@@ -45,7 +45,7 @@ def test_a_series_comes_back_as_findings_seg_and_sr(node: RunningNode, tmp_path:
         assert made.StudyInstanceUID == source.StudyInstanceUID
         assert made.PatientID == source.PatientID
     (case,) = node.cases()
-    assert case.summary.startswith("fracture ")
+    assert "C5" in case.summary
     assert "PHANTOM" not in node.log(), "a patient's name or id is in the log"
 
 
@@ -114,7 +114,8 @@ def test_a_case_in_a_workers_hands_survives_the_end_of_the_node(ending: str, tmp
         assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
     finally:
         node.stop()
-    assert len(list(node.results_dir.rglob("*.dcm"))) == 2
+    assert {path.name for path in node.results_dir.rglob("*.dcm")} >= {"vertebrae.seg.dcm", "report.sr.dcm"}
+    assert len(list((node.data_dir / "cases").glob("*/*/findings.json"))) == 1
 
 
 def test_a_port_in_use_is_one_sentence(node: RunningNode) -> None:
