@@ -15,8 +15,10 @@ def set_up_logging(level: str) -> None:
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
-    # These speak of every PDU and every tick; and pydicom's warnings quote attribute values, which may name a patient.
-    logging.getLogger("pynetdicom").setLevel(logging.WARNING)
+    # pynetdicom speaks of every PDU, and of each refused connection, which our messages name in one sentence; what
+    # remains is that one of our own handlers broke. pydicom's warnings quote attribute values, which may name a patient.
+    logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
+    logging.getLogger("pynetdicom.events").setLevel(logging.ERROR)
     logging.getLogger("highdicom").setLevel(logging.WARNING)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
