@@ -106,8 +106,14 @@ def demo() -> None:
     and compares what they say with the truth. Exit status 0 only if they agree.
     """
     from node.demo import run_demo
+    from node.send import SendError
+    from node.service import StartError
 
-    if not run_demo():
+    try:
+        agrees = run_demo()
+    except (SendError, StartError) as error:
+        _fail(f"The demo cannot run: {error}.", _EXIT_FAILED)
+    if not agrees:
         _fail("The demo failed: see above.", _EXIT_FAILED)
 
 

@@ -91,23 +91,23 @@ def _run_study(console: Console, study: Study, config: Config, archive: Archive)
         console.print(f"[red]{len(refused)} Instances were refused:[/] {refused[0].reason}")
         return False
 
-    def has_both(paths: list[Path]) -> bool:
-        mine = [ds for path in paths if (ds := dcmread(path)).StudyInstanceUID == study.study_instance_uid]
-        return {SegmentationStorage, Comprehensive3DSRStorage} <= {ds.SOPClassUID for ds in mine}
-
     with console.status("Waiting for SEG and SR …"):
-        arrived = archive.wait_for(has_both, _TIMEOUT_S)
-    if not arrived:
-        console.print(f"[red]No SEG and SR arrived within {_TIMEOUT_S:g} s.[/]")
+        arrived = archive.wait_for(lambda paths: None not in _find_results(paths, study), _TIMEOUT_S)
+    report, vertebrae = _find_results([path for path, _ in archive.files], study)
+    if not arrived or report is None or vertebrae is None:
+        console.print(f"[red]SEG and SR did not arrive within {_TIMEOUT_S:g} s.[/]")
         return False
     stored = time.perf_counter()
     console.print(f"Sent in {sent - started:.1f} s. SEG and SR were in the archive {stored - sent:.1f} s later.")
-    objects = [dcmread(path) for path, _ in archive.files]
-    mine = [ds for ds in objects if ds.StudyInstanceUID == study.study_instance_uid]
-    report = next(ds for ds in mine if ds.SOPClassUID == Comprehensive3DSRStorage)
-    # The SEG of the vertebrae, not the one of the fractures.
-    vertebrae = next(ds for ds in mine if ds.SOPClassUID == SegmentationStorage and _labels(ds) & set(LEVELS))
     return _print_comparison(console, study, read_report(report), read_dice(vertebrae, study.phantom))
+
+
+def _find_results(paths: list[Path], study: Study) -> tuple[Dataset | None, Dataset | None]:
+    """Report and SEG of the vertebrae (not the one of the fractures) among the files of an archive."""
+    mine = [ds for path in paths if (ds := dcmread(path)).StudyInstanceUID == study.study_instance_uid]
+    report = next((ds for ds in mine if ds.SOPClassUID == Comprehensive3DSRStorage), None)
+    segs = [ds for ds in mine if ds.SOPClassUID == SegmentationStorage]
+    return report, next((seg for seg in segs if _labels(seg) & set(LEVELS)), None)
 
 
 def _print_comparison(

@@ -16,7 +16,7 @@ def set_up_logging(level: str) -> None:
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
     # pynetdicom speaks of every PDU, and of each refused connection, which our messages name in one sentence; what
-    # remains is that one of our own handlers broke. pydicom's warnings quote attribute values, which may name a patient.
+    # remains is that one of our own handlers broke. pydicom's warnings quote values, which may name a patient.
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
     logging.getLogger("pynetdicom.events").setLevel(logging.ERROR)
     logging.getLogger("highdicom").setLevel(logging.WARNING)
