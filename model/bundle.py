@@ -137,6 +137,7 @@ def write_bundle(bundle: Bundle, networks: "tuple[VertebraUNet, FractureNet]") -
     hashes = {}
     for network, name in zip(networks, (VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS), strict=True):
         save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, bundle.folder / name)
+        (bundle.folder / name).chmod(0o644)  # the node may run as another user than trained
         hashes[name] = _sha256(bundle.folder / name)
     content = {
         "format": FORMAT,

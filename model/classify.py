@@ -84,10 +84,12 @@ def sample_mask(mask: NDArray[np.bool_], grid: Grid, slices: Grid) -> Tensor:
 
 
 def network_input(planes_hu: Tensor, masks: Tensor) -> Tensor:
-    """The network's input `(..., S, 6, Y, X)`: each slice with its neighbours in a bone window, and the mask.
+    """The network's input `(B, S, 6, Y, X)`: each slice with its neighbours in a bone window, and the mask.
 
-    planes_hu: `(..., planes, Y, X)` on a `stack_grid`. masks: `(..., S, Y, X)` on its `slice_grid`.
+    planes_hu: `(B, planes, Y, X)` on a `stack_grid`. masks: `(B, S, Y, X)`, 0..1, on its `slice_grid`; blurred here, so
+    that it says which vertebra is meant and no more. Of sharp masks the network took a wrong edge for a fracture.
     """
+    masks = F.avg_pool2d(masks, 7, 1, 3, count_include_pad=False)
     windowed = ((planes_hu - 300) / 500).clamp(-2, 3)
     num_slices = masks.shape[-3]
     channels = [windowed[..., k : k + 2 * num_slices - 1 : 2, :, :] for k in range(2 * NUM_NEIGHBOURS + 1)]

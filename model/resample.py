@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from numpy.typing import NDArray
+from scipy import ndimage
 from torch import Tensor
 
 from model.geometry import FloatArray, Grid
@@ -21,6 +22,9 @@ AIR_HU = -1024.0
 
 BODY_HU = -400
 """Voxels above it are body (or table); used to leave air out of the network's way."""
+
+HALF_WIDTH_MM = 100.0
+"""The spine is sought this far to the left and right of the body's middle: arms and shoulders cost time, not more."""
 
 
 def lps_grid(*, lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, spacing_mm: float, multiple: int = 1) -> Grid:
@@ -65,11 +69,17 @@ def average_pool(voxels_hu: NDArray[np.int16], factors: tuple[int, int, int], sl
 
 
 def sample(voxels: Tensor, source: Grid, target: Grid, *, nearest: bool = False) -> Tensor:
-    """`voxels` (float32, on `source`) at the voxel centres of `target`, `(C, Z', Y', X')`; 0 outside `source`."""
-    # grid_sample wants (x, y, z) normalised so that -1 and 1 are the centres of the first and last voxel.
+    """`voxels` (float32, `(C, Z, Y, X)` on `source`) at the voxel centres of `target`, `(C, Z', Y', X')`; 0 outside."""
     index = np.linalg.inv(source.affine) @ target.affine
-    from_unit = _unit_to_index(target.shape)
-    matrix = _index_to_unit(source.shape) @ index @ from_unit
+    along = np.abs(index[:3, :3]) > 1e-5 * np.abs(index[:3, :3]).max()
+    if not nearest and (along.sum(axis=0) == 1).all() and (along.sum(axis=1) == 1).all():
+        return _sample_along_axes(voxels, index, along.argmax(axis=1), target.shape)
+    if 1 in target.shape:  # affine_grid warns of these
+        z, y, x = (max(size, 2) for size in target.shape)
+        twice = sample(voxels, source, Grid(shape=(z, y, x), affine=target.affine), nearest=nearest)
+        return twice[:, : target.shape[0], : target.shape[1], : target.shape[2]]
+    # grid_sample wants (x, y, z) normalised so that -1 and 1 are the centres of the first and last voxel.
+    matrix = _index_to_unit(source.shape) @ index @ _unit_to_index(target.shape)
     matrix_xyz = matrix[:3][::-1][:, [2, 1, 0, 3]]
     theta = torch.from_numpy(np.ascontiguousarray(matrix_xyz)).to(voxels.device, torch.float32)
     points = F.affine_grid(theta[None], [1, 1, *target.shape], align_corners=True)
@@ -77,8 +87,26 @@ def sample(voxels: Tensor, source: Grid, target: Grid, *, nearest: bool = False)
     return F.grid_sample(voxels[None], points, mode=mode, align_corners=True)[0]
 
 
+def _sample_along_axes(
+    voxels: Tensor, index: FloatArray, target_axes: NDArray[np.int64], shape: tuple[int, int, int]
+) -> Tensor:
+    """`sample` of a grid whose axes run along those of the target, one axis after the other: ten times as fast.
+
+    index: `(4, 4)`, target index to source index. target_axes: for each source axis, the target axis along it.
+    """
+    for source_axis, target_axis in enumerate(target_axes):
+        position = torch.from_numpy(
+            index[source_axis, target_axis] * np.arange(shape[target_axis]) + index[source_axis, 3]
+        )
+        # The axis to contract is always the first behind the channels: each result goes to the end.
+        away = (position[:, None] - torch.arange(voxels.shape[1])).abs()
+        weights = (1 - away).clamp(min=0).to(voxels)
+        voxels = torch.tensordot(voxels, weights, dims=([1], [1]))
+    return voxels.permute(0, *(1 + int(axis) for axis in np.argsort(target_axes)))
+
+
 def _unit_to_index(shape: tuple[int, int, int]) -> FloatArray:
-    """Matrix from [-1, 1] coordinates to voxel indices; affine_grid calls the only voxel of an axis 0, not -1."""
+    """Matrix from [-1, 1] coordinates to voxel indices."""
     half = (np.asarray(shape) - 1) / 2
     matrix = np.diag([*half, 1.0])
     matrix[:3, 3] = half
@@ -95,26 +123,30 @@ def _index_to_unit(shape: tuple[int, int, int]) -> FloatArray:
 
 
 def body_volume(voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, multiple: int) -> tuple[Tensor, Grid]:
-    """HU, float32 `(Z, Y, X)`, on an isotropic LPS-aligned grid over the body, and that grid.
+    """HU, float32 `(Z, Y, X)`, on an isotropic LPS-aligned grid over the middle of the body, and that grid.
 
-    Air around the body is cropped; outside the source's field of view is air. Sides are multiples of `multiple`.
+    Air, table and what lies further than HALF_WIDTH_MM to the side are cropped; outside the source's field of view is
+    air. Sides are multiples of `multiple`.
     """
     factors = pool_factors(grid, spacing_mm)
     pooled = average_pool(voxels_hu, factors)
     on = pooled_grid(grid, factors)
-    body = (pooled > BODY_HU).numpy()
-    if not body.any():
-        body = np.ones_like(body)
-    corners = []
-    for axis in range(3):
-        inside = np.flatnonzero(body.any(axis=tuple({0, 1, 2} - {axis})))
-        corners.append((inside[0], inside[-1]))
-    box = np.stack(np.meshgrid(*corners, indexing="ij"), axis=-1).reshape(-1, 3).astype(float)
-    points = on.to_lps_mm(box)
-    target = lps_grid(
-        lower_lps_mm=points.min(axis=0), upper_lps_mm=points.max(axis=0), spacing_mm=spacing_mm, multiple=multiple
-    )
+    points = on.to_lps_mm(_body(pooled.numpy()))
+    lower, upper = points.min(axis=0), points.max(axis=0)
+    middle_mm = float(np.median(points[:, 0]))
+    lower[0], upper[0] = max(lower[0], middle_mm - HALF_WIDTH_MM), min(upper[0], middle_mm + HALF_WIDTH_MM)
+    target = lps_grid(lower_lps_mm=lower, upper_lps_mm=upper, spacing_mm=spacing_mm, multiple=multiple)
     return sample((pooled - AIR_HU)[None], on, target)[0] + AIR_HU, target
+
+
+def _body(pooled_hu: NDArray[np.float32]) -> FloatArray:
+    """Indices `(n, 3)` of the largest connected part that is not air: the body, not the table; of all if all is air."""
+    components, num_components = ndimage.label(pooled_hu > BODY_HU)
+    if num_components == 0:
+        return np.argwhere(np.ones(pooled_hu.shape, bool)).astype(float)
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    return np.argwhere(components == sizes.argmax()).astype(float)
 
 
 def crop_to_box(

@@ -34,8 +34,9 @@ CUT_AREA_MM2 = 12.0
 SLAB = 16
 """Slices drawn on the source grid at a time."""
 
-BONE_HU, BONE_WEIGHT = 120.0, 1.0
-"""Where the outline is in doubt, voxels brighter than BONE_HU join the bone and darker ones leave it."""
+BONE_HU, BONE_WEIGHT = 200.0, 1.5
+"""Where the outline is in doubt, voxels brighter than BONE_HU join the bone and darker ones leave it. On phantoms this
+lifts the mean Dice from 0.81 to 0.89 (training/LOG.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,15 +154,19 @@ def _describe(labels: NDArray[np.uint8], grid: Grid) -> list[Vertebra]:
         if box is None:
             continue
         mask = labels[box] == label
-        volume_mm3 = float(mask.sum()) * grid.voxel_volume_mm3
+        num_voxels = int(mask.sum())
+        volume_mm3 = num_voxels * grid.voxel_volume_mm3
         if volume_mm3 < MIN_VOLUME_MM3:
             labels[box][mask] = 0
             continue
-        points = grid.to_lps_mm(np.argwhere(mask) + np.array([side.start for side in box], float))
+        start = np.array([side.start for side in box], float)
+        # Of many voxels, every other one along each axis tells the box well enough.
+        step = 2 if num_voxels > 5000 else 1
+        points = grid.to_lps_mm(step * np.argwhere(mask[::step, ::step, ::step]).astype(float) + start)
         vertebrae.append(
             Vertebra(
                 label=label,
-                centroid_lps_mm=points.mean(axis=0),
+                centroid_lps_mm=grid.to_lps_mm(start + _mean_index(mask, num_voxels)),
                 volume_mm3=volume_mm3,
                 lower_lps_mm=points.min(axis=0),
                 upper_lps_mm=points.max(axis=0),
@@ -169,6 +174,11 @@ def _describe(labels: NDArray[np.uint8], grid: Grid) -> list[Vertebra]:
             )
         )
     return vertebrae
+
+
+def _mean_index(mask: NDArray[np.bool_], num_voxels: int) -> FloatArray:
+    sums = [mask.sum(axis=others) @ np.arange(mask.shape[axis]) for axis, others in enumerate(((1, 2), (0, 2), (0, 1)))]
+    return np.array(sums, float) / num_voxels
 
 
 def _is_cut(labels: NDArray[np.uint8], label: int, grid: Grid) -> bool:

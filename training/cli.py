@@ -30,7 +30,8 @@ def main() -> None:
 @click.option("--patients", default=200, show_default=True, help="Imaginary patients to train on.")
 @click.option("--held-out", default=30, show_default=True, help="Further patients, to set the operating point.")
 @click.option("--segment-steps", default=1200, show_default=True, help="Training steps of the vertebra U-Net.")
-@click.option("--classify-steps", default=1200, show_default=True, help="Training steps of the fracture network.")
+@click.option("--patch-steps", default=600, show_default=True, help="Steps of the fracture network on patches.")
+@click.option("--stack-steps", default=400, show_default=True, help="Steps of it on whole vertebrae, after that.")
 @click.option("--batch-size", default=4, show_default=True, help="Vertebrae in a step of the fracture network.")
 @click.option("--evaluate", default=20, show_default=True, help="Unseen phantoms to measure the result on.")
 @click.option("--workers", default=2, show_default=True, help="Processes that draw patients, and threads that train.")
@@ -40,7 +41,8 @@ def phantom(
     patients: int,
     held_out: int,
     segment_steps: int,
-    classify_steps: int,
+    patch_steps: int,
+    stack_steps: int,
     batch_size: int,
     evaluate: int,
     workers: int,
@@ -56,7 +58,8 @@ def phantom(
         num_patients=patients,
         num_held_out=held_out,
         num_segment_steps=segment_steps,
-        num_classify_steps=classify_steps,
+        num_patch_steps=patch_steps,
+        num_stack_steps=stack_steps,
         batch_size=batch_size,
         num_evaluated=evaluate,
         num_workers=workers,

@@ -12,11 +12,10 @@ from model.classify import network_input
 from model.findings import Finding
 from model.levels import LEVELS
 from model.networks import FractureNet
-from model.phantom import Anatomy, Phantom, default_grid, render
+from model.phantom import Anatomy, default_grid, render
 from model.pipeline import Pipeline
-from model.volume import SliceSource, Volume
 from training.fractures import collate, read_stack
-from training.samples import random_fractures
+from training.samples import phantom_volume, random_fractures
 
 
 @torch.inference_mode()
@@ -43,20 +42,6 @@ def choose_operating_point(logits: NDArray[np.float64], truths: NDArray[np.bool_
     benefit = calls[:, truths].mean(axis=1) + (~calls[:, ~truths]).mean(axis=1)
     best = candidates[benefit >= benefit.max() - 1e-9]
     return float(1 / (1 + np.exp(-np.median(best))))
-
-
-def phantom_volume(phantom: Phantom, name: str) -> Volume:
-    """A rendered phantom as the pipeline takes it."""
-    return Volume(
-        study_instance_uid=name,
-        series_instance_uid=name,
-        voxels_hu=phantom.voxels_hu,
-        grid=phantom.grid,
-        slices=tuple(
-            SliceSource(sop_instance_uid=f"{name}.{index}", path=Path(f"{index}.dcm"))
-            for index in range(phantom.grid.shape[0])
-        ),
-    )
 
 
 def evaluate(pipeline: Pipeline, seeds: range) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
 from training.evaluate import auc, choose_operating_point, evaluate, stack_logits, summarise
 from training.fractures import train_fracture_net
-from training.samples import write_patients
+from training.samples import write_all, write_neck, write_stacks
 from training.vertebrae import train_unet
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class Plan:
     num_patients: int
     num_held_out: int
     num_segment_steps: int
-    num_classify_steps: int
+    num_patch_steps: int
+    num_stack_steps: int
     batch_size: int
     num_evaluated: int
     num_workers: int
@@ -51,40 +52,48 @@ class Plan:
 def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
     """Draws patients, trains both networks, chooses the operating point, exports to `out` and measures the result.
 
-    work: folder for the drawn patients; a later run uses them again.
+    work: folder for the drawn patients; a later run uses them again. Empty its `stacks` after a change to the U-Net.
     """
-    # 1. Draw imaginary patients, once.
+    # 1. Draw imaginary necks, once.
     seeds = range(FIRST_SEED, FIRST_SEED + plan.num_patients + plan.num_held_out)
-    paths = []
-    for path in write_patients(work / "patients", seeds, SEGMENT, CLASSIFY, plan.num_workers):
-        paths.append(path)
-        if len(paths) % 20 == 0:
-            logger.info("drew %d of %d patients", len(paths), len(seeds))
-    seen, held_out = paths[: plan.num_patients], paths[plan.num_patients :]
+    necks = []
+    for path in write_all(write_neck, work / "necks", seeds[: plan.num_patients], plan.num_workers, SEGMENT):
+        necks.append(path)
+        _say("drew necks", len(necks), plan.num_patients)
 
     # 2. The vertebra U-Net learns where vertebrae are and which is which.
     torch.set_num_threads(plan.num_workers)
     torch.manual_seed(0)
     unet = VertebraUNet(SEGMENT.channels)
-    for step, loss in train_unet(unet, seen, num_steps=plan.num_segment_steps, seed=1):
-        if step % 25 == 0:
-            logger.info("vertebra U-Net, step %d of %d: loss %.3f", step, plan.num_segment_steps, loss)
+    for step, loss in train_unet(unet, necks, num_steps=plan.num_segment_steps, seed=1):
+        _say("vertebra U-Net", step, plan.num_segment_steps, loss)
 
-    # 3. The fracture network learns what is broken, and where.
+    # 3. Cut each patient's vertebrae as that U-Net finds them: its mistakes are what the fracture network must bear.
+    stacks = []
+    for path in write_all(write_stacks, work / "stacks", seeds, plan.num_workers, SEGMENT, CLASSIFY, unet):
+        stacks.append(path)
+        _say("cut vertebrae of patients", len(stacks), len(seeds))
+    seen, held_out = stacks[: plan.num_patients], stacks[plan.num_patients :]
+
+    # 4. The fracture network learns what is broken, and where.
     fracture_net = FractureNet(6, CLASSIFY.channels, CLASSIFY.num_hidden)
     steps = train_fracture_net(
-        fracture_net, seen, num_steps=plan.num_classify_steps, batch_size=plan.batch_size, seed=2
+        fracture_net,
+        seen,
+        num_patch_steps=plan.num_patch_steps,
+        num_stack_steps=plan.num_stack_steps,
+        batch_size=plan.batch_size,
+        seed=2,
     )
     for step, loss in steps:
-        if step % 25 == 0:
-            logger.info("fracture network, step %d of %d: loss %.3f", step, plan.num_classify_steps, loss)
+        _say("fracture network", step, plan.num_patch_steps + plan.num_stack_steps, loss)
 
-    # 4. Patients it was not trained on say where "present" begins.
+    # 5. Patients it was not trained on say where "present" begins.
     logits, truths = stack_logits(fracture_net, held_out)
     operating_point = choose_operating_point(logits, truths)
     metrics = {"held_out_stacks": {"num_vertebrae": len(truths), "vertebra_auc": round(auc(logits, truths), 4)}}
 
-    # 5. Export, then measure the exported thing itself, whole necks in and findings out.
+    # 6. Export, then measure the exported thing itself, whole necks in and findings out.
     bundle = Bundle(
         folder=out,
         info=ModelInfo(
@@ -115,3 +124,9 @@ def measure(folder: Path, report: Path, num_phantoms: int) -> dict[str, object]:
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text(json.dumps({"summary": summary, "cases": cases}, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def _say(what: str, done: int, of: int, loss: float | None = None) -> None:
+    """A line of progress, every 25 steps."""
+    if done % 25 == 0:
+        logger.info("%s: %d of %d%s", what, done, of, "" if loss is None else f", loss {loss:.3f}")

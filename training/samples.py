@@ -1,13 +1,14 @@
-"""Training samples cut from rendered phantoms, and the cache that holds them: one file for each imaginary patient.
+"""Training samples cut from rendered phantoms, and the cache that holds them: two files for each imaginary patient.
 
-A patient is rendered twice: the whole neck coarsely for the vertebra U-Net, and a box around the spine at a scanner's
-spacing for the fracture network. Both are cut by the functions the pipeline itself uses, so that training and analysis
-cannot disagree.
+A patient is rendered twice: the whole neck coarsely for the vertebra U-Net, and, once that is trained, the spine at a
+scanner's spacing for the fracture network. Both are cut by the functions the pipeline itself uses, so that training
+and analysis cannot disagree.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +19,17 @@ from model.bundle import ClassifySettings, SegmentSettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
 from model.geometry import Grid
 from model.levels import LEVELS
-from model.phantom import Anatomy, Fracture, kinds_at, render
+from model.networks import VertebraUNet
+from model.phantom import Anatomy, Fracture, Phantom, kinds_at, render
 from model.resample import average_pool
+from model.segment import find_vertebrae
+from model.volume import SliceSource, Volume
 
 PREVALENCE = 0.28
 """Share of fractured vertebrae: far above real life, so that training sees enough of them."""
 
-MAX_LEFT_OUT_MM = 3.0
-"""How far a vertebra's box is off in training: the pipeline takes it from an imperfect segmentation."""
+MIN_DICE = 0.6
+"""Where the U-Net draws a vertebra worse than this, the fracture network learns on the true mask."""
 
 
 def random_fractures(rng: np.random.Generator, prevalence: float = PREVALENCE) -> tuple[Fracture, ...]:
@@ -68,31 +72,27 @@ def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: Segment
     }
 
 
-def classify_samples(anatomy: Anatomy, rng: np.random.Generator, settings: ClassifySettings) -> dict[str, NDArray]:
-    """All seven vertebrae as the fracture network sees them, stacked in level order.
+def classify_samples(
+    anatomy: Anatomy, rng: np.random.Generator, segment: SegmentSettings, classify: ClassifySettings, unet: VertebraUNet
+) -> dict[str, NDArray]:
+    """All seven vertebrae as the fracture network sees them, stacked in level order, in the masks the U-Net draws.
 
     `planes` int16 HU `(7, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(7, slices, Y, X)`, `fractured` bool.
     """
-    boxes = np.array([(place.lower_lps_mm, place.upper_lps_mm) for place in anatomy.places.values()])
-    # Wide enough that no stack of slices reaches beyond it: in a patient there is tissue, not air.
-    half_mm = settings.num_pixels * settings.pixel_mm / 2 + MAX_LEFT_OUT_MM
-    reach_mm = np.array([half_mm, half_mm, 0.0])
-    centres = boxes.mean(axis=1)
-    lower = np.minimum(boxes[:, 0] - 4, centres - reach_mm).min(axis=0)
-    upper = np.maximum(boxes[:, 1] + 4, centres + reach_mm).max(axis=0)
-    in_plane = rng.uniform(0.35, 0.8)
-    spacing_mm = (float(rng.choice([0.5, 0.625, 0.8, 1.0, 1.25, 1.5])), in_plane, in_plane)
-    shape = tuple(int(n) for n in np.ceil((upper - lower)[::-1] / spacing_mm))
-    grid = Grid.axial(shape=shape, spacing_mm=spacing_mm, centre_lps_mm=tuple((lower + upper) / 2))
+    grid = spine_grid(anatomy, rng, classify)
     phantom = render(
         anatomy, grid, noise_hu=rng.uniform(5, 45), blur_mm=rng.uniform(0.3, 1.2), seed=int(rng.integers(1 << 31))
     )
+    volume = phantom_volume(phantom, str(anatomy.seed))
+    with torch.inference_mode():
+        drawn, _ = find_vertebrae(volume, unet, segment, torch.device("cpu"))
     planes, masks, regions, fractured = [], [], [], []
     for label in range(1, len(LEVELS) + 1):
-        mask = phantom.vertebrae == label
+        mask, truth = drawn == label, phantom.vertebrae == label
+        if 2 * (mask & truth).sum() < MIN_DICE * (mask.sum() + truth.sum()):
+            mask = truth
         points = grid.to_lps_mm(np.argwhere(mask).astype(float))
-        wrong_mm = rng.uniform(-MAX_LEFT_OUT_MM, MAX_LEFT_OUT_MM, size=(2, 3))
-        stack = stack_grid(points.min(axis=0) + wrong_mm[0], points.max(axis=0) + wrong_mm[1], settings)
+        stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
         slices = slice_grid(stack)
         gap = phantom.fractures == label
         planes.append(sample_planes(phantom.voxels_hu, grid, stack).round().to(torch.int16).numpy())
@@ -107,30 +107,75 @@ def classify_samples(anatomy: Anatomy, rng: np.random.Generator, settings: Class
     }
 
 
-def write_patient(path: Path, seed: int, segment: SegmentSettings, classify: ClassifySettings) -> None:
-    """Draws, renders and stores one patient; a file that is there already is kept."""
-    if path.exists():
-        return
-    torch.set_num_threads(1)
+def spine_grid(anatomy: Anatomy, rng: np.random.Generator, classify: ClassifySettings) -> Grid:
+    """An axial grid of a scanner's spacing around C1..C7 and what their stacks of slices and the U-Net need beside."""
+    boxes = np.array([(place.lower_lps_mm, place.upper_lps_mm) for place in anatomy.places.values()])
+    # Wide enough that no stack of slices reaches beyond it: in a patient there is tissue, not air.
+    half_mm = classify.num_pixels * classify.pixel_mm / 2 + 5
+    reach_mm = np.array([half_mm, half_mm, 0.0])
+    centres = boxes.mean(axis=1)
+    beyond_mm = np.array([0.0, 0.0, 20.0])
+    lower = np.minimum(boxes[:, 0], centres - reach_mm).min(axis=0) - beyond_mm
+    upper = np.maximum(boxes[:, 1], centres + reach_mm).max(axis=0) + beyond_mm
+    in_plane = rng.uniform(0.4, 0.8)
+    spacing_mm = (float(rng.choice([0.625, 0.8, 1.0, 1.25, 1.5])), in_plane, in_plane)
+    z, y, x = (int(n) for n in np.ceil((upper - lower)[::-1] / spacing_mm))
+    return Grid.axial(shape=(z, y, x), spacing_mm=spacing_mm, centre_lps_mm=tuple((lower + upper) / 2))
+
+
+def phantom_volume(phantom: Phantom, name: str) -> Volume:
+    """A rendered phantom as the pipeline takes it."""
+    slices = tuple(
+        SliceSource(sop_instance_uid=f"{name}.{index}", path=Path(f"{index}.dcm"))
+        for index in range(phantom.grid.shape[0])
+    )
+    return Volume(
+        study_instance_uid=name,
+        series_instance_uid=name,
+        voxels_hu=phantom.voxels_hu,
+        grid=phantom.grid,
+        slices=slices,
+    )
+
+
+def write_neck(path: Path, seed: int, segment: SegmentSettings) -> None:
+    """Draws, renders and stores one patient's neck; a file that is there already is kept."""
+    if not path.exists():
+        anatomy, rng = random_patient(seed)
+        _write(path, segment_sample(anatomy, rng, segment))
+
+
+def write_stacks(
+    path: Path, seed: int, segment: SegmentSettings, classify: ClassifySettings, unet: VertebraUNet
+) -> None:
+    """Draws, renders and stores one patient's vertebrae; a file that is there already is kept."""
+    if not path.exists():
+        anatomy, rng = random_patient(seed)
+        _write(path, classify_samples(anatomy, rng, segment, classify, unet))
+
+
+def random_patient(seed: int) -> tuple[Anatomy, np.random.Generator]:
+    """A patient with fractures drawn from a seed, and what is left of its randomness, for the scanner."""
     rng = np.random.default_rng([seed, 17])
-    anatomy = Anatomy.random(seed, random_fractures(rng), variation=float(rng.uniform(0.6, 1.4)))
-    arrays = segment_sample(anatomy, rng, segment) | classify_samples(anatomy, rng, classify)
+    return Anatomy.random(seed, random_fractures(rng), variation=float(rng.uniform(0.6, 1.4))), rng
+
+
+def _write(path: Path, arrays: dict[str, NDArray]) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
         np.savez(file, **arrays)
     unfinished.replace(path)
 
 
-def write_patients(
-    folder: Path, seeds: range, segment: SegmentSettings, classify: ClassifySettings, num_workers: int
+def write_all(
+    write: Callable[..., None], folder: Path, seeds: range, num_workers: int, *settings: object
 ) -> Iterator[Path]:
-    """The files of the patients of all seeds, as they are drawn; what an earlier call drew is used again."""
+    """The files of all seeds, as `write_neck` or `write_stacks` makes them; what an earlier call drew is used again."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{seed}.npz" for seed in seeds]
-    with ProcessPoolExecutor(num_workers) as pool:
-        jobs = [
-            pool.submit(write_patient, path, seed, segment, classify) for path, seed in zip(paths, seeds, strict=True)
-        ]
+    # Spawned, not forked: a fork of a process whose torch has threads can hang.
+    with ProcessPoolExecutor(num_workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        jobs = [pool.submit(write, path, seed, *settings) for path, seed in zip(paths, seeds, strict=True)]
         for job, path in zip(jobs, paths, strict=True):
             job.result()
             yield path

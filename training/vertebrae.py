@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.geometry import FloatArray, Grid
 from model.networks import VertebraUNet
@@ -15,21 +15,39 @@ from model.segment import network_input
 from training.schedule import train
 
 LEARNING_RATE = 3e-3
+BATCH_SIZE = 2  # PyTorch's fast 3D convolutions need more than one on a CPU
 SMALL_CROP, LARGE_CROP = (64, 48, 48), (80, 64, 64)
 """Voxels of a training crop `(Z, Y, X)`; the large ones, later in the run, see what numbers the levels."""
+
+NORM_SHARE, LARGE_CROP_SHARE = 0.5, 0.8
+"""Shares of the run after which norms are frozen, and after which crops are large."""
+
+SHARE_ANYWHERE = 0.1
+"""Share of crops that lie anywhere, so that the network sees jaws, shoulders and air too."""
 
 
 def train_unet(network: VertebraUNet, paths: list[Path], *, num_steps: int, seed: int) -> Iterator[tuple[int, float]]:
     """Trains in place, leaving the averaged weights; gives step and loss."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def loss_of_step(step: int) -> Tensor:
-        crop = SMALL_CROP if step < 0.75 * num_steps else LARGE_CROP
-        hu, share, level = draw_crop(paths[rng.integers(len(paths))], rng, crop)
-        return loss(network(network_input(hu)[None]), share, level)
+        if step >= NORM_SHARE * num_steps:
+            _freeze_norms(network)
+        crop = SMALL_CROP if step < LARGE_CROP_SHARE * num_steps else LARGE_CROP
+        crops = [draw_crop(paths[rng.integers(len(paths))], rng, crop) for _ in range(BATCH_SIZE)]
+        inputs = torch.stack([network_input(hu) for hu, _, _ in crops]).contiguous(memory_format=torch.channels_last_3d)
+        return loss(network(inputs), torch.stack([crop[1] for crop in crops]), torch.stack([crop[2] for crop in crops]))
 
     yield from train(network, loss_of_step, num_steps=num_steps, learning_rate=LEARNING_RATE)
+
+
+def _freeze_norms(network: VertebraUNet) -> None:
+    """From here on norms use what they have learned of activations, as in analysis, not what one crop holds."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.eval()
 
 
 def draw_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,6 +58,8 @@ def draw_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int])
     source = Grid(shape=(z, y, x), affine=np.eye(4))
     bone = np.argwhere(level.numpy() > 0)
     centre = bone[rng.integers(len(bone))] + rng.uniform(-12, 12, size=3)
+    if rng.random() < SHARE_ANYWHERE:
+        centre = rng.uniform(0, hu.shape)
     target = Grid(shape=shape, affine=_turned(centre, np.asarray(shape), rng))
     hu, share = sample(torch.stack([hu - AIR_HU, share / 255]), source, target)
     hu = hu + AIR_HU
@@ -52,9 +72,9 @@ def draw_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int])
 def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
     """Outline (cross-entropy and Dice) plus numbering (smooth L1 on the level at every scale).
 
-    scores: as `VertebraUNet` gives them for a batch of one. share, level: `(Z, Y, X)`.
+    scores: as `VertebraUNet` gives them. share, level: `(B, Z, Y, X)`.
     """
-    logit = scores[-1][0, 0]
+    logit = scores[-1][:, 0]
     probability = logit.sigmoid()
     outline = F.binary_cross_entropy_with_logits(logit, share)
     dice = 1 - (2 * (probability * share).sum() + 1) / (probability.square().sum() + share.square().sum() + 1)
@@ -63,11 +83,11 @@ def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
     if not weight.any():
         return total
     for score in scores:
-        factor = share.shape[0] // score.shape[2]
-        mass = F.avg_pool3d(weight[None], factor)[0]
-        mean = F.avg_pool3d((weight * level)[None], factor)[0] / mass.clamp(min=1e-6)
-        error = F.smooth_l1_loss(score[0, 1], mean, reduction="none", beta=0.5)
-        total = total + 0.5 * (error * mass).sum() / mass.sum()
+        factor = share.shape[1] // score.shape[2]
+        mass = F.avg_pool3d(weight, factor)
+        mean = F.avg_pool3d(weight * level, factor) / mass.clamp(min=1e-6)
+        error = F.smooth_l1_loss(score[:, 1], mean, reduction="none", beta=0.5)
+        total = total + 0.75 * (error * mass).sum() / mass.sum()
     return total
 
 

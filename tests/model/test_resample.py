@@ -66,7 +66,7 @@ def test_outside_the_source_there_is_nothing() -> None:
 
 def test_sampling_a_single_slice_is_refused_with_its_shape() -> None:
     with pytest.raises(ValueError, match=r"\(1, 30, 28\)"):
-        sample(torch.ones(1, 1, 30, 28), make_grid(PLAIN, (1, 30, 28)), make_grid(PLAIN))
+        sample(torch.ones(1, 1, 30, 28), make_grid(OBLIQUE, (1, 30, 28)), make_grid(PLAIN))
 
 
 def test_pooling_never_averages_past_the_target_spacing_or_down_to_one_voxel() -> None:

@@ -1,0 +1,128 @@
+"""Training in miniature: a few steps of everything, exported, loaded and run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from model.bundle import read_bundle
+from model.classify import network_input
+from model.networks import FractureNet, VertebraUNet
+from model.pipeline import load_pipeline
+from training.cli import main
+from training.evaluate import auc, choose_operating_point
+from training.fractures import changed, collate, patches, read_stack, train_fracture_net
+from training.phantom import CLASSIFY, SEGMENT
+from training.samples import write_neck, write_stacks
+from training.vertebrae import draw_crop, train_unet
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("patients")
+
+
+@pytest.fixture(scope="module")
+def neck(folder: Path) -> Path:
+    path = folder / "neck.npz"
+    write_neck(path, 1, SEGMENT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stacks(folder: Path) -> Path:
+    path = folder / "stacks.npz"
+    write_stacks(path, 1, SEGMENT, CLASSIFY, read_bundle().load_networks()[0])
+    return path
+
+
+def test_a_patient_is_drawn_the_same_twice_and_not_drawn_again(neck: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again.npz"
+    write_neck(again, 1, SEGMENT)
+
+    with np.load(again) as first, np.load(neck) as second:
+        for name in second:
+            np.testing.assert_array_equal(first[name], second[name])
+    before = again.stat().st_mtime_ns
+    write_neck(again, 1, SEGMENT)
+    assert again.stat().st_mtime_ns == before
+
+
+def test_only_fractured_vertebrae_have_regions_and_those_lie_in_or_at_their_masks(stacks: Path) -> None:
+    with np.load(stacks) as arrays:
+        assert arrays["fractured"].any()
+        for mask, region, fractured in zip(arrays["masks"], arrays["regions"], arrays["fractured"], strict=True):
+            assert fractured == (region > 0).any()
+            if fractured:
+                assert (mask[region > 128] > 128).mean() > 0.5
+
+
+def test_patches_of_a_fractured_vertebra_show_the_fracture(stacks: Path) -> None:
+    rng = np.random.default_rng(0)
+    with np.load(stacks) as arrays:
+        index = int(np.flatnonzero(arrays["fractured"])[0])
+
+    batch = collate(patches(read_stack(stacks, index), rng))
+    turned = changed(batch, rng)
+
+    assert batch.fractured.sum() >= 3
+    assert network_input(turned.planes_hu, turned.masks).shape == (4, 1, 6, 72, 72)
+
+
+def test_crops_hold_bone_with_its_level(neck: Path) -> None:
+    hu, share, level = draw_crop(neck, np.random.default_rng(3), (32, 32, 32))
+
+    assert hu.shape == share.shape == level.shape == (32, 32, 32)
+    assert hu[share > 0.9].mean() > hu[share == 0].mean() + 100
+    assert set(level[share > 0.9].unique().tolist()) <= set(range(1, 9))
+
+
+def test_a_few_steps_on_one_neck_lower_the_unet_loss(neck: Path) -> None:
+    torch.manual_seed(0)
+    losses = [value for _, value in train_unet(VertebraUNet((4, 8, 16)), [neck], num_steps=24, seed=0)]
+
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_a_few_steps_lower_the_fracture_loss(stacks: Path) -> None:
+    torch.manual_seed(0)
+    network = FractureNet(6, (4, 8, 16), 8)
+    losses = [
+        value
+        for _, value in train_fracture_net(
+            network, [stacks], num_patch_steps=24, num_stack_steps=1, batch_size=2, seed=0
+        )
+    ]
+
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_the_operating_point_separates_what_can_be_separated() -> None:
+    logits, truths = np.array([-3.0, -2.0, 1.0, 4.0]), np.array([False, False, True, True])
+
+    assert auc(logits, truths) == 1
+    assert auc(-logits, truths) == 0
+    assert -2 < np.log(1 / (1 / choose_operating_point(logits, truths) - 1)) < 1
+
+
+def test_the_phantom_command_trains_exports_and_measures_a_bundle(tmp_path: Path) -> None:
+    amounts = "--patients 1 --held-out 1 --segment-steps 1 --patch-steps 1 --stack-steps 1 --batch-size 2 --evaluate 1"
+    arguments = ["phantom", *amounts.split(), "--out", str(tmp_path / "bundle"), "--work", str(tmp_path / "work")]
+
+    result = CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+    assert result.exit_code == 0, result.output
+    bundle = read_bundle(tmp_path / "bundle")
+    assert json.loads(result.output[result.output.index("{") :]) == bundle.metrics
+    assert bundle.metrics["unseen_phantoms"]["num_phantoms"] == 1
+    assert load_pipeline(tmp_path / "bundle", device="cpu").info.operating_point == bundle.info.operating_point
+
+
+def test_measuring_no_bundle_is_one_sentence(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["measure", str(tmp_path)])
+
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: No model bundle in")
