@@ -4,7 +4,7 @@
 
 Runs the real node (`cspine serve`, embedded defaults) as a process of its own, sends a phantom Series to it by C-STORE
 and lets it deliver by C-STORE to an archive in this process. Each repeat is a new Series. Memory is the sum of the
-proportional set sizes of all processes of the node, sampled every 50 ms, so shared pages count once.
+proportional set sizes of all processes of the node, sampled five times a second, so shared pages count once.
 """
 
 import argparse
@@ -152,7 +152,7 @@ class _MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stopping.wait(0.05):
+        while not self._stopping.wait(0.2):
             try:
                 processes = [self._root, *self._root.children(recursive=True)]
                 total = sum(_pss_bytes(process.pid) for process in processes)

@@ -77,10 +77,10 @@ def sample_planes(voxels_hu: NDArray[np.int16], grid: Grid, planes: Grid) -> Ten
     return sample((pooled - AIR_HU)[None], pooled_grid(part_grid, factors), planes)[0] + AIR_HU
 
 
-def sample_mask(mask: NDArray[np.bool_], grid: Grid, slices: Grid) -> Tensor:
-    """A mask of the source, float32 0..1, interpolated on the slices of a stack."""
-    part, part_grid = crop_to_box(mask, grid, *_box(slices))
-    return sample(torch.from_numpy(np.ascontiguousarray(part)).float()[None], part_grid, slices)[0]
+def sample_mask(labels: NDArray[np.uint8], grid: Grid, slices: Grid, label: int) -> Tensor:
+    """Where the source has a label, float32 0..1, interpolated on the slices of a stack."""
+    part, part_grid = crop_to_box(labels, grid, *_box(slices))
+    return sample(torch.from_numpy(part == label).float()[None], part_grid, slices)[0]
 
 
 def network_input(planes_hu: Tensor, masks: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def judge(
     planes_hu = torch.stack([sample_planes(volume.voxels_hu, volume.grid, grid) for grid in planes])
     masks = torch.stack(
         [
-            sample_mask(labels == vertebra.label, volume.grid, grid)
+            sample_mask(labels, volume.grid, grid, label=vertebra.label)
             for vertebra, grid in zip(vertebrae, slices, strict=True)
         ]
     )

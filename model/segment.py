@@ -31,6 +31,9 @@ NEIGHBOUR_DISTANCE_MM = (4.0, 45.0)
 CUT_AREA_MM2 = 12.0
 """A vertebra with this much of its cross-section on a border of the volume counts as cut by the field of view."""
 
+SPECK_SHARE = 0.1
+"""Parts smaller than this share of a level's largest part are not drawn."""
+
 SLAB = 16
 """Slices drawn on the source grid at a time."""
 
@@ -120,6 +123,15 @@ def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return largest
 
 
+def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask without parts much smaller than the largest; a fractured vertebra may well be in two pieces."""
+    components, _ = ndimage.label(mask)
+    sizes = np.bincount(components.ravel())
+    sizes[0] = 0
+    kept: NDArray[np.bool_] = (sizes >= SPECK_SHARE * sizes.max())[components]
+    return kept
+
+
 def _draw(
     labels: NDArray[np.uint8], volume: Volume, scores: Tensor, coarse_grid: Grid, found: NDArray[np.bool_]
 ) -> None:
@@ -144,7 +156,7 @@ def _draw(
         if box is not None:
             part_labels = labels[box]
             mine = part_labels == label
-            part_labels[mine ^ _largest_component(mine)] = 0
+            part_labels[mine & ~_without_specks(mine)] = 0
 
 
 def _describe(labels: NDArray[np.uint8], grid: Grid) -> list[Vertebra]:

@@ -168,7 +168,8 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
 
 def _vertebrae(paths: list[Path]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
     """All cached vertebrae: the fractured and the intact."""
-    fractured, intact = [], []
+    fractured: list[tuple[Path, int]] = []
+    intact: list[tuple[Path, int]] = []
     for path in paths:
         with np.load(path) as arrays:
             for index, is_fractured in enumerate(arrays["fractured"]):

@@ -7,6 +7,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,13 @@ def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
     # 5. Patients it was not trained on say where "present" begins.
     logits, truths = stack_logits(fracture_net, held_out)
     operating_point = choose_operating_point(logits, truths)
-    metrics = {"held_out_stacks": {"num_vertebrae": len(truths), "vertebra_auc": round(auc(logits, truths), 4)}}
+    metrics: dict[str, Any] = {
+        "held_out_stacks": {
+            "num_vertebrae": len(truths),
+            "num_fractured": int(truths.sum()),
+            "vertebra_auc": round(auc(logits, truths), 4),
+        }
+    }
 
     # 6. Export, then measure the exported thing itself, whole necks in and findings out.
     bundle = Bundle(

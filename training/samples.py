@@ -94,11 +94,10 @@ def classify_samples(
         points = grid.to_lps_mm(np.argwhere(mask).astype(float))
         stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
         slices = slice_grid(stack)
-        gap = phantom.fractures == label
         planes.append(sample_planes(phantom.voxels_hu, grid, stack).round().to(torch.int16).numpy())
-        masks.append((sample_mask(mask, grid, slices) * 255).to(torch.uint8).numpy())
-        regions.append((sample_mask(gap, grid, slices) * 255).to(torch.uint8).numpy())
-        fractured.append(bool(gap.any()))
+        masks.append((sample_mask(mask.astype(np.uint8), grid, slices, label=1) * 255).to(torch.uint8).numpy())
+        regions.append((sample_mask(phantom.fractures, grid, slices, label=label) * 255).to(torch.uint8).numpy())
+        fractured.append(bool((phantom.fractures == label).any()))
     return {
         "planes": np.stack(planes),
         "masks": np.stack(masks),
