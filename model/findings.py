@@ -97,7 +97,7 @@ class Findings:
 class Analysis:
     """Findings with their masks on the source grid.
 
-    vertebrae: uint8 `(Z, Y, X)`, 0 background, 1..7 = C1..C7. fractures: the same numbering, voxels of suspected fracture.
+    vertebrae: uint8 `(Z, Y, X)`, 0 background, 1..7 = C1..C7. fractures: the same, of voxels of suspected fracture.
     """
 
     findings: Findings

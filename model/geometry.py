@@ -51,7 +51,7 @@ class Grid:
         spacing_mm: tuple[float, float, float],
         centre_lps_mm: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ) -> "Grid":
-        """An axis-aligned grid around a centre: Z runs foot to head, Y front to back, X right to left of the patient."""
+        """An axis-aligned grid around a centre: Z runs foot to head, Y front to back, X to the patient's left."""
         linear = np.zeros((3, 3))
         linear[2, 0], linear[1, 1], linear[0, 2] = spacing_mm
         affine = np.eye(4)

@@ -25,13 +25,13 @@ def main() -> None:
     type=click.Path(path_type=Path),
     default=Path("runs/phantom"),
     show_default=True,
-    help="Folder for drawn patients (8 MB each) and the evaluation; a later run uses them again.",
+    help="Folder for drawn patients (11 MB each) and the evaluation; a later run uses them again.",
 )
 @click.option("--patients", default=200, show_default=True, help="Imaginary patients to train on.")
 @click.option("--held-out", default=30, show_default=True, help="Further patients, to set the operating point.")
 @click.option("--segment-steps", default=1200, show_default=True, help="Training steps of the vertebra U-Net.")
-@click.option("--patch-steps", default=600, show_default=True, help="Steps of the fracture network on patches.")
-@click.option("--stack-steps", default=400, show_default=True, help="Steps of it on whole vertebrae, after that.")
+@click.option("--patch-steps", default=1500, show_default=True, help="Steps of the fracture network on patches.")
+@click.option("--stack-steps", default=800, show_default=True, help="Steps of it on whole vertebrae, after that.")
 @click.option("--batch-size", default=4, show_default=True, help="Vertebrae in a step of the fracture network.")
 @click.option("--evaluate", default=20, show_default=True, help="Unseen phantoms to measure the result on.")
 @click.option("--workers", default=2, show_default=True, help="Processes that draw patients, and threads that train.")
@@ -49,7 +49,7 @@ def phantom(
 ) -> None:
     """Train everything on procedural phantoms and export a bundle.
 
-    Needs no data. With the defaults it takes about an hour on two cores.
+    Needs no data. With the defaults it takes about an hour on two idle cores.
     """
     # Imported here, so that --help does not wait for torch.
     from training.phantom import Plan, train_phantom_bundle
