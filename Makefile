@@ -27,7 +27,7 @@ lint: install
 
 # Trains the bundled weights again, on the procedural phantom only.
 train-phantom: install
-	$(BIN)/cspine-train phantom
+	$(BIN)/cspine-train phantom --out model/weights/phantom
 
 # From the last acknowledged Instance to the stored SEG and SR, by stage.
 turnaround: install
