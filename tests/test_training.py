@@ -1,6 +1,7 @@
 """Training in miniature: a few steps of everything, exported, loaded and run."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,15 @@ from training.fractures import changed, collate, patches, read_stack, train_frac
 from training.phantom import CLASSIFY, SEGMENT
 from training.samples import write_neck, write_stacks
 from training.vertebrae import draw_crop, train_unet
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose more by waiting for threads than they gain, on a busy machine twenty-fold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +93,19 @@ def test_crops_hold_bone_with_its_level(neck: Path) -> None:
 
 
 def test_a_few_steps_on_one_neck_lower_the_unet_loss(neck: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.vertebrae.SMALL_CROP", (32, 32, 32))
-    monkeypatch.setattr("training.vertebrae.LARGE_CROP", (32, 32, 32))
+    monkeypatch.setattr("training.vertebrae.SMALL_CROP", (20, 32, 32))
+    monkeypatch.setattr("training.vertebrae.LARGE_CROP", (20, 32, 32))
     torch.manual_seed(0)
-    losses = [value for _, value in train_unet(VertebraUNet((8, 16, 24)), [neck], num_steps=45, seed=0)]
+    losses = [value for _, value in train_unet(VertebraUNet((8, 16, 24)), [neck], num_steps=70, seed=0)]
 
-    assert np.mean(losses[-12:]) < 0.95 * np.mean(losses[:12])
+    assert np.mean(losses[-20:]) < 0.9 * np.mean(losses[:20])
 
 
 def test_a_few_steps_lower_the_fracture_loss(stacks: Path) -> None:
     torch.manual_seed(0)
     # Multiples of 8: with 4 channels PyTorch 2.13 hung here on a CPU with AVX2 only, in a 1 x 1 convolution of oneDNN.
     network = FractureNet(6, (8, 16, 24), 8)
-    steps = train_fracture_net(network, [stacks], num_patch_steps=30, num_stack_steps=1, batch_size=2, seed=0)
+    steps = train_fracture_net(network, [stacks], num_patch_steps=60, num_stack_steps=1, batch_size=2, seed=0)
     losses = [value for _, value in steps][:-1]
 
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
@@ -111,7 +121,16 @@ def test_the_operating_point_separates_what_can_be_separated() -> None:
 
 def test_the_phantom_command_trains_exports_and_measures_a_bundle(tmp_path: Path) -> None:
     amounts = "--patients 1 --held-out 1 --segment-steps 1 --patch-steps 1 --stack-steps 1 --batch-size 2 --evaluate 1"
-    arguments = ["phantom", *amounts.split(), "--out", str(tmp_path / "bundle"), "--work", str(tmp_path / "work")]
+    arguments = [
+        "phantom",
+        *amounts.split(),
+        "--workers",
+        "1",
+        "--out",
+        str(tmp_path / "bundle"),
+        "--work",
+        str(tmp_path / "work"),
+    ]
 
     result = CliRunner().invoke(main, arguments, catch_exceptions=False)
 
