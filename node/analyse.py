@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from model import Analysis, Findings, ModelInfo, SeriesRules, Volume, read_series
 from node.encode import NodeIdentity, ResultObject, encode_results
+from node.process import sync
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
@@ -76,16 +76,7 @@ def _complete(analysis: Analysis, volume: Volume, timings_s: dict[str, float]) -
 def _publish(draft: Path, folder: Path) -> None:
     """Gives the draft its name, safely on disk."""
     for path in (*draft.iterdir(), draft):
-        _sync(path)
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Has a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder.parent)

@@ -37,9 +37,9 @@ class Archive:
             return self._arrived.wait_for(lambda: is_enough([path for path, _ in self.files]), timeout_s)
 
     def _keep(self, event: evt.Event) -> int:
-        path = self._folder / f"{len(self.files) + 1:04d}.dcm"
-        path.write_bytes(event.encoded_dataset())
-        with self._arrived:
+        with self._arrived:  # two may come at once
+            path = self._folder / f"{len(self.files) + 1:04d}.dcm"
+            path.write_bytes(event.encoded_dataset())
             self.files.append((path, time.time()))
             self._arrived.notify_all()
         return 0x0000

@@ -5,7 +5,6 @@ Each destination has a job of its own there, so a slow or dead one holds up no o
 """
 
 import logging
-import os
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from node.case import Delivery, DeliveryState
 from node.config import Config, DicomDestination, FolderDestination
 from node.index import Index
+from node.process import sync
 from node.send import SendError, send_files
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ def copy_results(source: Path, target: Path) -> None:
     for name in names:
         draft = target / f".{name}.draft"
         shutil.copyfile(source / name, draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(draft)
         draft.rename(target / name)
+    sync(target)
     for path in (*target.glob("*.seg.dcm"), *target.glob("*.sr.dcm")):  # of our names only: others may keep files there
         if path.name not in names:
             path.unlink()

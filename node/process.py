@@ -1,4 +1,4 @@
-"""What every process of the node does first: logging, signals, and not outliving the process that started it."""
+"""What every process of the node needs of its system: logging, signals, a disk that keeps, an end with its parent."""
 
 import logging
 import multiprocessing
@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 
 def set_up_logging(level: str) -> None:
@@ -53,3 +54,12 @@ def describe_error(error: BaseException) -> str:
     # What the system says, such as "No space left on device", quotes nobody.
     system_says = error.strerror if isinstance(error, OSError) else None
     return f"{system_says or f'unexpected {type(error).__name__}'}{place}"
+
+
+def sync(path: Path) -> None:
+    """Returns once a file's content, or a folder's list of names, survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -35,7 +35,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from model import HEADER_TAGS, slice_headers
 from node.config import Config
 from node.index import Index
-from node.process import be_child, describe_error
+from node.process import be_child, describe_error, sync
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _write_durably(path: Path, encoded: bytes) -> None:
     """
     if not path.parent.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sync_folder(path.parent.parent)
+        sync(path.parent.parent)
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
     except FileExistsError as error:
@@ -245,18 +245,10 @@ def _write_durably(path: Path, encoded: bytes) -> None:
             while view:
                 view = view[file.write(view) :]
             os.fsync(file.fileno())
-        _sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         path.unlink()
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def reconcile(index: Index) -> int:
@@ -311,7 +303,7 @@ def run(config: Config, ready: Connection) -> None:
     index = Index(config.data_dir)
     index.end_lost_associations()
     (index.data_dir / "instances").mkdir(exist_ok=True)
-    _sync_folder(index.data_dir)
+    sync(index.data_dir)
     strays = reconcile(index)
     if strays:
         log.warning("action=reconciled removed=%d files that were never acknowledged", strays)

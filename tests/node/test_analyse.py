@@ -82,7 +82,7 @@ def test_results_are_on_disk_before_they_have_their_name_and_the_name_before_the
         synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    monkeypatch.setattr(analyse.os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "fsync", note_fsync)
     run()
     assert {"findings.json", "report.sr.dcm"} <= set(synced)
     assert synced[-2:] == [".results.draft", tmp_path.name]

@@ -378,3 +378,15 @@ class _NoWorkers:
 )
 def test_waits_double_up_to_the_longest(attempts: int, wait_s: float) -> None:
     assert retry_wait_s(attempts, 10, 3600) == wait_s
+
+
+def test_a_folder_has_the_names_safely_before_the_copy_counts_as_delivered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "made", tmp_path / "share"
+    source.mkdir()
+    (source / "report.sr.dcm").write_bytes(b"report")
+    synced: list[Path] = []
+    monkeypatch.setattr("node.deliver.sync", lambda path: synced.append(path))
+    copy_results(source, target)
+    assert synced == [target / ".report.sr.dcm.draft", target]
