@@ -14,7 +14,8 @@ from pynetdicom.sop_class import ComprehensiveSRStorage
 from node import service
 from node.case import Case, CaseState
 from node.config import Config, DicomDestination, FolderDestination
-from node.deliver import copy_results, deliver_due, retry_wait_s
+from node.deliver import copy_results, deliver_due
+from node.deliver.retry import retry_wait_s
 from node.index import Index
 from tests.factories import make_ct_series, make_report
 
@@ -41,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The node's clock; it stands still until moved."""
     clock = Clock()
     monkeypatch.setattr("node.index.time", clock)
-    monkeypatch.setattr("node.deliver.time", clock)
+    monkeypatch.setattr("node.deliver.clock.time", clock)
     return clock
 
 
@@ -387,6 +388,6 @@ def test_a_folder_has_the_names_safely_before_the_copy_counts_as_delivered(
     source.mkdir()
     (source / "report.sr.dcm").write_bytes(b"report")
     synced: list[Path] = []
-    monkeypatch.setattr("node.deliver.sync", lambda path: synced.append(path))
+    monkeypatch.setattr("node.deliver.folder.sync", lambda path: synced.append(path))
     copy_results(source, target)
     assert synced == [target / ".report.sr.dcm.draft", target]
