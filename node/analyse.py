@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from model import Analysis, Findings, ModelInfo, SeriesRules, Volume, read_series
 from node.encode import NodeIdentity, ResultObject, encode_results
 from node.process import sync
+from node.profiles import Profile
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
@@ -29,12 +30,17 @@ class Results:
 
 
 def analyse_series(
-    paths: Sequence[Path], folder: Path, pipeline: "Pipeline", rules: SeriesRules, node: NodeIdentity
+    paths: Sequence[Path],
+    folder: Path,
+    pipeline: "Pipeline",
+    rules: SeriesRules,
+    node: NodeIdentity,
+    profiles: Collection[Profile] = (Profile(),),
 ) -> Results:
     """Reads the Series, runs the model, and writes findings.json and the DICOM objects into `folder`.
 
     The folder appears whole or not at all: it is written under another name beside its place, synced and renamed. One
-    that is there already is replaced.
+    that is there already is replaced. profiles: what the destinations want between them.
 
     Raises:
         SeriesError: the Series cannot be analysed.
@@ -49,7 +55,7 @@ def analyse_series(
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     encode_started = time.perf_counter()
-    objects = encode_results(analysis, volume.slices, volume.grid, draft, node=node)
+    objects = encode_results(analysis, volume, draft, node=node, profiles=profiles)
     ended = time.perf_counter()
     timings_s = {"read": read_s, **analysis.findings.timings_s, "encode": ended - encode_started}
     findings = _complete(analysis, volume, timings_s | {"total": ended - started})

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from node.profiles import Profile, ProfileSetting
+
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message lists every fault with its line."""
@@ -71,6 +73,7 @@ class DicomDestination(_Section):
     port: Port
     ae_title: AETitle
     timeout_s: Seconds = 30.0
+    profile: ProfileSetting = Profile()
 
 
 class FolderDestination(_Section):
@@ -79,6 +82,7 @@ class FolderDestination(_Section):
     type: Literal["folder"]
     name: str = Field(min_length=1)
     path: Path
+    profile: ProfileSetting = Profile()
 
 
 Destination = Annotated[DicomDestination | FolderDestination, Field(discriminator="type")]
@@ -103,6 +107,11 @@ class DeliverConfig(_Section):
         if self.retry_max_s < self.retry_first_s:
             raise ValueError(f"retry_max_s ({self.retry_max_s:g}) is less than retry_first_s ({self.retry_first_s:g})")
         return self
+
+    @property
+    def profiles(self) -> tuple[Profile, ...]:
+        """What the destinations want between them; what one gets by default where there is none."""
+        return tuple(dict.fromkeys(destination.profile for destination in self.destinations)) or (Profile(),)
 
 
 class Config(_Section):

@@ -226,7 +226,7 @@ def _work(config: Config, connection: Connection) -> None:
         try:
             # The stored file's name is its SOP Instance UID.
             name = result_folder_name([path.stem for path in job.paths], pipeline.info)
-            results = analyse_series(job.paths, job.results_dir / name, pipeline, rules, node)
+            results = analyse_series(job.paths, job.results_dir / name, pipeline, rules, node, config.deliver.profiles)
             outcome: JobOutcome = Analysed(
                 folder=results.folder,
                 sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),

@@ -17,6 +17,7 @@ from node.encode import codes
 from node.encode.equipment import algorithm_sequence, processing_equipment
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.source import Source
+from node.profiles import Kind
 
 # Neighbours differ in hue, and none is the red of a fracture.
 _LEVEL_RGB = {
@@ -35,9 +36,10 @@ _FRACTURE_RGB = (255, 0, 0)
 class SegKind:
     """What tells the two Segmentations apart.
 
-    name: of the result object. describe: the segment of a level, given its number in the object.
+    kind: in profiles. name: of the result object. describe: the segment of a level, given its number in the object.
     """
 
+    kind: Kind
     name: str
     file_name: str
     series_number: int
@@ -77,6 +79,7 @@ def _describe_fracture(number: int, level: str, model: ModelInfo, uids: ResultUi
 
 
 VERTEBRAE = SegKind(
+    kind=Kind.VERTEBRAE_SEG,
     name="vertebrae.seg",
     file_name="vertebrae.seg.dcm",
     series_number=9001,
@@ -85,6 +88,7 @@ VERTEBRAE = SegKind(
     describe=_describe_vertebra,
 )
 FRACTURES = SegKind(
+    kind=Kind.FRACTURES_SEG,
     name="fractures.seg",
     file_name="fractures.seg.dcm",
     series_number=9002,

@@ -31,6 +31,7 @@ from model import (
     read_series,
 )
 from node.encode import NodeIdentity, ResultObject, encode_results
+from node.profiles import Profile
 from tests.factories import make_ct_series, make_enhanced_ct
 
 NODE = NodeIdentity(ae_title="TESTNODE", software_version="9.9")
@@ -122,10 +123,11 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
     return Analysis(findings=findings, vertebrae=vertebrae, fractures=fractures)
 
 
-def encode(volume: Volume, analysis: Analysis, folder: Path) -> dict[str, ResultObject]:
-    """What was written, by kind."""
+def encode(volume: Volume, analysis: Analysis, folder: Path, *profiles: Profile) -> dict[str, ResultObject]:
+    """What was written for these profiles, or for the default one, by kind."""
     folder.mkdir(exist_ok=True)
-    return {made.kind: made for made in encode_results(analysis, volume.slices, volume.grid, folder, node=NODE)}
+    written = encode_results(analysis, volume, folder, node=NODE, profiles=profiles or (Profile(),))
+    return {made.kind: made for made in written}
 
 
 def code_of(sequence: Any) -> tuple[str, str]:
