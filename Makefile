@@ -1,8 +1,10 @@
 # make run: set up, watch the demo, then serve.  make test: set up, lint, type-check, test.
 PYTHON ?= python3
 BIN := .venv/bin
+OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround clean
+.PHONY: install run test lint train-phantom turnaround viewer clean
+
 
 install: .venv/.installed
 
@@ -33,5 +35,15 @@ train-phantom: install
 turnaround: install
 	$(BIN)/python benchmarks/turnaround.py
 
+# OHIF, the web viewer, as its makers build it. Left out is ort/, two thirds of it: a runtime for tools that we do not use.
+viewer: .viewer/index.html
+
+.viewer/index.html:
+	rm -rf .viewer && mkdir .viewer
+	cd .viewer && npm pack --silent @ohif/app@$(OHIF)
+	tar --extract --gzip --file .viewer/ohif-app-$(OHIF).tgz --directory .viewer --strip-components=2 \
+	    --exclude='package/dist/ort' package/dist
+	rm .viewer/ohif-app-$(OHIF).tgz
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .viewer build *.egg-info

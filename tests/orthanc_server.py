@@ -62,6 +62,7 @@ class OrthancServer:
             "DicomPort": port,
             "HttpPort": http_port,
             "StableAge": STABLE_AGE_S,
+            "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
         }
         config_path = folder / "orthanc.json"
         config_path.write_text(json.dumps(config), encoding="utf-8")
@@ -70,7 +71,8 @@ class OrthancServer:
             # Without TCP_NODELAY (a variable of dcmtk) each image waits for a delayed acknowledgement.
             environment = os.environ | {"TCP_NODELAY": "1"}
             self._process = subprocess.Popen([executable, str(config_path)], stdout=log, stderr=log, env=environment)
-        self.client = OrthancApiClient(f"http://127.0.0.1:{http_port}")
+        self.url = f"http://127.0.0.1:{http_port}"
+        self.client = OrthancApiClient(self.url)
         deadline = time.monotonic() + 30
         while not self.client.is_alive(timeout=5):
             if self._process.poll() is not None or time.monotonic() > deadline:

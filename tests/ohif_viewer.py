@@ -1,0 +1,187 @@
+"""The real OHIF in a real browser, for tests: headless Chromium, on an Orthanc's DICOMweb.
+
+OHIF comes from npm (`make viewer`); it is served as it would be in a hospital, with DICOMweb on the same origin.
+"""
+
+import json
+import mimetypes
+import os
+import shutil
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from numpy.typing import NDArray
+from playwright.sync_api import Page, sync_playwright
+
+VIEWER_FOLDER = Path(__file__).parents[1] / ".viewer"
+# Software rendering, and no service of the browser maker's is asked for anything.
+_CHROMIUM_ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--use-gl=angle",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--ignore-gpu-blocklist",
+]
+_TIMEOUT_MS = 90_000
+
+
+def find_chromium() -> str:
+    """The path of Chromium; without it, or without OHIF, the test is skipped, or fails where servers are required."""
+    chromium = shutil.which("chromium")
+    if chromium and (VIEWER_FOLDER / "index.html").exists():
+        return chromium
+    missing = "This needs Chromium (Debian: apt-get install chromium) and OHIF (make viewer)"
+    if os.environ.get("CSPINE_REQUIRE_SERVERS"):
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+class OhifSite:
+    """OHIF at `/viewer`, the archive's DICOMweb at `/dicom-web`, on one loopback port, from construction to `stop`."""
+
+    def __init__(self, archive_url: str) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(archive_url))
+        self.host = f"127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            status, kind, body = self._answer()
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            # What OHIF's decoders need to share memory between threads.
+            self.send_header("Cross-Origin-Opener-Policy", "same-origin")
+            self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_args: object) -> None:
+            """Says nothing."""
+
+        def _answer(self) -> tuple[int, str, bytes]:
+            path = self.path.partition("?")[0]
+            if path.startswith("/dicom-web/"):
+                accept = {"Accept": self.headers.get("Accept", "*/*")}
+                try:
+                    with urllib.request.urlopen(urllib.request.Request(archive_url + self.path, headers=accept)) as got:
+                        return got.status, got.headers["Content-Type"], got.read()
+                except urllib.error.HTTPError as error:
+                    with error:
+                        return error.code, "text/plain", error.read()
+            name = path.removeprefix("/viewer").lstrip("/")
+            if name == "app-config.js":
+                return 200, "text/javascript", f"window.config = {json.dumps(_APP_CONFIG)};".encode()
+            file = VIEWER_FOLDER / name
+            if not name or not file.is_file():  # a page of the single-page application
+                file = VIEWER_FOLDER / "index.html"
+            return 200, mimetypes.guess_type(file.name)[0] or "application/octet-stream", file.read_bytes()
+
+    return Handler
+
+
+_APP_CONFIG = {
+    "routerBasename": "/viewer",
+    "extensions": [],
+    "modes": [],
+    "showStudyList": True,
+    "investigationalUseDialog": {"option": "never"},
+    "defaultDataSourceName": "archive",
+    "dataSources": [
+        {
+            "namespace": "@ohif/extension-default.dataSourcesModule.dicomweb",
+            "sourceName": "archive",
+            "configuration": {
+                "friendlyName": "Archive",
+                "name": "archive",
+                "qidoRoot": "/dicom-web",
+                "wadoRoot": "/dicom-web",
+                "wadoUriRoot": "/wado",
+                "imageRendering": "wadors",
+                "thumbnailRendering": "wadors",
+                "supportsFuzzyMatching": False,
+                "omitQuotationForMultipartRequest": True,
+                "bulkDataURI": {"enabled": True},
+            },
+        }
+    ],
+}
+
+
+class OhifStudy:
+    """A Study open in OHIF, its CT in the one viewport. hosts: whom the browser has asked for anything."""
+
+    def __init__(self, page: Page, host: str, study_instance_uid: str) -> None:
+        self._page = page
+        self.hosts: set[str] = set()
+        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
+        page.goto(f"http://{host}/viewer/viewer?StudyInstanceUIDs={study_instance_uid}")
+        page.wait_for_function("() => window.cornerstone?.getEnabledElements()[0]?.viewport.getImageIds?.().length")
+        page.get_by_text("Skip all").click()  # a tour of the viewer
+
+    def load_segmentation(self, series_description: str) -> None:
+        """Opens a Series of segmentations over the CT, as a reader does: double-click, then "Yes"."""
+        thumbnails = self._page.locator('[data-cy="study-browser-thumbnail-no-image"]')
+        thumbnails.filter(has_text=series_description).dblclick()
+        self._page.get_by_role("button", name="Yes").click()
+        self._page.wait_for_function("() => window.cornerstoneTools.segmentation.state.getSegmentations().length")
+
+    def picture_of(self, sop_instance_uid: str, png: Path) -> NDArray[np.float32]:
+        """Shows one Instance, and the page as `(rows, columns, RGB)` in 0..1, also kept as a file."""
+        self._page.evaluate(
+            """async uid => {
+                const viewport = window.cornerstone.getEnabledElements()[0].viewport;
+                await viewport.setImageIdIndex(viewport.getImageIds().findIndex(id => id.includes(uid)));
+                viewport.render();
+            }""",
+            sop_instance_uid,
+        )
+        self._page.wait_for_timeout(1500)  # the overlay is drawn in its own time
+        self._page.screenshot(path=png)
+        return np.asarray(imread(png))[..., :3]
+
+    def to_page(self, points_lps_mm: NDArray[np.float64]) -> NDArray[np.intp]:
+        """Row and column `(n, 2)` in the picture of LPS points `(n, 3)` of the Instance shown."""
+        places = self._page.evaluate(
+            """points => {
+                const viewport = window.cornerstone.getEnabledElements()[0].viewport;
+                const box = viewport.element.getBoundingClientRect();
+                return points.map(p => viewport.worldToCanvas(p)).map(([x, y]) => [box.top + y, box.left + x]);
+            }""",
+            points_lps_mm.tolist(),
+        )
+        return np.rint(places).astype(np.intp)
+
+
+@contextmanager
+def open_study(site: OhifSite, study_instance_uid: str) -> Iterator[OhifStudy]:
+    """Opens a Study in a browser of its own."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=_CHROMIUM_ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page.set_default_timeout(_TIMEOUT_MS)
+        try:
+            yield OhifStudy(page, site.host, study_instance_uid)
+        finally:
+            browser.close()
