@@ -2,7 +2,7 @@
 
     receive -> complete -> analyse -> encode -> deliver
 
-The receiver is a process (`receive.py`); completeness and delivery are jobs of APScheduler here; analysis and encoding
+The receiver is a process (`receive/`); completeness and delivery are jobs of APScheduler here; analysis and encoding
 happen in worker processes (`workers.py`). They meet in the database (`index.py`) only, so any of them may die and be
 started again. This module is the composition root: read it first.
 """

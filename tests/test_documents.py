@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydicom.uid import UID
 
-from node.receive import CT_SOP_CLASSES, decodable_transfer_syntaxes
+from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md")]

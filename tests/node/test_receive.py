@@ -39,10 +39,11 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import split_dataset
 from pynetdicom.sop_class import Verification
 
-from node import receive
 from node.case import CaseState
 from node.config import Config
 from node.index import Index
+from node.receive import contexts, run, server, store
+from node.receive.reconcile import reconcile
 from tests.factories import make_ct_series, make_enhanced_ct
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
@@ -52,11 +53,11 @@ MakeConfig = Callable[..., Config]
 
 @contextmanager
 def listening(config: Config, index: Index) -> Iterator[Config]:
-    server = receive.start_server(config, index)
+    listener = server.start_server(config, index)
     try:
         yield config
     finally:
-        receive._shut_down(server, grace_s=2)
+        server.shut_down(listener, grace_s=2)
 
 
 @pytest.fixture
@@ -172,15 +173,15 @@ def test_success_is_answered_only_when_file_folder_and_row_are_safe(
 ) -> None:
     """A power cut after the status must not cost the Instance."""
     happened: list[str] = []
-    fsync, add_instance, status = os.fsync, index.add_instance, receive._status
+    fsync, add_instance, status = os.fsync, index.add_instance, server._status
 
     def note_fsync(descriptor: int) -> None:
         happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
         fsync(descriptor)
 
-    monkeypatch.setattr(receive.os, "fsync", note_fsync)
+    monkeypatch.setattr(store.os, "fsync", note_fsync)
     monkeypatch.setattr(index, "add_instance", lambda **values: (add_instance(**values), happened.append("row"))[0])
-    monkeypatch.setattr(receive, "_status", lambda *args: (happened.append("status"), status(*args))[1])
+    monkeypatch.setattr(server, "_status", lambda *args: (happened.append("status"), status(*args))[1])
     sent = make_instance(tmp_path / "sent")
     assert store_one(receiver, sent) == SUCCESS
     ds = pydicom.dcmread(sent)
@@ -225,8 +226,8 @@ def test_a_dataset_without_sop_class_and_modality_is_taken(receiver: Config, ind
 
 
 def test_every_transfer_syntax_that_can_be_decoded_is_accepted(receiver: Config) -> None:
-    syntaxes = receive.decodable_transfer_syntaxes()
-    for sop_class in receive.CT_SOP_CLASSES:
+    syntaxes = contexts.decodable_transfer_syntaxes()
+    for sop_class in contexts.CT_SOP_CLASSES:
         association = associate(receiver, sop_class, transfer_syntaxes=tuple(syntaxes))
         assert {context.transfer_syntax[0] for context in association.accepted_contexts} == set(syntaxes)
         association.release()
@@ -234,7 +235,7 @@ def test_every_transfer_syntax_that_can_be_decoded_is_accepted(receiver: Config)
 
 def test_the_usual_transfer_syntaxes_can_be_decoded() -> None:
     """A codec that went missing from the dependencies would else be noticed at a customer's scanner."""
-    names = {pydicom.uid.UID(uid).name for uid in receive.decodable_transfer_syntaxes()}
+    names = {pydicom.uid.UID(uid).name for uid in contexts.decodable_transfer_syntaxes()}
     assert names >= {
         "Implicit VR Little Endian",
         "Explicit VR Little Endian",
@@ -411,10 +412,10 @@ def test_c_store_on_a_full_disk_returns_0xa700_and_leaves_no_file(
 ) -> None:
     sent = make_instance(tmp_path / "sent")
     with monkeypatch.context() as patch:
-        patch.setattr(receive.os, "fdopen", lambda descriptor, *_, **__: FullDisk(descriptor, "wb"))
+        patch.setattr(store.os, "fdopen", lambda descriptor, *_, **__: FullDisk(descriptor, "wb"))
         assert refused(receiver, index, sent) == OUT_OF_RESOURCES
     with monkeypatch.context() as patch:
-        patch.setattr(receive.os, "fsync", no_space)
+        patch.setattr(store.os, "fsync", no_space)
         assert refused(receiver, index, sent) == OUT_OF_RESOURCES
     with monkeypatch.context() as patch:
         patch.setattr(index, "add_instance", lambda **_: no_space())
@@ -552,9 +553,9 @@ def test_files_without_a_row_are_removed_at_start_and_no_others(receiver: Config
     elsewhere.parent.mkdir()
     for stray in (beside, elsewhere):
         stray.write_bytes(b"half an Instance")
-    assert receive.reconcile(index) == 2
+    assert reconcile(index) == 2
     assert files_under(index.data_dir) == [stored]
-    assert receive.reconcile(index) == 0
+    assert reconcile(index) == 0
 
 
 @pytest.fixture
@@ -563,7 +564,7 @@ def receiver_process(make_config: MakeConfig) -> Iterator[tuple[Config, Any, str
     config = make_config()
     context = multiprocessing.get_context("spawn")
     ready, far_end = context.Pipe(duplex=False)
-    process = context.Process(target=receive.run, args=(config, far_end))
+    process = context.Process(target=run, args=(config, far_end))
     process.start()
     far_end.close()
     yield config, process, ready.recv()
@@ -591,7 +592,7 @@ def test_the_process_stops_cleanly_on_sigterm_while_an_association_is_open(
 def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config) -> None:
     ready, far_end = multiprocessing.Pipe(duplex=False)
     context = multiprocessing.get_context("spawn")
-    process = context.Process(target=receive.run, args=(receiver, far_end))
+    process = context.Process(target=run, args=(receiver, far_end))
     process.start()
     problem = ready.recv()
     process.join(10)
@@ -652,5 +653,5 @@ def test_dcmtk_storescu_is_told_that_mr_is_not_taken(receiver: Config, index: In
 def test_enhanced_sop_classes_are_those_of_the_model() -> None:
     from model.stack import CT_SOP_CLASSES
 
-    assert set(receive.CT_SOP_CLASSES) == set(CT_SOP_CLASSES)
-    assert EnhancedCTImageStorage in receive.CT_SOP_CLASSES
+    assert set(contexts.CT_SOP_CLASSES) == set(CT_SOP_CLASSES)
+    assert EnhancedCTImageStorage in contexts.CT_SOP_CLASSES
