@@ -5,7 +5,7 @@ from highdicom.base_content import ContributingEquipment
 from highdicom.sr import AlgorithmIdentification, DeviceObserverIdentifyingAttributes
 
 from model import ModelInfo
-from node.encode import codes
+from node import codes
 from node.encode.identity import NodeIdentity
 
 _MAX_LO = 64

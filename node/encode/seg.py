@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from model import LEVELS, ModelInfo
-from node.encode import codes
+from node import codes
 from node.encode.equipment import algorithm_sequence, processing_equipment
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.source import Source

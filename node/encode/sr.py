@@ -33,7 +33,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
 from model import Finding, Findings, LevelFinding
-from node.encode import codes
+from node import codes
 from node.encode.equipment import algorithm_template, device_observer, processing_equipment
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.seg import segment_numbers
