@@ -144,22 +144,37 @@ def attention_by_instance(
         weights[int(index)] += float(weight)
     total = sum(weights.values())
     return tuple(
-        SliceWeight(sop_instance_uid=sources[index].sop_instance_uid, weight=weights[index] / total)
+        SliceWeight(
+            sop_instance_uid=sources[index].sop_instance_uid,
+            weight=weights[index] / total,
+            frame_number=sources[index].frame_number,
+        )
         for index in sorted(weights)
     )
 
 
 def draw_regions(
-    fractures: NDArray[np.uint8], label: int, verdict: Verdict, grid: Grid, threshold: float
+    fractures: NDArray[np.uint8],
+    saliency: NDArray[np.uint8],
+    label: int,
+    verdict: Verdict,
+    grid: Grid,
+    threshold: float,
 ) -> dict[int, list[tuple[int, int, int, int]]]:
-    """Marks a vertebra's fracture regions on the source grid; gives their boxes `(x, y, width, height)` by Z index."""
+    """Marks a vertebra's fracture regions and its saliency (see `Analysis`) on the source grid.
+
+    Gives the regions' boxes `(x, y, width, height)` by Z index.
+    """
     first, last = index_range(grid, *_box(verdict.grid), margin=0)
     part = np.s_[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
     affine = grid.affine.copy()
     affine[:3, 3] = grid.to_lps_mm(first.astype(float))
     z, y, x = fractures[part].shape
-    drawn = sample(verdict.regions[None], verdict.grid, Grid(shape=(z, y, x), affine=affine))[0] >= threshold
-    mask = drawn.numpy()
+    share = torch.from_numpy(verdict.attention / verdict.attention.max())[:, None, None]
+    channels = torch.stack([verdict.regions, verdict.regions * share])
+    probabilities, salient = sample(channels, verdict.grid, Grid(shape=(z, y, x), affine=affine))
+    np.maximum(saliency[part], (salient * 255).round().to(torch.uint8).numpy(), out=saliency[part])
+    mask = (probabilities >= threshold).numpy()
     pixel_mm2 = grid.spacing_mm[1] * grid.spacing_mm[2]
     boxes: dict[int, list[tuple[int, int, int, int]]] = {}
     for index in np.flatnonzero(mask.any(axis=(1, 2))):
@@ -186,7 +201,14 @@ def as_regions(
 ) -> tuple[Region, ...]:
     """Boxes by Z index as regions of the Instances they lie in."""
     return tuple(
-        Region(sop_instance_uid=sources[index].sop_instance_uid, x=x, y=y, width=width, height=height)
+        Region(
+            sop_instance_uid=sources[index].sop_instance_uid,
+            x=x,
+            y=y,
+            width=width,
+            height=height,
+            frame_number=sources[index].frame_number,
+        )
         for index in sorted(boxes)
         for x, y, width, height in boxes[index]
     )

@@ -21,21 +21,23 @@ class Finding(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SliceWeight:
-    """Share of the attention one Instance received; the weights of a level sum to 1."""
+    """Share of the attention one Frame of an Instance received; the weights of a level sum to 1."""
 
     sop_instance_uid: str
     weight: float
+    frame_number: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """Box around suspicious voxels in one Instance, in its pixels: `x` is the first column, `y` the first row."""
+    """Box around suspicious voxels in one Frame, in its pixels: `x` is the first column, `y` the first row."""
 
     sop_instance_uid: str
     x: int
     y: int
     width: int
     height: int
+    frame_number: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +100,12 @@ class Analysis:
     """Findings with their masks on the source grid.
 
     vertebrae: uint8 `(Z, Y, X)`, 0 background, 1..7 = C1..C7. fractures: the same, of voxels of suspected fracture.
+    saliency: uint8 `(Z, Y, X)`, 0..255 for 0..1: what the answer rests on at the levels whose finding is present. It is
+    the probability that a voxel belongs to a fracture, times the attention its slice received, as a share of the most
+    attended slice of its level. 0 at all other levels.
     """
 
     findings: Findings
     vertebrae: NDArray[np.uint8]
     fractures: NDArray[np.uint8]
+    saliency: NDArray[np.uint8]

@@ -50,10 +50,10 @@ class Pipeline:
         begin("classify")
         whole = [vertebra for vertebra in vertebrae if not vertebra.is_cut]
         verdicts = judge(volume, labels, whole, self.fracture_net, self.bundle.classify, self.device)
-        fractures = np.zeros(volume.grid.shape, np.uint8)
+        fractures, saliency = np.zeros(volume.grid.shape, np.uint8), np.zeros(volume.grid.shape, np.uint8)
         by_label = {vertebra.label: vertebra for vertebra in vertebrae}
         levels = {
-            name: self._level(volume, by_label.get(label), verdicts.get(label), fractures)
+            name: self._level(volume, by_label.get(label), verdicts.get(label), fractures, saliency)
             for label, name in enumerate(LEVELS, start=1)
         }
         timings_s = {"segment": segmented - started, "classify": time.perf_counter() - segmented}
@@ -66,12 +66,17 @@ class Pipeline:
             warnings=(*volume.warnings, *_warnings(levels)),
             timings_s=timings_s,
         )
-        return Analysis(findings=findings, vertebrae=labels, fractures=fractures)
+        return Analysis(findings=findings, vertebrae=labels, fractures=fractures, saliency=saliency)
 
     def _level(
-        self, volume: Volume, vertebra: Vertebra | None, verdict: Verdict | None, fractures: NDArray[np.uint8]
+        self,
+        volume: Volume,
+        vertebra: Vertebra | None,
+        verdict: Verdict | None,
+        fractures: NDArray[np.uint8],
+        saliency: NDArray[np.uint8],
     ) -> LevelFinding:
-        """One level's finding; marks its fracture regions in `fractures` when the finding is present."""
+        """One level's finding; draws its fracture regions and saliency on these grids when the finding is present."""
         if vertebra is None:
             return LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
         x, y, z = (float(value) for value in vertebra.centroid_lps_mm)
@@ -84,7 +89,7 @@ class Pipeline:
             attention = attention_by_instance(verdict, vertebra.centroid_lps_mm, volume.grid, volume.slices)
             if finding is Finding.PRESENT:
                 threshold = self.bundle.classify.region_threshold
-                boxes = draw_regions(fractures, vertebra.label, verdict, volume.grid, threshold)
+                boxes = draw_regions(fractures, saliency, vertebra.label, verdict, volume.grid, threshold)
                 regions = as_regions(boxes, volume.slices)
         return LevelFinding(
             in_field_of_view=True,

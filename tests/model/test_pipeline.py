@@ -102,6 +102,19 @@ def test_regions_lie_on_the_fracture() -> None:
     assert (to_truth_mm[drawn > 0] < 3).mean() > 0.8
 
 
+def test_saliency_is_strongest_at_the_fracture_and_zero_away_from_suspected_levels() -> None:
+    saliency, truth = analysis().saliency, phantom().fractures
+    planes = saliency.max(axis=(1, 2))
+
+    assert not saliency[(analysis().vertebrae > 0) & ~np.isin(analysis().vertebrae, (4, 5, 6))].any()
+    assert saliency.max() > 128
+    strongest = saliency >= np.quantile(saliency[saliency > 0], 0.99)
+    to_truth_mm = distance_transform_edt(truth == 0, sampling=phantom().grid.spacing_mm)
+    assert to_truth_mm[strongest].mean() < 3
+    most = max(analysis().findings.levels["C5"].attention, key=lambda share: share.weight)
+    assert abs(int(most.sop_instance_uid.split(".")[-1]) - int(planes.argmax())) <= 2
+
+
 def test_boxes_enclose_the_region_mask_of_their_instance() -> None:
     left = analysis().fractures.copy()
     regions = analysis().findings.levels["C5"].regions

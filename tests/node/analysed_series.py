@@ -26,6 +26,7 @@ from model import (
     PatientFinding,
     Region,
     SeriesRules,
+    SliceSource,
     SliceWeight,
     Volume,
     read_series,
@@ -94,7 +95,7 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
         if name not in seen:
             continue
         places = np.argwhere(vertebrae == label)
-        slices = [volume.slices[z].sop_instance_uid for z in np.unique(places[:, 0])]
+        slices = [volume.slices[z] for z in np.unique(places[:, 0])]
         is_fractured = name in fractured
         if is_fractured:
             fractures[tuple(places[: len(places) // 2].T)] = label
@@ -104,8 +105,11 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
             finding=Finding.PRESENT if is_fractured else Finding.ABSENT,
             centroid_lps_mm=(0.0, 0.0, 0.0),
             volume_mm3=1000.0 + label,
-            attention=tuple(SliceWeight(sop_instance_uid=uid, weight=1 / len(slices)) for uid in slices),
-            regions=(Region(sop_instance_uid=slices[-1], x=1, y=2, width=3, height=4),) if is_fractured else (),
+            attention=tuple(
+                SliceWeight(sop_instance_uid=s.sop_instance_uid, frame_number=s.frame_number, weight=1 / len(slices))
+                for s in slices
+            ),
+            regions=(_region(slices[-1]),) if is_fractured else (),
         )
     judged = [level.probability for level in levels.values() if level.probability is not None]
     overall = PatientFinding(
@@ -120,7 +124,14 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
         levels=levels,
         warnings=("Slices are 1.0 mm apart.",),
     )
-    return Analysis(findings=findings, vertebrae=vertebrae, fractures=fractures)
+    saliency = np.where(fractures > 0, 128, 0).astype(np.uint8)
+    return Analysis(findings=findings, vertebrae=vertebrae, fractures=fractures, saliency=saliency)
+
+
+def _region(source: SliceSource) -> Region:
+    return Region(
+        sop_instance_uid=source.sop_instance_uid, frame_number=source.frame_number, x=1, y=2, width=3, height=4
+    )
 
 
 def encode(volume: Volume, analysis: Analysis, folder: Path, *profiles: Profile) -> dict[str, ResultObject]:
