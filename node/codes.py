@@ -1,4 +1,4 @@
-"""The codes of results and notifications: what is meant, where it lies, how sure, in SNOMED CT, DICOM's own terms and UCUM.
+"""The codes of results and notifications: what is meant, where it lies, how sure, in SNOMED CT, DCM and UCUM.
 
 From pydicom's dictionaries where they have them. Meanings are what a viewer shows.
 """

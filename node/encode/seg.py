@@ -14,22 +14,11 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from model import LEVELS, ModelInfo
 from node import codes
+from node.encode.colours import FRACTURE_RGB, LEVEL_RGB
 from node.encode.equipment import algorithm_sequence, processing_equipment
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.source import Source
 from node.profiles import Kind
-
-# Neighbours differ in hue, and none is the red of a fracture.
-_LEVEL_RGB = {
-    "C1": (86, 180, 233),
-    "C2": (240, 228, 66),
-    "C3": (0, 158, 115),
-    "C4": (204, 121, 167),
-    "C5": (0, 114, 178),
-    "C6": (230, 159, 0),
-    "C7": (144, 238, 144),
-}
-_FRACTURE_RGB = (255, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +48,7 @@ def _describe_vertebra(number: int, level: str, model: ModelInfo, uids: ResultUi
         algorithm_identification=algorithm_sequence(model),
         tracking_id=level,
         tracking_uid=uids.tracking_uid(level),
-        display_color=CIELabColor.from_rgb(*_LEVEL_RGB[level]),
+        display_color=CIELabColor.from_rgb(*LEVEL_RGB[level]),
     )
 
 
@@ -74,7 +63,7 @@ def _describe_fracture(number: int, level: str, model: ModelInfo, uids: ResultUi
         tracking_id=level,
         tracking_uid=uids.tracking_uid(level),
         anatomic_regions=[codes.LEVEL_CODES[level]],
-        display_color=CIELabColor.from_rgb(*_FRACTURE_RGB),
+        display_color=CIELabColor.from_rgb(*FRACTURE_RGB),
     )
 
 
