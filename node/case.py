@@ -7,12 +7,13 @@
                                  FAILED  <--out of attempts------------------------+
 
 A late Instance takes a case from any state back to RECEIVING; what was made of fewer Instances is then superseded. The
-state lives in the database only (`index.py`).
+state lives in the database only (`index/`).
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 
 class CaseState(StrEnum):
@@ -39,13 +40,15 @@ class DeliveryState(StrEnum):
 class Case:
     """A snapshot of one case. Times are seconds since the epoch; attempts counts analyses begun since it was complete.
 
-    result_dir: folder of the latest results, None before there are any. summary: what they say, in a few words.
+    attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
+    latest results, None before there are any. summary: what they say, in a few words.
     """
 
     case_id: int
     series_instance_uid: str
     study_instance_uid: str
     calling_ae_title: str
+    attributes: dict[str, Any]
     state: CaseState
     reason: str
     num_instances: int

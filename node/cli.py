@@ -247,15 +247,20 @@ def check(config_path: Path | None) -> None:
 def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
     """List the received Series: which state each is in, and why."""
     config = _load_config(config_path)
+    from contextlib import closing
+
     from sqlalchemy.exc import DBAPIError
 
     from node.cases import print_json, print_table
-    from node.index import Index
+    from node.index import Index, SchemaError
 
     if not (config.data_dir / "cspine.sqlite").exists():
         _fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
     show: Callable[..., None] = print_json if as_json else print_table
     try:
-        show(Index(config.data_dir).cases(limit))
+        with closing(Index(config.data_dir)) as index:
+            show(index.cases(limit))
+    except SchemaError as error:
+        _fail(f"The database cannot be used: {error}.", _EXIT_FAILED)
     except DBAPIError as error:
         _fail(f"The database in {config.data_dir} cannot be used: {error.orig}.", _EXIT_FAILED)

@@ -3,7 +3,7 @@
     receive -> complete -> analyse -> encode -> deliver
 
 The receiver is a process (`receive/`); completeness and delivery are jobs of APScheduler here; analysis and encoding
-happen in worker processes (`workers.py`). They meet in the database (`index.py`) only, so any of them may die and be
+happen in worker processes (`workers.py`). They meet in the database (`index/`) only, so any of them may die and be
 started again. This module is the composition root: read it first.
 """
 
@@ -25,7 +25,7 @@ from node.case import Case
 from node.complete import check_cases
 from node.config import Config
 from node.deliver import deliver_due
-from node.index import Index
+from node.index import Index, SchemaError
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Service:
             self._index = Index(config.data_dir)
         except OSError as error:
             raise StartError(f"the data folder {config.data_dir} cannot be used: {error.strerror}") from error
+        except SchemaError as error:
+            raise StartError(str(error)) from error
         except DBAPIError as error:
             raise StartError(f"the database in {config.data_dir} cannot be used: {error.orig}") from error
         self._pool: WorkerPool | None = None

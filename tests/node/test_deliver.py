@@ -38,10 +38,10 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The node's clock; it stands still until moved."""
     clock = Clock()
-    monkeypatch.setattr("node.index.time", clock)
+    monkeypatch.setattr(index, "now", clock.time)
     monkeypatch.setattr("node.deliver.clock.time", clock)
     return clock
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
-from node.index import Index
+from node.index import Index, NewInstance
 
 SERIES, STUDY = "1.2.3", "1.2"
 
@@ -90,6 +91,36 @@ def test_the_same_instance_twice_counts_once(index: Index) -> None:
     add(index, 1)
     assert the_case(index).num_instances == 1
     assert len(index.instance_paths(SERIES)) == 1
+
+
+def new(index: Index, number: int, series_uid: str = SERIES, **values: Any) -> NewInstance:
+    values = {"association_id": index.open_association("SCANNER"), "calling_ae_title": "SCANNER"} | values
+    path = index.data_dir / "instances" / series_uid / f"{series_uid}.{number}.dcm"
+    return NewInstance(path=path, headers=[header(number, series_uid)], **values)
+
+
+def test_a_batch_tells_of_each_instance_whether_it_is_new(index: Index) -> None:
+    add(index, 1)
+    batch = [new(index, 2), new(index, 1), new(index, 1, "1.9"), new(index, 2)]
+    assert index.add_instances(batch, quiet_time_s=0) == [True, False, True, False]
+    assert [(case.series_instance_uid, case.num_instances) for case in index.cases()] == [("1.9", 1), (SERIES, 2)]
+    assert index.add_instances(batch, quiet_time_s=0) == [False] * 4
+    assert index.add_instances([], quiet_time_s=0) == []
+
+
+def test_a_case_has_the_attributes_of_its_first_instance(index: Index) -> None:
+    attributes = {"KVP": 120.0, "ConvolutionKernel": ["Br40", "3"]}
+    batch = [new(index, 1, attributes=attributes), new(index, 2, attributes={"KVP": 80.0})]
+    assert index.add_instances(batch, quiet_time_s=0) == [True, True]
+    add(index, 3)
+    assert the_case(index).attributes == attributes
+
+
+def test_a_batch_is_noted_whole_or_not_at_all(index: Index) -> None:
+    with pytest.raises(IntegrityError):
+        index.add_instances([new(index, 1), new(index, 2, association_id=999)], quiet_time_s=0)
+    assert index.cases() == []
+    add(index, 1)  # and the next one gets its turn
 
 
 def test_without_destinations_a_finished_case_is_done(index: Index) -> None:

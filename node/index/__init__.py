@@ -1,0 +1,18 @@
+"""The database: which Instances are here, how far each case is, what was made of it and where it went.
+
+`Index` is the door, put together from one module for each stage of the line. Every write is one short transaction, so
+that several processes can share the database. Nothing here names a patient. Called by every stage of the node; calls
+none of them.
+"""
+
+from node.index.analysing import Analysing
+from node.index.completing import Completing, StoredSeries
+from node.index.deliveries import Deliveries
+from node.index.receiving import NewInstance, Receiving
+from node.index.schema import SchemaError
+
+__all__ = ["Index", "NewInstance", "SchemaError", "StoredSeries"]
+
+
+class Index(Receiving, Completing, Analysing, Deliveries):
+    """The database of one data folder. Safe to use from several threads and processes at once."""

@@ -1,0 +1,80 @@
+"""Cases on their way through a worker."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sqlalchemy import select, update
+from sqlalchemy.dialects.sqlite import insert
+
+from node.case import Case, CaseState, DeliveryState
+from node.index import tables
+from node.index.cases import Cases, unmoved
+
+_cases, _deliveries, _instances, _results = tables.cases, tables.deliveries, tables.instances, tables.results
+
+
+class Analysing(Cases):
+    """Claims, and how they ended."""
+
+    def claim_next(self) -> Case | None:
+        """The case that has been queued longest, now ANALYSING and one attempt older; None if none is queued."""
+        queued = select(_cases).where(_cases.c.state == CaseState.QUEUED).order_by(_cases.c.changed_at).limit(1)
+        for case in self._cases(queued):
+            if self._move(case, CaseState.ANALYSING, attempts=case.attempts + 1):
+                # Not read again: an Instance that came since must make `finish` miss.
+                return replace(case, state=CaseState.ANALYSING, reason="", attempts=case.attempts + 1)
+        return None
+
+    def instance_paths(self, series_instance_uid: str) -> list[Path]:
+        """Files of a Series, in no order."""
+        here = select(_instances.c.path).where(_instances.c.series_instance_uid == series_instance_uid)
+        with self._engine.connect() as connection:
+            return [self.data_dir / path for path in connection.scalars(here)]
+
+    def finish(
+        self,
+        case: Case,
+        result_dir: Path,
+        *,
+        summary: str,
+        sop_instance_uids: Sequence[str],
+        destinations: Sequence[str],
+    ) -> bool:
+        """The results are safely on disk and go to `destinations`; whatever of the case was on its way is replaced."""
+        now = self.now()
+        relative = str(result_dir.relative_to(self.data_dir))
+        with self._writing() as connection:
+            state = CaseState.DELIVERING if destinations else CaseState.DONE
+            moved = connection.execute(
+                unmoved(case).values(state=state, reason="", result_dir=relative, summary=summary, changed_at=now)
+            ).rowcount
+            if not moved:
+                return False
+            for uid in sop_instance_uids:
+                made = insert(_results).values(sop_instance_uid=uid, case_id=case.case_id)
+                connection.execute(made.on_conflict_do_nothing())
+            for destination in destinations:
+                due = {
+                    "result_dir": relative,
+                    "state": DeliveryState.PENDING,
+                    "attempts": 0,
+                    "next_attempt_at": now,
+                    "reason": "",
+                }
+                row = insert(_deliveries).values(case_id=case.case_id, destination=destination, **due)
+                connection.execute(row.on_conflict_do_update(index_elements=["case_id", "destination"], set_=due))
+            return True
+
+    def fail_attempt(self, case: Case, reason: str, max_attempts: int) -> CaseState:
+        """An analysis broke: QUEUED again, or FAILED when the attempts are used up; returns which."""
+        state = CaseState.QUEUED if case.attempts < max_attempts else CaseState.FAILED
+        self._move(case, state, reason)
+        return state
+
+    def put_back(self, held: Collection[int]) -> int:
+        """Queues again, as if not begun, what is ANALYSING but for the cases `held`; returns how many."""
+        begun = update(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))
+        queued = {"state": CaseState.QUEUED, "attempts": _cases.c.attempts - 1, "changed_at": self.now()}
+        with self._writing() as connection:
+            return connection.execute(begun.values(queued)).rowcount

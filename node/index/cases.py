@@ -1,0 +1,49 @@
+"""Cases as every stage sees them: read as snapshots, moved on only from the snapshot the decision was made on."""
+
+from typing import Any
+
+from sqlalchemy import RowMapping, Select, Update, select, update
+
+from node.case import Case, CaseState
+from node.index import tables
+from node.index.database import Database
+
+_cases = tables.cases
+
+
+class Cases(Database):
+    """A change of a case names the snapshot it was decided on and is dropped (False) when the case has moved on."""
+
+    def case(self, series_instance_uid: str) -> Case | None:
+        """The case of a Series, None if there is none."""
+        found = self._cases(select(_cases).where(_cases.c.series_instance_uid == series_instance_uid))
+        return found[0] if found else None
+
+    def cases(self, limit: int | None = None) -> list[Case]:
+        """Cases, the latest first."""
+        return self._cases(select(_cases).order_by(_cases.c.first_received_at.desc()).limit(limit))
+
+    def _cases(self, query: Select[Any]) -> list[Case]:
+        with self._engine.connect() as connection:
+            return [self._to_case(row) for row in connection.execute(query).mappings()]
+
+    def _to_case(self, row: RowMapping) -> Case:
+        values = {name: row[name] for name in Case.__dataclass_fields__}
+        values["state"] = CaseState(row["state"])
+        values["result_dir"] = self.data_dir / row["result_dir"] if row["result_dir"] else None
+        return Case(**values)
+
+    def _move(self, case: Case, state: CaseState, reason: str = "", **values: Any) -> bool:
+        with self._writing() as connection:
+            moved = unmoved(case).values(state=state, reason=reason, changed_at=self.now(), **values)
+            return bool(connection.execute(moved).rowcount)
+
+
+def unmoved(case: Case) -> Update:
+    """An update of the case that misses if it changed since the snapshot."""
+    return update(_cases).where(
+        _cases.c.case_id == case.case_id,
+        _cases.c.state == case.state,
+        _cases.c.num_instances == case.num_instances,
+        _cases.c.attempts == case.attempts,
+    )

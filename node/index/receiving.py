@@ -1,0 +1,148 @@
+"""What the receiver notes: associations, and Instances that are safely on disk."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import bindparam, select, update
+from sqlalchemy.dialects.sqlite import Insert, insert
+
+from node.case import CaseState
+from node.index import tables
+from node.index.cases import Cases
+
+_associations, _cases, _instances, _results = tables.associations, tables.cases, tables.instances, tables.results
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewInstance:
+    """An Instance whose file is safely on disk.
+
+    headers: `SliceHeader.to_dict()` of every frame. attributes: what of it counts for the whole Series, by keyword.
+    """
+
+    association_id: int
+    calling_ae_title: str
+    path: Path
+    headers: Sequence[dict[str, Any]]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sop_instance_uid(self) -> str:
+        return str(self.headers[0]["sop_instance_uid"])
+
+    @property
+    def series_instance_uid(self) -> str:
+        return str(self.headers[0]["series_instance_uid"])
+
+
+class Receiving(Cases):
+    """Rows of what came."""
+
+    def open_association(self, calling_ae_title: str) -> int:
+        """Notes a new association; returns its id."""
+        row = _associations.insert().values(calling_ae_title=calling_ae_title, opened_at=self.now())
+        with self._writing() as connection:
+            return int(connection.execute(row.returning(_associations.c.association_id)).scalar_one())
+
+    def end_association(self, association_id: int, *, released: bool) -> None:
+        """Notes that an association ended, and has the Series it carried judged at once."""
+        now = self.now()
+        association = _associations.c.association_id == association_id
+        carried = select(_instances.c.series_instance_uid).where(_instances.c.association_id == association_id)
+        touched = _cases.c.series_instance_uid.in_(carried) & (_cases.c.state == CaseState.RECEIVING)
+        with self._writing() as connection:
+            connection.execute(update(_associations).where(association).values(ended_at=now, released=int(released)))
+            connection.execute(update(_cases).where(touched).values(next_check_at=now))
+
+    def end_lost_associations(self) -> None:
+        """Closes what a receiver that died left open; nothing is open when one starts."""
+        lost = update(_associations).where(_associations.c.ended_at.is_(None))
+        with self._writing() as connection:
+            connection.execute(lost.values(ended_at=self.now(), released=0))
+
+    def find_instance(self, sop_instance_uid: str) -> Path | None:
+        """Path of a stored Instance, None if it is not here."""
+        found = select(_instances.c.path).where(_instances.c.sop_instance_uid == sop_instance_uid)
+        with self._engine.connect() as connection:
+            path = connection.scalar(found)
+        return None if path is None else self.data_dir / path
+
+    def is_result(self, sop_instance_uid: str) -> bool:
+        """Whether this node made that Instance."""
+        made = select(_results.c.case_id).where(_results.c.sop_instance_uid == sop_instance_uid)
+        with self._engine.connect() as connection:
+            return connection.scalar(made) is not None
+
+    def add_instance(self, *, quiet_time_s: float, **values: Any) -> bool:
+        """`add_instances` for one Instance, its values as `NewInstance` has them."""
+        return self.add_instances([NewInstance(**values)], quiet_time_s=quiet_time_s)[0]
+
+    def add_instances(self, batch: Sequence[NewInstance], *, quiet_time_s: float) -> list[bool]:
+        """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not.
+
+        The first Instance of a Series opens its case; one that comes when the case has moved on reopens it.
+        """
+        now = self.now()
+        first_with: dict[str, NewInstance] = {}  # by UID: the batch, too, may hold one twice
+        for instance in batch:
+            first_with.setdefault(instance.sop_instance_uid, instance)
+        rows = [
+            {
+                "sop_instance_uid": uid,
+                "series_instance_uid": instance.series_instance_uid,
+                "association_id": instance.association_id,
+                "path": str(instance.path.relative_to(self.data_dir)),
+                "headers": list(instance.headers),
+            }
+            for uid, instance in first_with.items()
+        ]
+        with self._writing() as connection:
+            new = set(connection.scalars(_ADD_INSTANCE, rows)) if rows else set()
+            arrivals = [
+                {
+                    "series_instance_uid": instance.series_instance_uid,
+                    "study_instance_uid": instance.headers[0]["study_instance_uid"],
+                    "calling_ae_title": instance.calling_ae_title,
+                    "attributes": instance.attributes,
+                    "now": now,
+                    "next_check_at": now + quiet_time_s,
+                }
+                for uid, instance in first_with.items()
+                if uid in new
+            ]
+            if arrivals:
+                connection.execute(_ADD_TO_CASE, arrivals)
+        return [
+            instance.sop_instance_uid in new and first_with[instance.sop_instance_uid] is instance for instance in batch
+        ]
+
+
+_ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
+
+
+def _add_to_case() -> Insert:
+    case = insert(_cases).values(
+        series_instance_uid=bindparam("series_instance_uid"),
+        study_instance_uid=bindparam("study_instance_uid"),
+        calling_ae_title=bindparam("calling_ae_title"),
+        attributes=bindparam("attributes"),
+        num_instances=1,
+        first_received_at=bindparam("now"),
+        last_received_at=bindparam("now"),
+        next_check_at=bindparam("next_check_at"),
+        changed_at=bindparam("now"),
+        state=CaseState.RECEIVING,
+        reason="",
+        attempts=0,
+        summary="",
+    )
+    arrival = ("state", "reason", "attempts", "summary", "last_received_at", "next_check_at", "changed_at")
+    return case.on_conflict_do_update(
+        index_elements=["series_instance_uid"],
+        set_={name: case.excluded[name] for name in arrival} | {"num_instances": _cases.c.num_instances + 1},
+    )
+
+
+_ADD_TO_CASE = _add_to_case()

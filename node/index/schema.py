@@ -1,0 +1,40 @@
+"""Which shape the tables have, and how an older database becomes today's: numbered steps, run once, in order."""
+
+from sqlalchemy import Connection, inspect, select
+
+from node.index.tables import metadata, schema_version
+
+STEPS = (
+    # 1: what 0.1.0 made, before there was a version, gets what priority and the choice of Series look at.
+    ("ALTER TABLE cases ADD COLUMN attributes JSON DEFAULT '{}' NOT NULL",),
+)
+"""Step n takes a database of version n - 1 to version n. A step that was released never changes."""
+
+
+class SchemaError(Exception):
+    """The database is of a version that this node does not know."""
+
+
+def bring_up_to_date(connection: Connection) -> None:
+    """Makes the tables of a new database, or takes those of an older one to today's version.
+
+    Raises:
+        SchemaError: a newer node wrote it.
+    """
+    tables = inspect(connection).get_table_names()
+    version = 0
+    if schema_version.name in tables:
+        version = connection.execute(select(schema_version.c.version)).scalar_one()
+        if version == len(STEPS):
+            return
+    if version > len(STEPS):
+        raise SchemaError(
+            f"the database has schema version {version} and this node knows up to {len(STEPS)}: a newer node wrote it. "
+            "Run that one, or restore the data folder as it was before the upgrade"
+        )
+    if "cases" in tables:
+        for statement in (text for step in STEPS[version:] for text in step):
+            connection.exec_driver_sql(statement)
+    metadata.create_all(connection)  # what a step did not touch: whole new tables
+    connection.execute(schema_version.delete())
+    connection.execute(schema_version.insert().values(version=len(STEPS)))

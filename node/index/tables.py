@@ -1,0 +1,72 @@
+"""The tables. Nothing here names a patient. A change of them is a new step in `schema.py`."""
+
+from sqlalchemy import JSON, Column, Float, ForeignKey, Integer, MetaData, String, Table, UniqueConstraint
+from sqlalchemy import Index as TableIndex
+
+metadata = MetaData()
+
+schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))  # one row
+associations = Table(
+    "associations",
+    metadata,
+    Column("association_id", Integer, primary_key=True),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("opened_at", Float, nullable=False),
+    Column("ended_at", Float),  # None while it is open
+    Column("released", Integer),  # 1 released by the peer, 0 aborted, broken or lost with the receiver
+)
+cases = Table(
+    "cases",
+    metadata,
+    Column("case_id", Integer, primary_key=True),
+    Column("series_instance_uid", String(64), nullable=False, unique=True),
+    Column("study_instance_uid", String(64), nullable=False),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("attributes", JSON, nullable=False, server_default="{}"),  # of the first Instance; by keyword
+    Column("state", String(16), nullable=False),
+    Column("reason", String, nullable=False, default=""),
+    Column("num_instances", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("first_received_at", Float, nullable=False),
+    Column("last_received_at", Float, nullable=False),
+    Column("next_check_at", Float, nullable=False),  # when completeness is next judged
+    Column("changed_at", Float, nullable=False),
+    Column("result_dir", String),  # relative to the data folder
+    Column("summary", String, nullable=False, default=""),
+    TableIndex("cases_by_state", "state", "next_check_at"),
+)
+instances = Table(
+    "instances",
+    metadata,
+    Column("sop_instance_uid", String(64), primary_key=True),
+    Column(
+        "series_instance_uid",
+        String(64),
+        ForeignKey("cases.series_instance_uid", deferrable=True, initially="DEFERRED"),  # its case is written after it
+        nullable=False,
+        index=True,
+    ),
+    Column("association_id", Integer, ForeignKey("associations.association_id"), nullable=False, index=True),
+    Column("path", String, nullable=False),  # relative to the data folder
+    Column("headers", JSON, nullable=False),  # SliceHeader.to_dict() of every frame
+)
+results = Table(
+    "results",
+    metadata,
+    Column("sop_instance_uid", String(64), primary_key=True),
+    Column("case_id", Integer, ForeignKey("cases.case_id"), nullable=False),
+)
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("delivery_id", Integer, primary_key=True),
+    Column("case_id", Integer, ForeignKey("cases.case_id"), nullable=False),
+    Column("destination", String, nullable=False),
+    Column("result_dir", String, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", Float, nullable=False),
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("case_id", "destination"),
+    TableIndex("deliveries_due", "state", "destination", "next_attempt_at"),
+)
