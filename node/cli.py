@@ -202,7 +202,7 @@ def send(folder: Path, address: tuple[str, int], called: str, calling: str) -> N
         with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
             task = progress.add_task("Sending", total=len(paths))
             refused = send_files(
-                paths, peer, calling_ae_title=caller.ae_title, on_file=lambda *_: progress.advance(task)
+                paths, peer, calling_ae_title=caller.ae_title, on_answer=lambda _: progress.advance(task)
             )
     except SendError as error:
         _fail(f"{error}.", _EXIT_FAILED)

@@ -1,22 +1,28 @@
 """Sending DICOM files as a C-STORE and C-ECHO SCU: for deliveries, `cspine send`, `cspine check` and the demo.
 
-Files go out as they are, in their own transfer syntax, without being decoded.
+Files go out as they are, in their own transfer syntax, without being decoded; only to a peer that does not take that
+one they go out uncompressed.
 """
 
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pynetdicom._config
 from pydicom import dcmread
-from pydicom.uid import UID
+from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
-from pynetdicom.status import code_to_category
 
 from node.config import DicomDestination
+from node.status import Outcome, meaning_of
+from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
+
+_MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd numbers of one byte
 
 
 class SendError(Exception):
@@ -28,12 +34,13 @@ class SendError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refused:
-    """A file that the peer did not take, and why."""
+class Answer:
+    """What the peer said to a file. reason: why it did not take it, or what it remarked when it did."""
 
     path: Path
-    reason: str
-    permanent: bool
+    taken: bool
+    reason: str = ""
+    permanent: bool = False
 
 
 def send_files(
@@ -41,44 +48,67 @@ def send_files(
     peer: DicomDestination,
     *,
     calling_ae_title: str,
-    on_file: Callable[[Path, Refused | None], None] = lambda path, refused: None,
-) -> list[Refused]:
-    """Sends files over one association; returns those that were refused.
+    on_answer: Callable[[Answer], None] = lambda answer: None,
+) -> list[Answer]:
+    """Sends files over one association; returns the answers for those that were refused.
 
-    on_file is called after each, with its refusal if there was one.
+    on_answer is called for each as soon as it is answered, so it also knows of those before a broken association.
 
     Raises:
         SendError: there is no association, or it breaks, or a file does not say what it is.
     """
     kinds = {path: _kind(path) for path in paths}
-    ae = _client(calling_ae_title, peer)
-    for sop_class, transfer_syntax in sorted(set(kinds.values())):
-        ae.add_requested_context(sop_class, transfer_syntax)
-    association = _associate(ae, peer)
-    accepted = {(c.abstract_syntax, c.transfer_syntax[0]) for c in association.accepted_contexts}
     refused = []
     # The file's bytes go out in pieces as they are; pynetdicom has only this module-wide switch for it.
     pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
-    try:
-        for path, kind in kinds.items():
-            refusal = None if kind in accepted else _not_negotiated(path, kind, peer)
-            if refusal is None:
-                refusal = _send(association, path, peer)
-            if refusal is not None:
-                refused.append(refusal)
-            on_file(path, refusal)
-    finally:
-        association.release()
+    with associated(peer, _contexts(kinds.values()), calling_ae_title=calling_ae_title) as association:
+        accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])) for c in association.accepted_contexts}
+        for path, (sop_class, syntax) in kinds.items():
+            answer = _send_as_accepted(association, path, sop_class, syntax, accepted, peer)
+            if not answer.taken:
+                refused.append(answer)
+            on_answer(answer)
     return refused
 
 
-def _not_negotiated(path: Path, kind: tuple[str, str], peer: DicomDestination) -> Refused:
-    what = f"{UID(kind[0]).name} as {UID(kind[1]).name}"
-    return Refused(path=path, reason=f"{_name(peer)} does not take {what}; allow it there", permanent=True)
+def _contexts(kinds: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """What is proposed: each SOP Class in the transfer syntax its files are in, and uncompressed instead of that."""
+    wanted = sorted(set(kinds))
+    proposed = [(sop_class, [syntax]) for sop_class, syntax in wanted]
+    for sop_class in dict.fromkeys(sop_class for sop_class, _ in wanted):
+        own = {syntax for other, syntax in wanted if other == sop_class}
+        if own - {str(ExplicitVRBigEndian)}:
+            proposed.append((sop_class, [syntax for syntax in UNCOMPRESSED if own != {syntax}]))
+    return proposed[:_MAX_CONTEXTS]
 
 
-def _send(association: Association, path: Path, peer: DicomDestination) -> Refused | None:
-    """Sends one file; its refusal if the peer answers with a failure.
+def _send_as_accepted(
+    association: Association,
+    path: Path,
+    sop_class: str,
+    syntax: str,
+    accepted: set[tuple[str, str]],
+    peer: DicomDestination,
+) -> Answer:
+    """Sends one file as it is, or in a transfer syntax that the peer takes instead."""
+    if (sop_class, syntax) in accepted:
+        return _send(association, path, path.name, peer)
+    instead = next((other for other in UNCOMPRESSED if (sop_class, other) in accepted), None)
+    if instead is None or syntax == ExplicitVRBigEndian:
+        what = f"{UID(sop_class).name} as {UID(syntax).name}"
+        return Answer(
+            path=path, taken=False, reason=f"{peer_name(peer)} does not take {what}; allow it there", permanent=True
+        )
+    try:
+        with transcoded(path, instead) as rewritten:
+            return replace(_send(association, rewritten, path.name, peer), path=path)
+    except TranscodeError as error:
+        reason = f"{peer_name(peer)} does not take {path.name} as it is, and {error}"
+        return Answer(path=path, taken=False, reason=reason, permanent=True)
+
+
+def _send(association: Association, path: Path, name: str, peer: DicomDestination) -> Answer:
+    """Sends one file.
 
     Raises:
         SendError: the association broke.
@@ -86,14 +116,22 @@ def _send(association: Association, path: Path, peer: DicomDestination) -> Refus
     try:
         status = association.send_c_store(path)
     except RuntimeError as error:  # the association ended since the last file
-        raise SendError(f"{_name(peer)} ended the association before {path.name} was sent") from error
+        raise SendError(f"{peer_name(peer)} ended the association before {name} was sent") from error
     if "Status" not in status:
-        raise SendError(f"{_name(peer)} broke the connection while {path.name} was sent")
-    if code_to_category(status.Status) in ("Success", "Warning"):
-        return None
-    comment = status.get("ErrorComment", "no comment")
-    reason = f"{_name(peer)} refused {path.name} with status 0x{status.Status:04X} ({comment})"
-    return Refused(path=path, reason=reason, permanent=False)
+        raise SendError(f"{peer_name(peer)} broke the connection while {name} was sent")
+    found = meaning_of(status.Status)
+    if found.outcome is Outcome.TAKEN:
+        return Answer(path=path, taken=True)
+    comment = f"; it says: {status.ErrorComment}" if status.get("ErrorComment") else ""
+    said = f"status 0x{status.Status:04X} ({found.meaning}{comment})"
+    if found.outcome is Outcome.REMARKED:
+        return Answer(path=path, taken=True, reason=f"{peer_name(peer)} took {name} with {said}")
+    return Answer(
+        path=path,
+        taken=False,
+        reason=f"{peer_name(peer)} refused {name} with {said}",
+        permanent=found.outcome is Outcome.NEVER,
+    )
 
 
 def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:
@@ -102,12 +140,30 @@ def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:
     Raises:
         SendError: there is none, or a refusal.
     """
-    ae = _client(calling_ae_title, peer)
-    ae.add_requested_context(Verification)
-    association = _associate(ae, peer)
-    try:
+    with associated(peer, [(Verification, [ImplicitVRLittleEndian])], calling_ae_title=calling_ae_title) as association:
         if association.send_c_echo().get("Status") != 0:
-            raise SendError(f"{_name(peer)} does not answer C-ECHO")
+            raise SendError(f"{peer_name(peer)} does not answer C-ECHO")
+
+
+@contextmanager
+def associated(
+    peer: DicomDestination,
+    contexts: Sequence[tuple[str, Sequence[str]]],
+    *,
+    calling_ae_title: str,
+    handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]] = (),
+) -> Iterator[Association]:
+    """An association with the peer, released at the end. contexts: SOP Class and transfer syntaxes of each.
+
+    Raises:
+        SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
+    """
+    ae = _client(calling_ae_title, peer)
+    for sop_class, transfer_syntaxes in contexts:
+        ae.add_requested_context(sop_class, list(transfer_syntaxes))
+    association = _associate(ae, peer, handlers)
+    try:
+        yield association
     finally:
         association.release()
 
@@ -133,7 +189,8 @@ def _kind(path: Path) -> tuple[str, str]:
     return kind
 
 
-def _name(peer: DicomDestination) -> str:
+def peer_name(peer: DicomDestination) -> str:
+    """The peer as messages call it."""
     return f"{peer.ae_title} at {peer.host}:{peer.port}"
 
 
@@ -144,7 +201,9 @@ def _client(calling_ae_title: str, peer: DicomDestination) -> AE:
     return ae
 
 
-def _associate(ae: AE, peer: DicomDestination) -> Association:
+def _associate(
+    ae: AE, peer: DicomDestination, handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]]
+) -> Association:
     """An association with the peer.
 
     Raises:
@@ -152,23 +211,24 @@ def _associate(ae: AE, peer: DicomDestination) -> Association:
     """
     try:
         association = ae.associate(
-            peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay)]
+            peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers]
         )
     except OSError as error:  # the name cannot be resolved
-        raise SendError(f"{_name(peer)} cannot be reached: {error.strerror}; check the host") from error
+        raise SendError(f"{peer_name(peer)} cannot be reached: {error.strerror}; check the host") from error
     if association.is_established:
         return association
     if association.is_rejected:
         answer = association.acceptor.primitive
         raise SendError(
-            f"{_name(peer)} rejected the association from {ae.ae_title}: {answer.reason_str}; check AE titles there",
+            f"{peer_name(peer)} rejected the association from {ae.ae_title}: {answer.reason_str}; "
+            "check AE titles there",
             permanent=answer.result == 1,
         )
     if association.acceptor.primitive is not None:
         raise SendError(
-            f"{_name(peer)} takes nothing of what was offered; check what it is set to store", permanent=True
+            f"{peer_name(peer)} takes nothing of what was offered; check what it is set to store", permanent=True
         )
-    raise SendError(f"{_name(peer)} cannot be reached; check host and port, and that it runs")
+    raise SendError(f"{peer_name(peer)} cannot be reached; check host and port, and that it runs")
 
 
 def _set_no_delay(event: evt.Event) -> None:

@@ -17,7 +17,7 @@ from node.archive import Archive
 from node.case import CaseState
 from node.config import DicomDestination
 from node.index import Index
-from node.send import Refused, SendError, send_files
+from node.send import Answer, SendError, send_files
 from tests.running_node import RunningNode, free_port, phantom_series
 
 NUM_SERIES = 4
@@ -37,14 +37,14 @@ class Sender(threading.Thread):
     def run(self) -> None:
         while self._left and not self.stopping:
             try:
-                send_files(self._left, self._node, calling_ae_title="CRASH", on_file=self._note)
+                send_files(self._left, self._node, calling_ae_title="CRASH", on_answer=self._note)
             except SendError:
                 time.sleep(0.3)
             self._left = [path for path in self._left if path not in self.acknowledged]
 
-    def _note(self, path: Path, refused: Refused | None) -> None:
-        if refused is None:
-            self.acknowledged.append(path)
+    def _note(self, answer: Answer) -> None:
+        if answer.taken:
+            self.acknowledged.append(answer.path)
         time.sleep(0.02)  # no faster than a scanner, so that kills fall into the middle
 
 

@@ -3,15 +3,27 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+from pydicom import Dataset, dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+)
 from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
 
 from node.config import DicomDestination
-from node.send import Refused, SendError, echo, find_dicom_files, send_files
+from node.send import Answer, SendError, echo, find_dicom_files, send_files
 from tests.factories import make_ct_series, make_report
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
@@ -57,7 +69,7 @@ def test_files_go_out_as_they_are_each_in_its_own_transfer_syntax(
         *make_ct_series(tmp_path / "rle", num_slices=2, transfer_syntax_uid=RLELossless),
     ]
     seen: list[Path] = []
-    assert send_files(paths, peer, calling_ae_title="TEST", on_file=lambda path, _: seen.append(path)) == []
+    assert send_files(paths, peer, calling_ae_title="TEST", on_answer=lambda answer: seen.append(answer.path)) == []
     assert seen == paths
     assert [syntax for syntax, _ in stored] == [ExplicitVRLittleEndian] * 2 + [RLELossless] * 2
     for path, (_, encoded) in zip(paths, stored, strict=True):
@@ -68,15 +80,87 @@ def test_each_refusal_is_told_with_its_reason_and_the_rest_is_sent(
     peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
 ) -> None:
     paths = [*make_ct_series(tmp_path / "ct", num_slices=4), make_report(tmp_path / "report.dcm")]
-    told: list[Refused | None] = []
-    refused = send_files(paths, peer, calling_ae_title="TEST", on_file=lambda _, refusal: told.append(refusal))
+    told: list[Answer] = []
+    refused = send_files(paths, peer, calling_ae_title="TEST", on_answer=told.append)
     assert [item.path for item in refused] == [paths[2], paths[4]]
-    assert [item for item in told if item] == refused
+    assert [item for item in told if not item.taken] == refused
     assert len(stored) == 3
     assert "refused 0002.dcm with status 0xA700" in refused[0].reason
     assert not refused[0].permanent
     assert "does not take Comprehensive SR Storage as Explicit VR Little Endian; allow it there" in refused[1].reason
     assert refused[1].permanent
+
+
+@contextmanager
+def taking(nowhere: DicomDestination, sop_class: str, syntaxes: list[str], status: int = 0) -> Iterator[list[Dataset]]:
+    """A Storage SCP for one SOP Class in these transfer syntaxes; gives what it was sent."""
+    taken: list[Dataset] = []
+
+    def store(event: evt.Event) -> int:
+        taken.append(dcmread(BytesIO(event.encoded_dataset())))
+        return status
+
+    ae = AE(ae_title="PEER")
+    ae.add_supported_context(sop_class, syntaxes)
+    server = ae.start_server((nowhere.host, nowhere.port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    try:
+        yield taken
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("offered", [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+@pytest.mark.parametrize("own", [RLELossless, JPEGLSLossless, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian])
+def test_a_peer_that_takes_another_transfer_syntax_gets_the_same_pixels_in_that(
+    nowhere: DicomDestination, tmp_path: Path, own: str, offered: str
+) -> None:
+    paths = make_ct_series(tmp_path, num_slices=2, transfer_syntax_uid=own)
+    with taking(nowhere, CTImageStorage, [offered]) as taken:
+        assert send_files(paths, nowhere, calling_ae_title="TEST") == []
+    for path, ds in zip(paths, taken, strict=True):
+        assert ds.file_meta.TransferSyntaxUID == offered
+        assert ds.SOPInstanceUID == dcmread(path).SOPInstanceUID
+        np.testing.assert_array_equal(ds.pixel_array, dcmread(path).pixel_array)
+
+
+def test_pixels_that_cannot_be_decoded_here_are_a_refusal_of_that_file_alone(
+    nowhere: DicomDestination, tmp_path: Path
+) -> None:
+    damaged, whole = make_ct_series(tmp_path, num_slices=2, transfer_syntax_uid=RLELossless)
+    ds = dcmread(damaged)
+    ds.PixelData = encapsulate([b"no RLE at all"])
+    ds.save_as(damaged)
+    with taking(nowhere, CTImageStorage, [ExplicitVRLittleEndian]) as taken:
+        (refused,) = send_files([damaged, whole], nowhere, calling_ae_title="TEST")
+    assert (refused.path, refused.permanent, len(taken)) == (damaged, True, 1)
+    assert (
+        "does not take 0000.dcm as it is, and its pixel data in RLE Lossless cannot be decoded here" in refused.reason
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "taken", "permanent", "said"),
+    [
+        (0x0000, True, False, ""),
+        (0xB007, True, False, "took 0000.dcm with status 0xB007 (attributes were changed or discarded)"),
+        (0x0111, True, False, "it has this Instance already"),
+        (0xA700, False, False, "out of resources; is its disk full?"),
+        (0x0110, False, False, "processing failure"),
+        (0x0999, False, False, "unknown status"),
+        (0xA900, False, True, "the dataset does not match its SOP Class"),
+        (0xC123, False, True, "it cannot understand the object"),
+        (0x0122, False, True, "SOP Class not supported; allow it there"),
+        (0x0124, False, True, "not authorised"),
+    ],
+)
+def test_a_status_says_whether_the_object_is_there_and_whether_to_send_it_again(
+    nowhere: DicomDestination, tmp_path: Path, status: int, taken: bool, permanent: bool, said: str
+) -> None:
+    answers: list[Answer] = []
+    with taking(nowhere, CTImageStorage, [ExplicitVRLittleEndian], status):
+        send_files(make_ct_series(tmp_path, num_slices=1), nowhere, calling_ae_title="TEST", on_answer=answers.append)
+    assert [(answer.taken, answer.permanent) for answer in answers] == [(taken, permanent)]
+    assert said in answers[0].reason
 
 
 def test_a_peer_that_is_not_there_is_named_with_what_to_check(nowhere: DicomDestination, tmp_path: Path) -> None:
