@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.bundle import BundleError, read_bundle
+from model.decode import PARSE_ERRORS
 from model.findings import (
     Analysis,
     Finding,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HEADER_TAGS",
     "LEVELS",
+    "PARSE_ERRORS",
     "Analysis",
     "BundleError",
     "Finding",

@@ -18,6 +18,7 @@ from model import HEADER_TAGS, slice_headers
 from node.config import Config
 from node.index import Index
 from node.process import sync
+from node.receive.attributes import SERIES_TAGS, series_attributes
 
 # C-STORE statuses (PS3.4 B.2.3)
 SUCCESS = 0x0000
@@ -69,7 +70,7 @@ class Store:
             raise RefusedError(
                 OUT_OF_RESOURCES, f"{free_mb} MB free, min_free_disk_mb is {self.config.receive.min_free_disk_mb}"
             )
-        headers = _read_headers(instance)
+        headers, attributes = _read(instance)
         uid, series_uid = headers[0]["sop_instance_uid"], headers[0]["series_instance_uid"]
         if self.index.is_result(uid):
             raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
@@ -85,6 +86,7 @@ class Store:
                 calling_ae_title=instance.calling_ae_title,
                 path=path,
                 headers=headers,
+                attributes=attributes,
                 quiet_time_s=self.config.complete.quiet_time_s,
             )
             if not is_new:  # the same UID came in another Series at this moment
@@ -94,8 +96,10 @@ class Store:
             raise
 
 
-def _read_headers(instance: Received) -> list[dict[str, Any]]:
-    ds = dcmread(BytesIO(instance.encoded), stop_before_pixels=True, specific_tags=HEADER_TAGS)
+def _read(instance: Received) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Headers and attributes as `NewInstance` has them."""
+    tags = [*HEADER_TAGS, *SERIES_TAGS.values()]
+    ds = dcmread(BytesIO(instance.encoded), stop_before_pixels=True, specific_tags=tags)
     # RSNA's files lack SOPClassUID and Modality: what is missing comes from the request, what differs is refused.
     for keyword, announced in (
         ("SOPClassUID", instance.sop_class_uid),
@@ -113,7 +117,7 @@ def _read_headers(instance: Received) -> list[dict[str, Any]]:
     headers = slice_headers(ds)
     if not headers:
         raise RefusedError(CANNOT_UNDERSTAND, "the Instance has no frames")
-    return [header.to_dict() for header in headers]
+    return [header.to_dict() for header in headers], series_attributes(ds)
 
 
 def is_uid(value: object) -> bool:
