@@ -163,6 +163,9 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     click.echo(f"Model {pipeline.info.name} {pipeline.info.version}: {pipeline.info.trained_on}\n{NOTICE}")
 
 
+_pem_file = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 def _parse_address(_context: Any, _parameter: Any, value: str) -> tuple[str, int]:
     host, _, port = value.rpartition(":")
     if not host or not port.isdigit() or not 1 <= int(port) <= 65535:
@@ -175,24 +178,43 @@ def _parse_address(_context: Any, _parameter: Any, value: str) -> tuple[str, int
 @click.option("--to", "address", metavar="HOST:PORT", required=True, callback=_parse_address, help="Where to send.")
 @click.option("--aet", "called", required=True, metavar="CALLED", help="AE title of the receiver.")
 @click.option("--from", "calling", default="CSPINE-SEND", show_default=True, metavar="CALLING", help="Our AE title.")
-def send(folder: Path, address: tuple[str, int], called: str, calling: str) -> None:
+@click.option("--tls", "use_tls", is_flag=True, help="Under TLS; the options below imply it.")
+@click.option(
+    "--tls-ca", metavar="PEM", type=_pem_file, help="Authorities of its certificate.  [default: the system's]"
+)
+@click.option("--tls-certificate", metavar="PEM", type=_pem_file, help="Our certificate, where it wants to see one.")
+@click.option("--tls-key", metavar="PEM", type=_pem_file, help="The key of our certificate.")
+def send(
+    folder: Path,
+    address: tuple[str, int],
+    called: str,
+    calling: str,
+    use_tls: bool,
+    tls_ca: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+) -> None:
     """Send every DICOM file under DIR by C-STORE over one association."""
     from pydantic import ValidationError
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from node.config import DicomDestination
+    from node.config import ClientTls, DicomDestination
     from node.process import set_up_logging
     from node.send import SendError, find_dicom_files, send_files
 
     set_up_logging("WARNING")
     try:
         host, port = address
-        peer = DicomDestination(type="dicom", name="to", host=host, port=port, ae_title=called)
+        tls = None
+        if use_tls or tls_ca or tls_certificate or tls_key:
+            tls = ClientTls(ca=tls_ca, certificate=tls_certificate, key=tls_key)
+        peer = DicomDestination(type="dicom", name="to", host=host, port=port, ae_title=called, tls=tls)
         caller = DicomDestination(type="dicom", name="from", host=host, port=port, ae_title=calling)
     except ValidationError as error:
         fault = error.errors()[0]
-        _fail(f"{fault['input']!r}: {fault['msg'].removeprefix('Value error, ')}.", _EXIT_USAGE)
+        about = "" if isinstance(fault["input"], dict) else f"{fault['input']!r}: "
+        _fail(f"{about}{fault['msg'].removeprefix('Value error, ')}.", _EXIT_USAGE)
     paths, num_others = find_dicom_files(folder)
     if not paths:
         _fail(f"{folder} holds no DICOM file ({num_others} other files).", _EXIT_USAGE)

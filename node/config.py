@@ -4,11 +4,22 @@ Every setting has a default here; `config.yaml` at the top of the repository say
 a test keeps the two equal. Unknown keys and impossible values are all reported at once, each with its line.
 """
 
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from node.profiles import Profile, ProfileSetting
 
@@ -25,7 +36,18 @@ def _check_ae_title(value: str) -> str:
     return value
 
 
+def _parse_network(value: object) -> object:
+    """The network that an address or network in CIDR notation names; an address is a network of one."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return ip_network(value.strip())
+    except ValueError as error:
+        raise ValueError("an address is written like 10.0.0.5 or fd00::5, a network like 10.0.0.0/24") from error
+
+
 AETitle = Annotated[str, AfterValidator(_check_ae_title)]
+Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -34,12 +56,76 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Peer(_Section):
+    """Who may open associations: every condition that is set must hold."""
+
+    ae_title: AETitle | None = None
+    called_ae_title: AETitle | None = None
+    address: Network | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self == Peer.model_construct():
+            raise ValueError("an entry names ae_title, called_ae_title or address; for everyone write allow: any")
+        return self
+
+
+def _check_not_empty(peers: tuple[Peer, ...]) -> tuple[Peer, ...]:
+    if not peers:
+        raise ValueError("an empty list lets nobody in; name peers, or write allow: loopback")
+    return peers
+
+
+Allow = Annotated[
+    Annotated[Literal["loopback", "any"], Tag("word")]
+    | Annotated[tuple[Peer, ...], AfterValidator(_check_not_empty), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "word"),
+]
+
+
+class ReceiveTls(_Section):
+    """TLS for the connections that peers make to us."""
+
+    certificate: Path
+    key: Path
+    verify: Literal["required", "optional", "none"] = "required"
+    client_ca: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.verify != "none" and self.client_ca is None:
+            raise ValueError(
+                f"verify is {self.verify}, so client_ca must name the authorities of the peers' certificates; "
+                "to take peers without a certificate write verify: none"
+            )
+        if self.verify == "none" and self.client_ca is not None:
+            raise ValueError("client_ca is not used while verify is none")
+        return self
+
+
+class ClientTls(_Section):
+    """TLS for the connections that we make to a peer."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; give both or neither")
+        return self
+
+
 class ReceiveConfig(_Section):
     """The C-STORE SCP."""
 
     ae_title: AETitle = "CSPINE"
     host: str = Field(default="127.0.0.1", min_length=1)  # empty would be every interface
     port: Port = 11112
+    allow: Allow = "loopback"
+    tls: ReceiveTls | None = None
     max_associations: int = Field(default=32, ge=1, le=1000)
     network_timeout_s: Seconds = 60.0
     min_free_disk_mb: int = Field(default=1024, ge=0)
@@ -73,6 +159,7 @@ class DicomDestination(_Section):
     port: Port
     ae_title: AETitle
     timeout_s: Seconds = 30.0
+    tls: ClientTls | None = None
     profile: ProfileSetting = Profile()
 
 
@@ -162,17 +249,36 @@ def load_config(path: Path | None = None) -> Config:
 def _anchored(config: Config, folder: Path) -> Config:
     """The configuration with every relative path made absolute from `folder`."""
     destinations = tuple(
-        d.model_copy(update={"path": folder / d.path}) if isinstance(d, FolderDestination) else d
+        _anchor(d, folder, "path") if isinstance(d, FolderDestination) else _anchor_tls(d, folder)
         for d in config.deliver.destinations
     )
     bundle = config.analyse.bundle
     return config.model_copy(
         update={
             "data_dir": folder / config.data_dir,
+            "receive": _anchor_tls(config.receive, folder),
             "analyse": config.analyse.model_copy(update={"bundle": folder / bundle if bundle else None}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
         }
     )
+
+
+_S = TypeVar("_S", bound=_Section)
+
+
+def _anchor(section: _S, folder: Path, *names: str) -> _S:
+    """The section with these paths of it, where they are set, made absolute from `folder`."""
+    paths = {name: getattr(section, name) for name in names}
+    return section.model_copy(update={name: folder / path for name, path in paths.items() if path is not None})
+
+
+def _anchor_tls(section: _S, folder: Path) -> _S:
+    """The section with the paths of its `tls` made absolute."""
+    tls: ReceiveTls | ClientTls | None = getattr(section, "tls", None)
+    if tls is None:
+        return section
+    names = ("certificate", "key", "client_ca") if isinstance(tls, ReceiveTls) else ("certificate", "key", "ca")
+    return section.model_copy(update={"tls": _anchor(tls, folder, *names)})
 
 
 Location = tuple[str | int, ...]
@@ -202,10 +308,10 @@ def _lines_of(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[i
 
 def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
     """Line and sentence for one pydantic error."""
-    # A tagged union adds its tag ("dicom") to the location; the file has no such level.
+    # A union adds the name of its branch ("dicom") to the location; the file has no such level.
     location: Location = ()
     for part in item["loc"]:
-        if part not in ("dicom", "folder") or (*location, part) in lines:
+        if part not in ("dicom", "folder", "word", "list", "IPv4Network", "IPv6Network") or (*location, part) in lines:
             location = (*location, part)
     if item["type"].startswith("union_tag"):
         location = (*location, "type")

@@ -20,6 +20,7 @@ from pynetdicom.sop_class import Verification
 
 from node.config import DicomDestination
 from node.status import Outcome, meaning_of
+from node.tls import TlsError, client_context, last_error
 from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
 
 _MAX_CONTEXTS = 128  # PS3.8 9.3.2.2: odd numbers of one byte
@@ -210,13 +211,24 @@ def _associate(
         SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
     """
     try:
+        context = None if peer.tls is None else client_context(peer.tls)
+    except TlsError as error:
+        raise SendError(f"{peer_name(peer)} cannot be spoken to under TLS: {error}") from error
+    server_name = (peer.tls and peer.tls.server_name) or peer.host
+    try:
         association = ae.associate(
-            peer.host, peer.port, ae_title=peer.ae_title, evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers]
+            peer.host,
+            peer.port,
+            ae_title=peer.ae_title,
+            tls_args=None if context is None else (context, server_name),
+            evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers],
         )
     except OSError as error:  # the name cannot be resolved
         raise SendError(f"{peer_name(peer)} cannot be reached: {error.strerror}; check the host") from error
     if association.is_established:
         return association
+    if context is not None and (reason := last_error(context)):
+        raise SendError(f"{peer_name(peer)} cannot be spoken to under TLS: {reason}")
     if association.is_rejected:
         answer = association.acceptor.primitive
         raise SendError(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from node.config import Config, ConfigError, DicomDestination, FolderDestination, load_config
+from node.config import ClientTls, Config, ConfigError, DicomDestination, FolderDestination, Peer, load_config
 
 CONFIG_YAML = Path(__file__).parents[2] / "config.yaml"
 
@@ -272,9 +272,63 @@ def test_every_error_is_a_config_error(load: Load) -> None:
 
 def test_the_example_of_a_pacs_in_config_yaml_is_valid(load: Load) -> None:
     text = CONFIG_YAML.read_text(encoding="utf-8")
-    example = re.findall(r"^ +#   ((?:- |  )\w+: .*)$", text, re.MULTILINE)
-    assert [line.split(":")[0].strip("- ") for line in example] == list(yaml.safe_load("\n".join(example))[0])
+    text = text.partition("Any number of destinations.")[2].partition("# The settings of a profile;")[0]
+    example = re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE)
     listed = "\n".join(f"    {line}" for line in example)
     (pacs,) = load(f"deliver:\n  destinations:\n{listed}\n").deliver.destinations
     assert isinstance(pacs, DicomDestination)
-    assert set(DicomDestination.model_fields) == set(yaml.safe_load("\n".join(example))[0])
+    (settings,) = yaml.safe_load("\n".join(example))
+    assert set(DicomDestination.model_fields) == set(settings)
+    assert set(ClientTls.model_fields) == set(settings["tls"])
+
+
+# ---- who may talk ----
+
+
+@pytest.mark.parametrize(
+    ("allow", "fault"),
+    [
+        ("nobody", "receive.allow: input should be 'loopback' or 'any' (it is 'nobody')"),
+        ("[]", "receive.allow: an empty list lets nobody in; name peers, or write allow: loopback"),
+        ("[{}]", "receive.allow.0: an entry names ae_title, called_ae_title or address; for everyone write allow: any"),
+        (
+            "[{address: 10.0.0.1/24}]",
+            "receive.allow.0.address: an address is written like 10.0.0.5 or fd00::5, a network like 10.0.0.0/24"
+            " (it is '10.0.0.1/24')",
+        ),
+        ("[{ae_tittle: CT1}]", "receive.allow.0.ae_tittle is not a setting"),
+    ],
+)  # fmt: skip
+def test_a_list_of_peers_that_cannot_be_meant_is_refused(load: Load, allow: str, fault: str) -> None:
+    assert faults(load, f"receive:\n  allow: {allow}\n") == [f"line 2: {fault}"]
+
+
+def test_peers_are_named_by_address_network_and_titles(load: Load) -> None:
+    allow = load("receive: {allow: [{ae_title: CT1, address: 10.0.0.0/24}, {address: fd00::5}]}").receive.allow
+    assert [str(peer.address) for peer in allow if isinstance(peer, Peer)] == ["10.0.0.0/24", "fd00::5/128"]
+
+
+@pytest.mark.parametrize(
+    ("tls", "fault"),
+    [
+        ("{certificate: a, key: b}", "verify is required, so client_ca must name the authorities of the peers'"),
+        ("{certificate: a, key: b, verify: none, client_ca: c}", "client_ca is not used while verify is none"),
+        ("{certificate: a, verify: none}", "receive.tls.key is missing"),
+    ],
+)
+def test_tls_settings_that_contradict_each_other_are_refused(load: Load, tls: str, fault: str) -> None:
+    (line,) = faults(load, f"receive:\n  tls: {tls}\n")
+    assert fault in line
+
+
+def test_paths_of_certificates_start_at_the_folder_of_the_file(load: Load, tmp_path: Path) -> None:
+    config = load(
+        "receive:\n  tls: {certificate: a.pem, key: a.key, verify: none}\n"
+        "deliver:\n  destinations:\n"
+        "    - {name: a, type: dicom, host: b, port: 104, ae_title: C, tls: {ca: ca.pem}}\n"
+    )
+    assert config.receive.tls is not None
+    assert (config.receive.tls.certificate, config.receive.tls.key) == (tmp_path / "a.pem", tmp_path / "a.key")
+    (pacs,) = config.deliver.destinations
+    assert isinstance(pacs, DicomDestination)
+    assert pacs.tls == ClientTls(ca=tmp_path / "ca.pem")
