@@ -12,40 +12,16 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config, open_index
 
 if TYPE_CHECKING:
     from node.config import Config
 
 NOTICE = "Research software, not a medical device. Its findings must not be used for diagnosis."
-
-_EXIT_FAILED, _EXIT_USAGE, _EXIT_NOT_ANALYSABLE = 1, 2, 3
-
-
-def _fail(message: str, status: int) -> NoReturn:
-    click.echo(message, err=True)
-    sys.exit(status)
-
-
-def _load_config(path: Path | None) -> "Config":
-    """The named configuration, else ./config.yaml, else the defaults; ends the command when it has faults."""
-    from node.config import ConfigError, load_config
-
-    here = Path("config.yaml")
-    try:
-        return load_config(path or (here if here.exists() else None))
-    except ConfigError as error:
-        _fail(str(error), _EXIT_USAGE)
-
-
-_config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Configuration file. Without it: ./config.yaml if there is one, else the built-in defaults.",
-)
 
 
 @click.group(epilog=NOTICE, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -55,14 +31,14 @@ def main() -> None:
 
 
 @main.command()
-@_config_option
+@config_option
 def serve(config_path: Path | None) -> None:
     """Run the node until it is stopped (Ctrl-C or SIGTERM).
 
     Receives CT Series by C-STORE, analyses each one when it is complete, and delivers SEG, SR and findings.json to the
     configured destinations.
     """
-    config = _load_config(config_path)
+    config = load_config(config_path)
     from node.process import set_up_logging
     from node.service import StartError
     from node.service import serve as run
@@ -74,7 +50,7 @@ def serve(config_path: Path | None) -> None:
     try:
         run(config, stopping, on_started=lambda: _say_how_to_use(config))
     except StartError as error:
-        _fail(f"The node cannot start: {error}.", _EXIT_FAILED)
+        fail(f"The node cannot start: {error}.", EXIT_FAILED)
     # Python would wait for threads, and one may be with a destination that hangs; that delivery is still due.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -112,9 +88,9 @@ def demo() -> None:
     try:
         agrees = run_demo()
     except (SendError, StartError) as error:
-        _fail(f"The demo cannot run: {error}.", _EXIT_FAILED)
+        fail(f"The demo cannot run: {error}.", EXIT_FAILED)
     if not agrees:
-        _fail("The demo failed: see above.", _EXIT_FAILED)
+        fail("The demo failed: see above.", EXIT_FAILED)
 
 
 @main.command()
@@ -122,14 +98,14 @@ def demo() -> None:
 @click.option(
     "--out", "out_dir", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for the results."
 )
-@_config_option
+@config_option
 def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     """Analyse the CT Series in SERIES_DIR, without any network.
 
     Writes findings.json, vertebrae.seg.dcm, report.sr.dcm and, if there are any, fractures.seg.dcm into the --out
     folder. Exit status 3 when the Series cannot be analysed; stderr says why.
     """
-    config = _load_config(config_path)
+    config = load_config(config_path)
     from model import BundleError, SeriesError, load_pipeline
     from node.analyse import analyse_series
     from node.complete import series_rules
@@ -141,11 +117,11 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     set_up_logging("WARNING")
     paths, num_others = find_dicom_files(series_dir)
     if not paths:
-        _fail(f"{series_dir} holds no DICOM file ({num_others} other files).", _EXIT_NOT_ANALYSABLE)
+        fail(f"{series_dir} holds no DICOM file ({num_others} other files).", EXIT_NOT_ANALYSABLE)
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
-        _fail(str(error), _EXIT_USAGE)
+        fail(str(error), EXIT_USAGE)
     rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -153,9 +129,9 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
             results = analyse_series(paths, Path(scratch) / "results", pipeline, rules, node)
             copy_results(results.folder, out_dir)
     except SeriesError as error:
-        _fail(str(error), _EXIT_NOT_ANALYSABLE)
+        fail(str(error), EXIT_NOT_ANALYSABLE)
     except OSError as error:
-        _fail(f"{error.filename or out_dir}: {error.strerror}.", _EXIT_FAILED)
+        fail(f"{error.filename or out_dir}: {error.strerror}.", EXIT_FAILED)
     for warning in results.findings.warnings:
         click.echo(f"Warning: {warning}", err=True)
     click.echo(conclude(results.findings))
@@ -214,10 +190,10 @@ def send(
     except ValidationError as error:
         fault = error.errors()[0]
         about = "" if isinstance(fault["input"], dict) else f"{fault['input']!r}: "
-        _fail(f"{about}{fault['msg'].removeprefix('Value error, ')}.", _EXIT_USAGE)
+        fail(f"{about}{fault['msg'].removeprefix('Value error, ')}.", EXIT_USAGE)
     paths, num_others = find_dicom_files(folder)
     if not paths:
-        _fail(f"{folder} holds no DICOM file ({num_others} other files).", _EXIT_USAGE)
+        fail(f"{folder} holds no DICOM file ({num_others} other files).", EXIT_USAGE)
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
     try:
@@ -227,7 +203,7 @@ def send(
                 paths, peer, calling_ae_title=caller.ae_title, on_answer=lambda _: progress.advance(task)
             )
     except SendError as error:
-        _fail(f"{error}.", _EXIT_FAILED)
+        fail(f"{error}.", EXIT_FAILED)
     seconds = time.perf_counter() - started
     num_sent = len(paths) - len(refused)
     skipped = f", {num_others} files that are not DICOM left out" if num_others else ""
@@ -235,7 +211,7 @@ def send(
     for reason, number in _count(item.reason for item in refused):
         click.echo(f"{number} refused: {reason}.", err=True)
     if refused:
-        sys.exit(_EXIT_FAILED)
+        sys.exit(EXIT_FAILED)
 
 
 def _count(values: Any) -> list[tuple[str, int]]:
@@ -245,10 +221,10 @@ def _count(values: Any) -> list[tuple[str, int]]:
 
 
 @main.command()
-@_config_option
+@config_option
 def check(config_path: Path | None) -> None:
     """Check that the node can run: configuration, port, disk, model, destinations (C-ECHO)."""
-    config = _load_config(config_path)
+    config = load_config(config_path)
     from node.check import run_checks
     from node.process import set_up_logging
 
@@ -259,30 +235,19 @@ def check(config_path: Path | None) -> None:
         mark = click.style("failed", fg="red") if problem else click.style("ok    ", fg="green")
         click.echo(f"{mark}  {name:<24} {problem or detail}")
     if not sound:
-        sys.exit(_EXIT_FAILED)
+        sys.exit(EXIT_FAILED)
 
 
 @main.command()
-@_config_option
+@config_option
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="How many, the latest first.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line.")
 def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
     """List the received Series: which state each is in, and why."""
-    config = _load_config(config_path)
-    from contextlib import closing
-
-    from sqlalchemy.exc import DBAPIError
+    config = load_config(config_path)
 
     from node.cases import print_json, print_table
-    from node.index import Index, SchemaError
 
-    if not (config.data_dir / "cspine.sqlite").exists():
-        _fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
     show: Callable[..., None] = print_json if as_json else print_table
-    try:
-        with closing(Index(config.data_dir)) as index:
-            show(index.cases(limit))
-    except SchemaError as error:
-        _fail(f"The database cannot be used: {error}.", _EXIT_FAILED)
-    except DBAPIError as error:
-        _fail(f"The database in {config.data_dir} cannot be used: {error.orig}.", _EXIT_FAILED)
+    with open_index(config) as index:
+        show(index.cases(limit))

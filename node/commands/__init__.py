@@ -1,0 +1,61 @@
+"""What the commands of `cspine` share; those that are not in `node/cli.py` are modules here, one each.
+
+Everything heavy is imported inside the command that needs it, so that `--help` is quick.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from node.config import Config
+    from node.index import Index
+
+EXIT_FAILED, EXIT_USAGE, EXIT_NOT_ANALYSABLE = 1, 2, 3
+
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Configuration file. Without it: ./config.yaml if there is one, else the built-in defaults.",
+)
+
+
+def fail(message: str, status: int) -> NoReturn:
+    """Ends the command: the message on stderr, the exit status."""
+    click.echo(message, err=True)
+    sys.exit(status)
+
+
+def load_config(path: Path | None) -> "Config":
+    """The named configuration, else ./config.yaml, else the defaults; ends the command when it has faults."""
+    from node.config import ConfigError
+    from node.config import load_config as load
+
+    here = Path("config.yaml")
+    try:
+        return load(path or (here if here.exists() else None))
+    except ConfigError as error:
+        fail(str(error), EXIT_USAGE)
+
+
+@contextmanager
+def open_index(config: "Config") -> Iterator["Index"]:
+    """The database of a configuration; ends the command when there is none yet, or it cannot be used."""
+    from sqlalchemy.exc import DBAPIError
+
+    from node.index import Index, SchemaError
+
+    if not (config.data_dir / "cspine.sqlite").exists():
+        fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
+    try:
+        with closing(Index(config.data_dir)) as index:
+            yield index
+    except SchemaError as error:
+        fail(f"The database cannot be used: {error}.", EXIT_FAILED)
+    except DBAPIError as error:
+        fail(f"The database in {config.data_dir} cannot be used: {error.orig}.", EXIT_FAILED)
