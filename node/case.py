@@ -71,3 +71,42 @@ class Delivery:
     result_dir: Path
     destination: str
     attempts: int
+
+
+class About(StrEnum):
+    """What a notification is about."""
+
+    ANALYSED = "analysed"  # there are results
+    NOT_ANALYSED = "not-analysed"  # the Series cannot be analysed
+    FAILED = "failed"  # analysis or delivery was given up
+
+
+class NotificationState(StrEnum):
+    """Where a notification of one target stands."""
+
+    PENDING = "pending"  # to be tried at next_attempt_at
+    SENT = "sent"  # the target took it
+    UNWANTED = "unwanted"  # the target's rule does not ask for it, or it is out of date
+    FAILED = "failed"  # given up; the reason says why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Notification:
+    """Something that became of a case, to be told to one target. at: when it did; text: what, in a sentence or two.
+
+    result_dir: folder of the results it is about, None if it is not about results.
+    """
+
+    notification_id: int
+    case_id: int
+    study_instance_uid: str
+    series_instance_uid: str
+    calling_ae_title: str
+    target: str
+    about: About
+    result_dir: Path | None
+    text: str
+    at: float
+    state: NotificationState
+    attempts: int
+    reason: str

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config, open_index
+from node.commands.notifications import notifications
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -251,3 +252,6 @@ def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
     show: Callable[..., None] = print_json if as_json else print_table
     with open_index(config) as index:
         show(index.cases(limit))
+
+
+main.add_command(notifications)

@@ -40,3 +40,6 @@ DEVICE = codes.DCM.Device
 CONCLUSION = codes.DCM.Conclusion
 COMMENT = codes.DCM.Comment
 QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
+IMAGING_MEASUREMENT_REPORT = codes.DCM.ImagingMeasurementReport
+STUDY_INSTANCE_UID = codes.DCM.StudyInstanceUID
+ALGORITHM_NAME = codes.DCM.AlgorithmName

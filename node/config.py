@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from node.profiles import Profile, ProfileSetting
+from node.targets import NotifyConfig
 
 
 class ConfigError(Exception):
@@ -210,6 +211,7 @@ class Config(_Section):
     complete: CompleteConfig = CompleteConfig()
     analyse: AnalyseConfig = AnalyseConfig()
     deliver: DeliverConfig = DeliverConfig()
+    notify: NotifyConfig = NotifyConfig()
 
 
 def load_config(path: Path | None = None) -> Config:
@@ -259,6 +261,7 @@ def _anchored(config: Config, folder: Path) -> Config:
             "receive": _anchor_tls(config.receive, folder),
             "analyse": config.analyse.model_copy(update={"bundle": folder / bundle if bundle else None}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
+            "notify": NotifyConfig(targets=tuple(target.anchored(folder) for target in config.notify.targets)),
         }
     )
 
@@ -306,12 +309,16 @@ def _lines_of(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[i
     return lines, faults
 
 
+# What pydantic calls the branches of a union.
+_BRANCHES = {"dicom", "folder", "webhook", "mail", "hl7", "fhir", "word", "list", "IPv4Network", "IPv6Network"}
+
+
 def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
     """Line and sentence for one pydantic error."""
     # A union adds the name of its branch ("dicom") to the location; the file has no such level.
     location: Location = ()
     for part in item["loc"]:
-        if part not in ("dicom", "folder", "word", "list", "IPv4Network", "IPv6Network") or (*location, part) in lines:
+        if part not in _BRANCHES or (*location, part) in lines:
             location = (*location, part)
     if item["type"].startswith("union_tag"):
         location = (*location, "type")
@@ -324,7 +331,8 @@ def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
         return lines[known], f"{_dotted(location)} is missing"
     value, message = item["input"], item["msg"].removeprefix("Value error, ")
     if item["type"] == "union_tag_invalid":
-        value, message = item["ctx"]["tag"], "must be dicom or folder"
+        tags = item["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
+        value, message = item["ctx"]["tag"], f"must be {tags}"
     elif item["type"] == "model_type":
         message = "must be a group of settings"
     shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"

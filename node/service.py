@@ -26,12 +26,14 @@ from node.complete import check_cases
 from node.config import Config
 from node.deliver import deliver_due
 from node.index import Index, SchemaError
+from node.notify.clock import notify_due
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
 _PUT_BACK_S = 30.0
+_NOTIFY_S = 2.0
 
 
 class StartError(Exception):
@@ -59,7 +61,7 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_jobs = 4 + len(config.deliver.destinations)
+        num_jobs = 4 + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_jobs}},
             job_defaults={"coalesce": True, "max_instances": 1},
@@ -86,6 +88,8 @@ class Service:
         self._scheduler.add_job(self._put_back_unheld, "interval", seconds=_PUT_BACK_S)
         for destination in config.deliver.destinations:
             self._every_tick(deliver_due, index, config, destination)
+        for target in config.notify.targets:
+            self._scheduler.add_job(notify_due, "interval", (index, target), seconds=_NOTIFY_S)
         self._scheduler.start()
         log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
 

@@ -7,6 +7,8 @@ from node.index.tables import metadata, schema_version
 STEPS = (
     # 1: what 0.1.0 made, before there was a version, gets what priority and the choice of Series look at.
     ("ALTER TABLE cases ADD COLUMN attributes JSON DEFAULT '{}' NOT NULL",),
+    # 2: notifications find what is new.
+    ("CREATE INDEX cases_by_change ON cases (changed_at)",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -34,6 +34,7 @@ cases = Table(
     Column("result_dir", String),  # relative to the data folder
     Column("summary", String, nullable=False, default=""),
     TableIndex("cases_by_state", "state", "next_check_at"),
+    TableIndex("cases_by_change", "changed_at"),
 )
 instances = Table(
     "instances",
@@ -69,4 +70,27 @@ deliveries = Table(
     Column("reason", String, nullable=False, default=""),
     UniqueConstraint("case_id", "destination"),
     TableIndex("deliveries_due", "state", "destination", "next_attempt_at"),
+)
+notify_targets = Table(
+    "notify_targets",
+    metadata,
+    Column("target", String, primary_key=True),
+    Column("seen_until", Float, nullable=False),  # changed_at of the latest case that was looked at
+)
+notifications = Table(
+    "notifications",
+    metadata,
+    Column("notification_id", Integer, primary_key=True),
+    Column("case_id", Integer, ForeignKey("cases.case_id", ondelete="CASCADE"), nullable=False),
+    Column("target", String, nullable=False),
+    Column("about", String(16), nullable=False),  # About
+    Column("subject", String, nullable=False),  # the result folder, relative to the data folder, or the reason
+    Column("text", String, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", Float, nullable=False),
+    Column("reason", String, nullable=False, default=""),
+    UniqueConstraint("case_id", "target", "about", "subject"),
+    TableIndex("notifications_due", "state", "target", "next_attempt_at"),
 )

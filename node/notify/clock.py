@@ -1,0 +1,126 @@
+"""The clock side of notifications: what has become of cases is noted, what is due is sent, how it went is noted.
+
+APScheduler calls `notify_due` for each target; targets do not wait for each other, and no case waits for them.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydicom import dcmread
+
+from node.case import About, Notification, NotificationState
+from node.deliver.retry import retry_wait_s
+from node.index import Index
+from node.notify import fhir, mail, webhook
+from node.notify.errors import NotifyError
+from node.notify.notice import Event, Notice, Patient, event_of
+from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarget
+
+log = logging.getLogger(__name__)
+
+_RETRY_FIRST_S, _RETRY_MAX_S = 10.0, 3600.0
+_GIVE_UP_AFTER_S = 86400.0
+_FINDINGS_FILE = "findings.json"  # in a result folder
+_PATIENT_KEYWORDS = {
+    "patient_id": "PatientID",
+    "issuer": "IssuerOfPatientID",
+    "name": "PatientName",
+    "birth_date": "PatientBirthDate",
+    "sex": "PatientSex",
+    "accession_number": "AccessionNumber",
+}
+
+
+def notify_due(index: Index, target: Target) -> None:
+    """Sends every notification of this target that is due, and notes how each went."""
+    index.note_events(target.name)
+    while (notification := index.next_notification(target.name)) is not None:
+        where = f"case={notification.case_id} target={target.name!r} about={notification.about}"
+        try:
+            notice = make_notice(notification, index, target)
+            if notice is None or not target.when.wants(notice):
+                index.settle_notification(notification, NotificationState.UNWANTED)
+                continue
+            send(notice, target)
+        except (NotifyError, OSError) as error:
+            _note_failure(index, notification, error, where)
+        else:
+            index.settle_notification(notification, NotificationState.SENT)
+            log.info("action=notified %s event=%s", where, notice.event)
+
+
+def _note_failure(index: Index, notification: Notification, error: NotifyError | OSError, where: str) -> None:
+    now, attempts = index.now(), notification.attempts + 1
+    if (isinstance(error, NotifyError) and error.permanent) or now - notification.at > _GIVE_UP_AFTER_S:
+        reason = f"given up after {attempts} attempt(s): {error}"
+        index.settle_notification(notification, NotificationState.FAILED, reason)
+    else:
+        wait_s = retry_wait_s(attempts, _RETRY_FIRST_S, _RETRY_MAX_S)
+        reason = f"attempt {attempts} failed, next in {wait_s:g} s: {error}"
+        index.settle_notification(notification, NotificationState.PENDING, reason, now + wait_s)
+    log.warning("action=not-notified %s: %s", where, reason)
+
+
+def send(notice: Notice, target: Target) -> None:
+    """Sends a notice, whatever the target's rule.
+
+    Raises:
+        NotifyError: the target did not take it.
+        OSError: its secret cannot be read.
+    """
+    if isinstance(target, WebhookTarget):
+        webhook.send(notice, target)
+    elif isinstance(target, MailTarget):
+        mail.send(notice, target)
+    elif isinstance(target, FhirTarget):
+        fhir.send(notice, target)
+    else:
+        assert isinstance(target, Hl7Target)
+        from node.notify import hl7_oru  # its library knows all of HL7, and takes its time to load
+
+        hl7_oru.send(notice, target)
+
+
+def make_notice(notification: Notification, index: Index, target: Target) -> Notice | None:
+    """What to say; None when it is about results that are no longer there, since newer ones are."""
+    findings = None
+    if notification.result_dir is not None:
+        findings = _read_findings(notification.result_dir)
+        if findings is None:
+            return None
+    events = {About.NOT_ANALYSED: Event.NOT_ANALYSED, About.FAILED: Event.FAILED}
+    return Notice(
+        event=event_of(findings) if findings else events[notification.about],
+        at=datetime.fromtimestamp(notification.at, UTC),
+        case_id=notification.case_id,
+        study_instance_uid=notification.study_instance_uid,
+        series_instance_uid=notification.series_instance_uid,
+        calling_ae_title=notification.calling_ae_title,
+        text=notification.text,
+        findings=findings,
+        patient=read_patient(index.instance_paths(notification.series_instance_uid)) if target.patient_data else None,
+    )
+
+
+def _read_findings(result_dir: Path) -> dict[str, Any] | None:
+    try:
+        findings: dict[str, Any] = json.loads((result_dir / _FINDINGS_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return findings
+
+
+def read_patient(paths: Iterable[Path]) -> Patient | None:
+    """Who a Series is about, as its first Instance says; None when none is here any more.
+
+    Raises:
+        OSError: the Instance cannot be read.
+    """
+    for path in paths:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()])
+        return Patient(**{name: str(ds.get(keyword) or "") for name, keyword in _PATIENT_KEYWORDS.items()})
+    return None

@@ -1,0 +1,172 @@
+"""Who is notified of what: the settings of `notify.targets`, and which notices a target wants.
+
+Settings only, read by `node/config.py`; `node/notify` sends.
+"""
+
+import os
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from node.notify.notice import Event, Notice, suspected_levels
+
+Level = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
+
+
+class Rule(BaseModel):
+    """What must be true of a notice; what is left out is true of all.
+
+    events: any of these. levels: a fracture is suspected at one of them. min_probability: of the patient, 0..1.
+    calling_ae_titles: patterns with `*` and `?`, of who sent the Series.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    events: tuple[Event, ...] = Field(default=(Event.POSITIVE, Event.FAILED), min_length=1)
+    levels: tuple[Level, ...] = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
+    min_probability: float = Field(default=0.0, ge=0, le=1)
+    calling_ae_titles: tuple[str, ...] = ("*",)
+
+    def wants(self, notice: Notice) -> bool:
+        """Whether all of it is true of the notice. Levels and probability are asked of positive ones only."""
+        if notice.event not in self.events:
+            return False
+        if not any(fnmatchcase(notice.calling_ae_title, pattern) for pattern in self.calling_ae_titles):
+            return False
+        if notice.event is not Event.POSITIVE or notice.findings is None:
+            return True
+        probability = notice.findings["patient_overall"]["probability"] or 0.0
+        suspected = suspected_levels(notice.findings)
+        at_level = not suspected or any(name in self.levels for name in suspected)
+        return probability >= self.min_probability and at_level
+
+
+class _Target(BaseModel):
+    """What every target has.
+
+    patient_data: whether patient ID, name, birth date, sex and accession number go along; without it none does.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1)
+    when: Rule = Rule()
+    patient_data: bool = False
+    timeout_s: float = Field(default=15.0, gt=0, le=300)
+
+    def anchored(self, folder: Path) -> Self:
+        """The target with every relative path made absolute from `folder`."""
+        paths = {name: folder / value for name, value in self if isinstance(value, Path)}
+        return self.model_copy(update=paths)
+
+
+class _WithSecret(_Target):
+    """A target that is told who we are: the secret is in a file or an environment variable, never in the settings."""
+
+    secret_file: Path | None = None
+    secret_env: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> Self:
+        if self.secret_file is not None and self.secret_env is not None:
+            raise ValueError("give the secret by secret_file or by secret_env, not by both")
+        return self
+
+    @property
+    def has_secret(self) -> bool:
+        return self.secret_file is not None or self.secret_env is not None
+
+    def read_secret(self) -> str:
+        """The secret as it is now; "" when none is configured.
+
+        Raises:
+            OSError: the file or the variable is not there.
+        """
+        if self.secret_file is not None:
+            return self.secret_file.read_text(encoding="utf-8").strip()
+        if self.secret_env is not None:
+            if not os.environ.get(self.secret_env):
+                raise OSError(f"the environment variable {self.secret_env} is not set")
+            return os.environ[self.secret_env]
+        return ""
+
+
+WebAddress = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
+
+
+class WebhookTarget(_WithSecret):
+    """JSON by HTTP POST, signed where there is a secret."""
+
+    type: Literal["webhook"]
+    url: WebAddress
+
+
+class MailTarget(_WithSecret):
+    """An e-mail. The secret is the password of `user`."""
+
+    type: Literal["mail"]
+    host: str = Field(min_length=1)
+    port: int = Field(default=587, ge=1, le=65535)
+    encryption: Literal["starttls", "tls", "none"] = "starttls"
+    ca_file: Path | None = None
+    user: str | None = Field(default=None, min_length=1)
+    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$")
+    to: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_user(self) -> Self:
+        if (self.user is not None) != self.has_secret:
+            raise ValueError("give user and secret_file (or secret_env) together, or none of them")
+        if self.user is not None and self.encryption == "none":
+            raise ValueError("encryption none would send the password in clear; use starttls or tls")
+        return self
+
+
+class Hl7Target(_Target):
+    """ORU^R01 (HL7 v2.5.1) over MLLP. processing_id: P production, T training, D debugging (HL7 table 0103)."""
+
+    type: Literal["hl7"]
+    host: str = Field(min_length=1)
+    port: int = Field(default=2575, ge=1, le=65535)
+    tls: bool = False
+    ca_file: Path | None = None
+    sending_facility: str = ""
+    receiving_application: str = ""
+    receiving_facility: str = ""
+    processing_id: Literal["P", "T", "D"] = "P"
+    when: Rule = Rule(events=(Event.POSITIVE, Event.NEGATIVE, Event.UNDETERMINED))
+
+
+class FhirTarget(_WithSecret):
+    """A FHIR R4 transaction, to a server's base URL or into a folder. The secret is a bearer token."""
+
+    type: Literal["fhir"]
+    url: WebAddress | None = None
+    path: Path | None = None
+    when: Rule = Rule(events=(Event.POSITIVE, Event.NEGATIVE, Event.UNDETERMINED))
+
+    @model_validator(mode="after")
+    def _check_place(self) -> Self:
+        if (self.url is None) == (self.path is None):
+            raise ValueError("give url (a FHIR server) or path (a folder), one of them")
+        return self
+
+
+Target = Annotated[WebhookTarget | MailTarget | Hl7Target | FhirTarget, Field(discriminator="type")]
+
+
+class NotifyConfig(BaseModel):
+    """Who is told what became of a case. A notification never holds up a case."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    targets: tuple[Target, ...] = ()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [target.name for target in self.targets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two targets share the name {', '.join(twice)}; give each its own")
+        return self
