@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround viewer clean
+.PHONY: install run test lint train-phantom turnaround decode viewer clean
 
 
 install: .venv/.installed
@@ -44,6 +44,10 @@ viewer: .viewer/index.html
 	tar --extract --gzip --file .viewer/ohif-app-$(OHIF).tgz --directory .viewer --strip-components=2 \
 	    --exclude='package/dist/ort' package/dist
 	rm .viewer/ohif-app-$(OHIF).tgz
+
+# Reading a Series in each transfer syntax, in one process and in several.
+decode: install
+	$(BIN)/python -m benchmarks.decode
 
 clean:
 	rm -rf .venv .viewer build *.egg-info

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from model.bundle import BundleError, read_bundle
 from model.decode import PARSE_ERRORS
+from model.decode_pool import DecodePool
 from model.findings import (
     Analysis,
     Finding,
@@ -42,6 +43,7 @@ __all__ = [
     "PARSE_ERRORS",
     "Analysis",
     "BundleError",
+    "DecodePool",
     "Finding",
     "Findings",
     "Grid",

@@ -3,6 +3,7 @@
 Knows one Instance at a time and nothing of Series, order or geometry. Called by `model.series.read_series`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 from struct import error as StructError  # noqa: N812 - a class, named like one
 
@@ -12,7 +13,15 @@ from numpy.typing import NDArray
 from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.utils import pixel_array
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
+    RLELossless,
+)
 
 AIR_HU = -1024
 """What padding, and anything below it, becomes: nothing physical lies under -1000 HU, vendors store -2000 or -3024."""
@@ -40,6 +49,10 @@ PIXEL_TAGS: list[BaseTag] = [
 """What decoding needs of a dataset, for `dcmread(specific_tags=...)`."""
 
 _RAW_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
+# What a damaged or very old header leaves out, as CT has it (PS3.3 C.8.2.1); pydicom decodes nothing without them.
+_USUAL = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "PixelRepresentation": 0}
+# The fastest of several codecs where it matters; pydicom takes the first that works.
+_PLUGINS = {JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls"}
 PARSE_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -58,6 +71,18 @@ class DecodeError(Exception):
     """One Instance cannot be read or decoded; the message says which and why."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrameJob:
+    """One frame to decode. index: the caller's own number for it. label: how messages name its Instance."""
+
+    index: int
+    label: str
+    path: Path
+    frame_number: int
+    slope: float
+    intercept: float
+
+
 def read_instance(path: Path, tags: list[BaseTag]) -> pydicom.Dataset | None:
     """The tags of a DICOM file (file meta always included); None when the file is not DICOM.
 
@@ -66,11 +91,35 @@ def read_instance(path: Path, tags: list[BaseTag]) -> pydicom.Dataset | None:
         OSError: the file cannot be opened.
     """
     try:
-        return pydicom.dcmread(path, specific_tags=list(tags))
+        ds = pydicom.dcmread(path, specific_tags=list(tags))
+        for keyword, value in _USUAL.items():
+            if ds.get(keyword) in (None, ""):
+                setattr(ds, keyword, value)
+        if ds.get("BitsStored") is None and ds.get("BitsAllocated"):
+            ds.BitsStored = ds.BitsAllocated
+        return ds
     except InvalidDicomError:
         return None
     except PARSE_ERRORS as error:
         raise DecodeError(f"File {path} is damaged and cannot be read ({error}). Send the Instance again.") from error
+
+
+def needs_codec(ds: pydicom.Dataset) -> bool:
+    """Whether the pixels are compressed; anything odd is not, and is refused when it is decoded."""
+    syntax = _transfer_syntax(ds)
+    return syntax.is_transfer_syntax and syntax.is_compressed
+
+
+def decode_frame(ds: pydicom.Dataset, job: FrameJob) -> NDArray[np.int16]:
+    """`frame_hu` of the job.
+
+    Raises:
+        DecodeError: as `frame_hu`, with the label.
+    """
+    try:
+        return frame_hu(ds, job.frame_number, job.slope, job.intercept)
+    except DecodeError as error:
+        raise DecodeError(f"{job.label}: {error}") from error
 
 
 def frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: float) -> NDArray[np.int16]:
@@ -85,7 +134,7 @@ def frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: fl
     try:
         return _frame_hu(ds, frame_number, slope, intercept)
     except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
-        syntax = UID(str(ds.file_meta.get("TransferSyntaxUID", "")))
+        syntax = _transfer_syntax(ds)
         why = " ".join(str(error).split())
         raise DecodeError(
             f"its pixels cannot be decoded from transfer syntax {syntax.name or '(missing)'} ({why})"
@@ -96,10 +145,14 @@ def _frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: f
     """`frame_hu`, with whatever pydicom raises."""
     stored = _stored_frame(ds, frame_number)
     padding = _padding_mask(ds, stored)
-    # Only the low BitsStored bits count; shifting up and down again masks them, and extends the sign (PS3.5 8.1.1).
-    unused_bits = stored.dtype.itemsize * 8 - int(ds.get("BitsStored") or stored.dtype.itemsize * 8)
+    # BitsStored bits up to HighBit count; shifting up and down again masks them, and extends the sign (PS3.5 8.1.1).
+    num_bits = stored.dtype.itemsize * 8
+    bits_stored = int(ds.get("BitsStored") or num_bits)
+    high_bit = int(ds.get("HighBit") or 0) if _keeps_cells(ds) else 0
+    unused_above = num_bits - 1 - max(high_bit, bits_stored - 1)
+    unused_bits = num_bits - bits_stored
     if unused_bits > 0:
-        stored = (stored << unused_bits) >> unused_bits
+        stored = (stored << max(unused_above, 0)) >> unused_bits
     if slope == 1 and float(intercept).is_integer():
         hu = np.add(stored, int(intercept), dtype=np.int32)
     else:
@@ -110,10 +163,19 @@ def _frame_hu(ds: pydicom.Dataset, frame_number: int, slope: float, intercept: f
     return clipped
 
 
+def _transfer_syntax(ds: pydicom.Dataset) -> UID:
+    return UID(str(ds.file_meta.get("TransferSyntaxUID", "")))
+
+
+def _keeps_cells(ds: pydicom.Dataset) -> bool:
+    """Whether pixels decode to the cells they were stored in; JPEG and its kin put the value in the low bits."""
+    return not _transfer_syntax(ds).is_encapsulated or _transfer_syntax(ds) == RLELossless
+
+
 def _stored_frame(ds: pydicom.Dataset, frame_number: int) -> NDArray[np.integer]:
     """Stored values `(Y, X)` of one frame (1-based), before any rescaling; a read-only view where it can be."""
     rows, columns = int(ds.Rows), int(ds.Columns)
-    syntax = UID(str(ds.file_meta.get("TransferSyntaxUID", "")))
+    syntax = _transfer_syntax(ds)
     if "PixelData" not in ds:
         raise DecodeError("it has no PixelData")
     if syntax in _RAW_SYNTAXES and ds.get("BitsAllocated") == 16 and ds.get("SamplesPerPixel", 1) == 1:
@@ -125,7 +187,9 @@ def _stored_frame(ds: pydicom.Dataset, frame_number: int) -> NDArray[np.integer]
         dtype = "<i2" if ds.get("PixelRepresentation") == 1 else "<u2"
         offset = frame_bytes * (frame_number - 1)
         return np.frombuffer(ds.PixelData, dtype, count=rows * columns, offset=offset).reshape(rows, columns)
-    stored: NDArray[np.integer] = pixel_array(ds, index=frame_number - 1, raw=True)
+    stored: NDArray[np.integer] = pixel_array(
+        ds, index=frame_number - 1, raw=True, decoding_plugin=_PLUGINS.get(syntax, ""), correct_unused_bits=False
+    )
     if stored.shape != (rows, columns):
         raise DecodeError(f"its pixels decode to shape {stored.shape}, expected {(rows, columns)}")
     return stored

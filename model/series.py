@@ -8,6 +8,7 @@ can be analysed; analysis and training call `read_series`. The rules are in `mod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from numpy.typing import NDArray
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.tag import BaseTag, Tag
 
-from model.decode import PARSE_ERRORS, PIXEL_TAGS, DecodeError, frame_hu, read_instance
+from model.decode import (
+    PARSE_ERRORS,
+    PIXEL_TAGS,
+    DecodeError,
+    FrameJob,
+    decode_frame,
+    needs_codec,
+    read_instance,
+)
+from model.decode_pool import DecodePool
 from model.stack import IncompleteSeries, SeriesError, SeriesRules, SliceHeader, Stack, check_series
 from model.volume import SliceSource, Volume
 
@@ -48,19 +58,23 @@ HEADER_TAGS: list[BaseTag] = [
         "Rows",
         "Columns",
         "PixelSpacing",
+        "ImagerPixelSpacing",
         "ImagePositionPatient",
         "ImageOrientationPatient",
         "RescaleSlope",
         "RescaleIntercept",
         "RescaleType",
         "NumberOfFrames",
+        "ConcatenationUID",
+        "InConcatenationNumber",
+        "InConcatenationTotalNumber",
         "SharedFunctionalGroupsSequence",
         "PerFrameFunctionalGroupsSequence",
     )
 ]
 """What `slice_headers` needs: `dcmread(path, specific_tags=HEADER_TAGS, stop_before_pixels=True)`."""
 
-_NUM_THREADS = 2  # numpy lets go of the GIL, the codecs do not (measured): more threads gain nothing
+_NUM_THREADS = 2  # numpy and zlib let go of the GIL, the codecs do not (measured): more threads gain nothing
 
 
 def slice_headers(
@@ -89,7 +103,13 @@ def slice_headers(
     }
     frames = _items(ds, "PerFrameFunctionalGroupsSequence")
     if not frames:
-        return (SliceHeader(**common, **_frame_values([ds])),)
+        values = _frame_values([ds])
+        if (_integer(ds, "NumberOfFrames") or 1) > 1:
+            values["position_lps_mm"] = None  # it can be that of one frame only
+        return (SliceHeader(**common, **values),)
+    if concatenation_uid := _text(ds, "ConcatenationUID"):
+        total = _integer(ds, "InConcatenationTotalNumber") or 0
+        common["concatenation"] = (concatenation_uid, _integer(ds, "InConcatenationNumber") or 0, total)
     shared = [group for item in _items(ds, "SharedFunctionalGroupsSequence") for group in _groups(item)]
     return tuple(
         SliceHeader(**common, frame_number=number, **_frame_values([*_groups(frame), *shared, ds]))
@@ -99,12 +119,16 @@ def slice_headers(
 
 # Functional groups that hold what a single-frame CT has at its top level (PS3.3 A.38.1.4).
 _GROUP_KEYWORDS = (
+    "FrameContentSequence",
     "PixelMeasuresSequence",
     "PlanePositionSequence",
     "PlaneOrientationSequence",
     "PixelValueTransformationSequence",
     "CTImageFrameTypeSequence",
 )
+
+
+_NO_RESCALE = 1e6  # no slope or intercept of Hounsfield units comes near it
 
 
 def _groups(item: pydicom.Dataset) -> list[pydicom.Dataset]:
@@ -118,19 +142,29 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
     def numbers(keyword: str, count: int) -> tuple[float, ...] | None:
         return next((found for place in places if (found := _numbers(place, keyword, count))), None)
 
+    def text(keyword: str) -> str:
+        return next((found for place in places if (found := _text(place, keyword))), "")
+
     slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
-    spacing_mm = numbers("PixelSpacing", 2)
+    spacing_mm, detector_mm = numbers("PixelSpacing", 2), numbers("ImagerPixelSpacing", 2)
+    stack = (("StackID", text("StackID")), ("TemporalPositionIndex", text("TemporalPositionIndex")))
     image_types = (_value(place, "FrameType") or _value(place, "ImageType") for place in places)
     image_type = next((value for value in image_types if value), ())
     return {
         "image_type": (image_type,) if isinstance(image_type, str) else tuple(str(value) for value in image_type),
-        "pixel_spacing_mm": spacing_mm if spacing_mm and min(spacing_mm) > 0 else None,
+        "pixel_spacing_mm": _positive(spacing_mm) or _positive(detector_mm),
+        "has_detector_spacing": not _positive(spacing_mm) and _positive(detector_mm) is not None,
         "position_lps_mm": numbers("ImagePositionPatient", 3),
         "orientation": numbers("ImageOrientationPatient", 6),
-        "rescale_slope": slope[0] if slope else None,
-        "rescale_intercept": intercept[0] if intercept else None,
-        "rescale_type": next((text for place in places if (text := _text(place, "RescaleType"))), ""),
+        "rescale_slope": slope[0] if slope and 0 < abs(slope[0]) < _NO_RESCALE else None,
+        "rescale_intercept": intercept[0] if intercept and abs(intercept[0]) < _NO_RESCALE else None,
+        "rescale_type": text("RescaleType"),
+        "stack": ", ".join(f"{keyword} {value}" for keyword, value in stack if value),
     }
+
+
+def _positive(spacing_mm: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    return spacing_mm if spacing_mm and min(spacing_mm) > 0 else None
 
 
 def _value(ds: pydicom.Dataset, keyword: str) -> Any:
@@ -169,8 +203,12 @@ def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volume:
-    """The volume of one CT Series, in Hounsfield units, from all its files in any order; each file is read once.
+def read_series(
+    paths: Sequence[Path], rules: SeriesRules | None = None, decode_pool: DecodePool | None = None
+) -> Volume:
+    """The volume of one CT Series, in Hounsfield units, from all its files in any order.
+
+    decode_pool: decodes compressed pixels on several cores; None decodes them here, one after the other.
 
     A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, marked interpolated:
     there is a nearest Instance to point at, but no frame that a segmentation could refer to.
@@ -181,7 +219,8 @@ def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volu
     """
     tags = [*HEADER_TAGS, *PIXEL_TAGS]
     try:
-        datasets = [read_instance(path, tags) for path in paths]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            datasets = list(pool.map(read_instance, paths, repeat(tags)))
     except DecodeError as error:
         raise SeriesError(str(error)) from error
     found = [
@@ -199,7 +238,7 @@ def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volu
     held = {i: found[i][1] for i in (*stack.order, *(other for _, other in stack.duplicates))}
     files = [path for _, _, path in found]
     del datasets, found  # so that each slice's stored pixels go as soon as it is decoded: memory stays near twice
-    voxels_hu = _decode(headers, held, stack)
+    voxels_hu = _decode(headers, held, files, stack, decode_pool)
     warnings += _check_hu(voxels_hu, headers[stack.order[0]])
     return Volume(
         study_instance_uid=headers[0].study_instance_uid,
@@ -211,21 +250,20 @@ def read_series(paths: Sequence[Path], rules: SeriesRules | None = None) -> Volu
     )
 
 
-def _decode(headers: Sequence[SliceHeader], held: dict[int, pydicom.Dataset], stack: Stack) -> NDArray[np.int16]:
+def _decode(
+    headers: Sequence[SliceHeader],
+    held: dict[int, pydicom.Dataset],
+    files: Sequence[Path],
+    stack: Stack,
+    decode_pool: DecodePool | None,
+) -> NDArray[np.int16]:
     """Voxels `(Z, Y, X)` in HU; empties `held`, compares duplicates, interpolates bridged slices."""
     voxels_hu = np.empty(stack.grid.shape, np.int16)
     places = dict(zip(stack.order, stack.z_indices, strict=True))
     kept_of = {other: kept for kept, other in stack.duplicates}
 
-    def decode(i: int) -> None:
+    def place(i: int, hu: NDArray[np.int16]) -> None:
         header = headers[i]
-        slope = 1.0 if header.rescale_slope is None else header.rescale_slope
-        try:
-            hu = frame_hu(held.pop(i), header.frame_number, slope, header.rescale_intercept or 0.0)
-        except DecodeError as error:
-            raise SeriesError(
-                f"Instance {header.sop_instance_uid} of Series {header.series_instance_uid}: {error}."
-            ) from error
         if i in places:
             voxels_hu[places[i]] = hu
         elif not np.array_equal(voxels_hu[places[kept_of[i]]], hu):
@@ -236,12 +274,36 @@ def _decode(headers: Sequence[SliceHeader], held: dict[int, pydicom.Dataset], st
                 "or reconstructions in one Series. Send them as two."
             )
 
-    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+    def decode(job: FrameJob) -> None:
+        place(job.index, decode_frame(held.pop(job.index), job))
+
+    try:
         for group in (stack.order, kept_of):
-            list(pool.map(decode, group))
+            jobs = [_frame_job(i, headers[i], files[i]) for i in group]
+            compressed = [job for job in jobs if decode_pool and needs_codec(held[job.index])]
+            for job in compressed:
+                del held[job.index]  # a process of the pool reads it again
+            if decode_pool and compressed:
+                for i, hu in decode_pool.decode(compressed, stack.grid.shape[1:]):
+                    place(i, hu)
+            with ThreadPoolExecutor(_NUM_THREADS) as threads:
+                list(threads.map(decode, [job for job in jobs if job.index in held]))
+    except DecodeError as error:
+        raise SeriesError(f"{error}.") from error
     for z in set(range(stack.grid.shape[0])) - set(stack.z_indices):
         voxels_hu[z] = (voxels_hu[z - 1].astype(np.int32) + voxels_hu[z + 1] + 1) // 2
     return voxels_hu
+
+
+def _frame_job(index: int, header: SliceHeader, path: Path) -> FrameJob:
+    return FrameJob(
+        index=index,
+        label=f"Instance {header.sop_instance_uid} of Series {header.series_instance_uid}",
+        path=path,
+        frame_number=header.frame_number,
+        slope=1.0 if header.rescale_slope is None else header.rescale_slope,
+        intercept=header.rescale_intercept or 0.0,
+    )
 
 
 def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack) -> tuple[SliceSource, ...]:

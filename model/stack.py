@@ -23,6 +23,7 @@ _NOT_A_SLICE = ("LOCALIZER", "SCOUT", "TOPOGRAM", "DOSE_INFO", "DOSE INFO", "SCR
 # Positions are often written with one decimal: a slice can be 0.05 mm off its place, a step 0.1 mm.
 _ROUNDING_MM = 0.11
 _SAME_POSITION_MM = 0.05
+_MAX_VOXELS = 2**31  # 4 GiB in memory: 2,000 slices of 1024 x 1024; a damaged header can claim 100 times that
 
 
 class SeriesError(Exception):
@@ -39,7 +40,10 @@ class SliceHeader:
 
     frame_number: 1-based. modality, UIDs and rescale_type are "" when missing; None means missing or unusable.
     pixel_spacing_mm: `(between rows, between columns)`. position_lps_mm: centre of the first pixel.
+    has_detector_spacing: PixelSpacing is missing and ImagerPixelSpacing stands in for it.
     orientation: direction cosines, LPS, of a row (towards higher columns), then of a column (towards higher rows).
+    stack: in words, of which stack or time an Enhanced CT says the frame is, "" when it does not.
+    concatenation: ConcatenationUID, number of this part and how many there are (0 unknown), of a split Enhanced CT.
     """
 
     sop_instance_uid: str
@@ -54,12 +58,15 @@ class SliceHeader:
     rows: int = 0
     columns: int = 0
     pixel_spacing_mm: tuple[float, ...] | None = None
+    has_detector_spacing: bool = False
     position_lps_mm: tuple[float, ...] | None = None
     orientation: tuple[float, ...] | None = None
     instance_number: int | None = None
     rescale_slope: float | None = None
     rescale_intercept: float | None = None
     rescale_type: str = ""
+    stack: str = ""
+    concatenation: tuple[str, int, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dict; `from_dict` is its inverse."""
@@ -127,24 +134,39 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
     series = _series_name(headers)
     kept, warnings = _slices_only(headers, series)
     _check_attributes([headers[i] for i in kept], series)
+    _check_concatenations([headers[i] for i in kept], series)
     first = headers[kept[0]]
+    if first.has_detector_spacing:
+        warnings.append("PixelSpacing is missing; ImagerPixelSpacing was taken for it: sizes may be wrong.")
     row, column = np.reshape(first.orientation or (), (2, 3))
     row_spacing_mm, column_spacing_mm = first.pixel_spacing_mm or ()
     normal = _upward_normal(row, column, rules, series)
 
     kept, duplicates, heights_mm = _sort_slices(headers, kept, normal)
+    for pair in duplicates:
+        _check_one_stack([headers[i] for i in pair], series, "at the same place")
     if duplicates:
         warnings.append(f"Left out {len(duplicates)} x copy of a slice at the same position.")
     if len(kept) < rules.min_slices:
         raise IncompleteSeries(
             f"{series} has {len(kept)} slices; at least {rules.min_slices} are needed. Check for missing Instances."
         )
-    z_indices, missing = _place_slices(headers, kept, heights_mm, rules if final else None, series)
+    try:
+        z_indices, missing = _place_slices(headers, kept, heights_mm, rules if final else None, series)
+    except IncompleteSeries:
+        _check_one_stack([headers[i] for i in kept], series, "of different spacing or with a gap between them")
+        raise
     warnings += missing
 
     positions = np.array([headers[i].position_lps_mm for i in kept])
     step = (positions[-1] - positions[0]) / z_indices[-1]
     _check_stack(positions, z_indices, step, normal, rules, series)
+    num_voxels = (z_indices[-1] + 1) * first.rows * first.columns
+    if num_voxels > _MAX_VOXELS:
+        raise SeriesError(
+            f"{series} has {z_indices[-1] + 1} slices of {first.rows} x {first.columns}: {num_voxels} voxels; up to "
+            f"{_MAX_VOXELS} can be analysed."
+        )
     affine = np.eye(4)
     affine[:3] = np.stack([step, column * row_spacing_mm, row * column_spacing_mm, positions[0]], axis=1)
     return Stack(
@@ -219,6 +241,13 @@ def _check_attributes(slices: Sequence[SliceHeader], series: str) -> None:
     units = {header.rescale_type for header in slices} - {"", "HU", "US", "HU_MOD"}
     if units:
         raise SeriesError(f"{series} holds values in {', '.join(sorted(units))} (RescaleType), not Hounsfield units.")
+    for attribute, keyword in (("rescale_slope", "RescaleSlope"), ("rescale_intercept", "RescaleIntercept")):
+        lacking = [header.sop_instance_uid for header in slices if getattr(header, attribute) is None]
+        if 0 < len(lacking) < len(slices):
+            raise SeriesError(
+                f"{series} has {len(lacking)} of {len(slices)} slices without a usable {keyword}, the first is "
+                f"Instance {lacking[0]}; what their values mean is unknown."
+            )
     for attribute, keyword, tolerance in (
         ("rows", "Rows", 0.0),
         ("columns", "Columns", 0.0),
@@ -232,6 +261,31 @@ def _check_attributes(slices: Sequence[SliceHeader], series: str) -> None:
     frames_of_reference = Counter(header.frame_of_reference_uid for header in slices)
     if len(frames_of_reference) > 1:
         raise SeriesError(f"{series} mixes frames of reference: {_most_common(frames_of_reference)}.")
+
+
+def _check_concatenations(slices: Sequence[SliceHeader], series: str) -> None:
+    """Refuses an Enhanced CT that was split into several Instances (PS3.3 C.7.6.16.2.2.4) and lacks one of them."""
+    parts: dict[tuple[str, int], set[int]] = {}
+    for header in slices:
+        if header.concatenation:
+            uid, number, total = header.concatenation
+            parts.setdefault((uid, total), set()).add(number)
+    for (uid, total), here in parts.items():
+        expected = max(total, *here)  # the total may be left out
+        if len(here) < expected:
+            raise IncompleteSeries(
+                f"{series} has {len(here)} of {expected} parts of concatenation {uid}. Check for missing Instances."
+            )
+
+
+def _check_one_stack(slices: Sequence[SliceHeader], series: str, how: str) -> None:
+    """Refuses frames of several stacks or times that cannot be one volume; how: why they cannot."""
+    stacks = Counter(header.stack for header in slices)
+    if len(stacks) > 1:
+        raise SeriesError(
+            f"{series} holds {len(stacks)} stacks of frames {how}: {_most_common(stacks)}. Send them as Series of "
+            "their own."
+        )
 
 
 def _most_common(values: Counter[Any]) -> str:

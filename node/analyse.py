@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model import Analysis, Findings, ModelInfo, SeriesRules, Volume, read_series
+from model import Analysis, DecodePool, Findings, ModelInfo, SeriesRules, Volume, read_series
 from node.encode import NodeIdentity, ResultObject, encode_results
 from node.process import sync
 from node.profiles import Profile
@@ -36,18 +36,20 @@ def analyse_series(
     rules: SeriesRules,
     node: NodeIdentity,
     profiles: Collection[Profile] = (Profile(),),
+    decode_pool: DecodePool | None = None,
 ) -> Results:
     """Reads the Series, runs the model, and writes findings.json and the DICOM objects into `folder`.
 
     The folder appears whole or not at all: it is written under another name beside its place, synced and renamed. One
-    that is there already is replaced. profiles: what the destinations want between them.
+    that is there already is replaced. profiles: what the destinations want between them. decode_pool: for
+    `read_series`.
 
     Raises:
         SeriesError: the Series cannot be analysed.
         OSError: the folder cannot be written.
     """
     started = time.perf_counter()
-    volume = read_series(paths, rules)
+    volume = read_series(paths, rules, decode_pool)
     read_s = time.perf_counter() - started
     analysis = pipeline.analyse(volume)
 

@@ -107,12 +107,12 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     folder. Exit status 3 when the Series cannot be analysed; stderr says why.
     """
     config = load_config(config_path)
-    from model import BundleError, SeriesError, load_pipeline
+    from model import BundleError, DecodePool, SeriesError, load_pipeline
     from node.analyse import analyse_series
     from node.complete import series_rules
     from node.deliver import copy_results
     from node.encode import NodeIdentity, conclude
-    from node.process import set_up_logging
+    from node.process import be_child, set_up_logging
     from node.send import find_dicom_files
 
     set_up_logging("WARNING")
@@ -126,8 +126,11 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".cspine-", dir=out_dir) as scratch:
-            results = analyse_series(paths, Path(scratch) / "results", pipeline, rules, node)
+        with (
+            tempfile.TemporaryDirectory(prefix=".cspine-", dir=out_dir) as scratch,
+            DecodePool(config.analyse.threads, be_child, ("WARNING",)) as decode_pool,
+        ):
+            results = analyse_series(paths, Path(scratch) / "results", pipeline, rules, node, decode_pool=decode_pool)
             copy_results(results.folder, out_dir)
     except SeriesError as error:
         fail(str(error), EXIT_NOT_ANALYSABLE)

@@ -206,7 +206,7 @@ def _exit_words(code: int | None) -> str:
 def _work(config: Config, connection: Connection) -> None:
     """The worker process: loads the model, says so, then answers one job after the other."""
     be_child(config.log_level)
-    from model import BundleError, SeriesError, load_pipeline
+    from model import BundleError, DecodePool, SeriesError, load_pipeline
     from node.analyse import analyse_series, result_folder_name
     from node.complete import series_rules
     from node.encode import NodeIdentity, conclude
@@ -217,6 +217,7 @@ def _work(config: Config, connection: Connection) -> None:
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
         connection.send(_CannotLoad(str(error)))
         return
+    decode_pool = DecodePool(config.analyse.threads, be_child, (config.log_level,))
     connection.send(_Ready())
     while True:
         try:
@@ -226,7 +227,15 @@ def _work(config: Config, connection: Connection) -> None:
         try:
             # The stored file's name is its SOP Instance UID.
             name = result_folder_name([path.stem for path in job.paths], pipeline.info)
-            results = analyse_series(job.paths, job.results_dir / name, pipeline, rules, node, config.deliver.profiles)
+            results = analyse_series(
+                job.paths,
+                job.results_dir / name,
+                pipeline,
+                rules,
+                node,
+                profiles=config.deliver.profiles,
+                decode_pool=decode_pool,
+            )
             outcome: JobOutcome = Analysed(
                 folder=results.folder,
                 sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),

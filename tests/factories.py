@@ -17,6 +17,7 @@ from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
+    RLELossless,
     SecondaryCaptureImageStorage,
     generate_uid,
 )
@@ -249,7 +250,8 @@ def _write(ds: Dataset, path: Path, transfer_syntax_uid: str) -> Path:
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     syntax = pydicom.uid.UID(transfer_syntax_uid)
     if syntax.is_encapsulated:
-        ds.compress(syntax, generate_instance_uid=False)
+        by = "pydicom" if syntax == RLELossless else ""  # GDCM's RLE encoder aborts on odd sizes of 8 bits
+        ds.compress(syntax, generate_instance_uid=False, encoding_plugin=by)
     ds.file_meta.TransferSyntaxUID = syntax
     ds.save_as(path, enforce_file_format=True)
     return path
