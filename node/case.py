@@ -40,6 +40,8 @@ class DeliveryState(StrEnum):
 class Case:
     """A snapshot of one case. Times are seconds since the epoch; attempts counts analyses begun since it was complete.
 
+    queued_at: since when it has been waiting for a worker, or had; None before it is whole.
+
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
     latest results, None before there are any. summary: what they say, in a few words.
     """
@@ -55,6 +57,7 @@ class Case:
     attempts: int
     first_received_at: float
     last_received_at: float
+    queued_at: float | None
     changed_at: float
     result_dir: Path | None
     summary: str

@@ -5,10 +5,12 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from model import BundleError, load_pipeline
 from node.config import Config, DicomDestination, FolderDestination
+from node.index import DatabaseError, Index
 from node.send import SendError, echo
 
 Check = tuple[str, str, str]
@@ -20,6 +22,7 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield "configuration", "", "valid"
     yield _check_port(config)
     yield _check_disk(config)
+    yield _check_database(config)
     yield _check_model(config)
     for destination in config.deliver.destinations:
         yield _check_destination(config, destination)
@@ -46,6 +49,14 @@ def _check_disk(config: Config) -> Check:
     if free_mb < config.receive.min_free_disk_mb:
         return "disk", f"{free_mb} MB free, min_free_disk_mb is {config.receive.min_free_disk_mb}", ""
     return "disk", "", f"{config.data_dir}, {free_mb} MB free"
+
+
+def _check_database(config: Config) -> Check:
+    try:
+        with closing(Index(config.data_dir, config.database)) as index:
+            return "database", "", f"{index.where}, {len(index.cases())} cases"
+    except DatabaseError as error:
+        return "database", str(error), ""
 
 
 def _check_model(config: Config) -> Check:

@@ -4,6 +4,7 @@ Every setting has a default here; `config.yaml` at the top of the repository say
 a test keeps the two equal. Unknown keys and impossible values are all reported at once, each with its line.
 """
 
+import re
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SecretStr,
     Tag,
     ValidationError,
     model_validator,
@@ -51,6 +53,16 @@ AETitle = Annotated[str, AfterValidator(_check_ae_title)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _check_postgresql_url(value: SecretStr) -> SecretStr:
+    """The URL, hidden since it may hold a password."""
+    if not re.fullmatch(r"postgresql://[^/?#\s]*/[^/?#\s]+(\?\S*)?", value.get_secret_value()):
+        raise ValueError("the URL of a PostgreSQL database is postgresql://USER:PASSWORD@HOST:PORT/NAME")
+    return value
+
+
+PostgreSQLURL = Annotated[SecretStr, AfterValidator(_check_postgresql_url)]
 
 
 class _Section(BaseModel):
@@ -206,6 +218,7 @@ class Config(_Section):
     """Everything that can be set."""
 
     data_dir: Path = Path("data")
+    database: PostgreSQLURL | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     receive: ReceiveConfig = ReceiveConfig()
     complete: CompleteConfig = CompleteConfig()
@@ -335,7 +348,8 @@ def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
         value, message = item["ctx"]["tag"], f"must be {tags}"
     elif item["type"] == "model_type":
         message = "must be a group of settings"
-    shown = "" if isinstance(value, dict | list) else f" (it is {value!r})"
+    is_secret = location == ("database",)  # it may hold a password
+    shown = "" if is_secret or isinstance(value, dict | list) else f" (it is {value!r})"
     return lines[known], f"{_dotted(location)}: {message[0].lower()}{message[1:]}{shown}"
 
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from apscheduler.schedulers.background import BackgroundScheduler
-from sqlalchemy.exc import DBAPIError
 
 from node import receive
 from node.case import Case
 from node.complete import check_cases
 from node.config import Config
 from node.deliver import deliver_due
-from node.index import Index, SchemaError
+from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
@@ -51,13 +50,13 @@ class Service:
         self._config = config
         try:
             self._data_lock = _lock(config.data_dir)
-            self._index = Index(config.data_dir)
+            self._index = Index(config.data_dir, config.database)
         except OSError as error:
             raise StartError(f"the data folder {config.data_dir} cannot be used: {error.strerror}") from error
-        except SchemaError as error:
+        except DatabaseError as error:
             raise StartError(str(error)) from error
-        except DBAPIError as error:
-            raise StartError(f"the database in {config.data_dir} cannot be used: {error.orig}") from error
+        if not self._index.take():
+            raise StartError("another node uses this database; give each node a database of its own")
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.

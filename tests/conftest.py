@@ -4,12 +4,16 @@ import socket
 import socketserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 
 from node.config import AnalyseConfig, CompleteConfig, Config, DeliverConfig, ReceiveConfig
 from node.index import Index
+
+if TYPE_CHECKING:
+    from tests.postgresql_server import PostgreSQLServer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,6 +64,22 @@ def index(tmp_path: Path) -> Iterator[Index]:
     opened = Index(tmp_path / "data")
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator["PostgreSQLServer"]:
+    """A PostgreSQL server; skips where there is none."""
+    from tests.postgresql_server import PostgreSQLServer
+
+    server = PostgreSQLServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> SecretStr | None:
+    """An empty database: the test runs once with each kind. As a configuration names it."""
+    return None if request.param == "sqlite" else request.getfixturevalue("postgresql").make_database()
 
 
 @pytest.fixture(scope="session")

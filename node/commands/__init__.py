@@ -46,16 +46,13 @@ def load_config(path: Path | None) -> "Config":
 @contextmanager
 def open_index(config: "Config") -> Iterator["Index"]:
     """The database of a configuration; ends the command when there is none yet, or it cannot be used."""
-    from sqlalchemy.exc import DBAPIError
+    from node.index import DatabaseError, Index
 
-    from node.index import Index, SchemaError
-
-    if not (config.data_dir / "cspine.sqlite").exists():
+    if config.database is None and not (config.data_dir / "cspine.sqlite").exists():
         fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
     try:
-        with closing(Index(config.data_dir)) as index:
-            yield index
-    except SchemaError as error:
-        fail(f"The database cannot be used: {error}.", EXIT_FAILED)
-    except DBAPIError as error:
-        fail(f"The database in {config.data_dir} cannot be used: {error.orig}.", EXIT_FAILED)
+        index = Index(config.data_dir, config.database)
+    except DatabaseError as error:
+        fail(f"There is nothing to see: {error}.", EXIT_FAILED)
+    with closing(index):
+        yield index

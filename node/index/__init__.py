@@ -7,13 +7,13 @@ none of them.
 
 from node.index.analysing import Analysing
 from node.index.completing import Completing, StoredSeries
+from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
 from node.index.notifications import Notifications
 from node.index.receiving import NewInstance, Receiving
-from node.index.schema import SchemaError
 
-__all__ = ["Index", "NewInstance", "SchemaError", "StoredSeries"]
+__all__ = ["DatabaseError", "Index", "NewInstance", "StoredSeries"]
 
 
 class Index(Receiving, Completing, Analysing, Deliveries, Notifications):
-    """The database of one data folder. Safe to use from several threads and processes at once."""
+    """The database of one node. Safe to use from several threads and processes at once."""

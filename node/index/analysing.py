@@ -1,11 +1,13 @@
 """Cases on their way through a worker."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy import select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.dialects.postgresql import insert
 
 from node.case import Case, CaseState, DeliveryState
 from node.index import tables
@@ -17,10 +19,12 @@ _cases, _deliveries, _instances, _results = tables.cases, tables.deliveries, tab
 class Analysing(Cases):
     """Claims, and how they ended."""
 
-    def claim_next(self) -> Case | None:
-        """The case that has been queued longest, now ANALYSING and one attempt older; None if none is queued."""
-        queued = select(_cases).where(_cases.c.state == CaseState.QUEUED).order_by(_cases.c.changed_at).limit(1)
-        for case in self._cases(queued):
+    def claim_next(self, rank: Callable[[Case], Any] = attrgetter("queued_at")) -> Case | None:
+        """The queued case that ranks lowest, now ANALYSING and one attempt older; None if none is queued.
+
+        However many claim at once, a case goes to one of them.
+        """
+        for case in sorted(self._cases(select(_cases).where(_cases.c.state == CaseState.QUEUED)), key=rank):
             if self._move(case, CaseState.ANALYSING, attempts=case.attempts + 1):
                 # Not read again: an Instance that came since must make `finish` miss.
                 return replace(case, state=CaseState.ANALYSING, reason="", attempts=case.attempts + 1)
@@ -69,7 +73,7 @@ class Analysing(Cases):
     def fail_attempt(self, case: Case, reason: str, max_attempts: int) -> CaseState:
         """An analysis broke: QUEUED again, or FAILED when the attempts are used up; returns which."""
         state = CaseState.QUEUED if case.attempts < max_attempts else CaseState.FAILED
-        self._move(case, state, reason)
+        self._move(case, state, reason, queued_at=self.now())  # behind the others
         return state
 
     def put_back(self, held: Collection[int]) -> int:

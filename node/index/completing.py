@@ -55,7 +55,7 @@ class Completing(Cases):
 
     def queue(self, case: Case) -> bool:
         """The Series is whole."""
-        return self._move(case, CaseState.QUEUED)
+        return self._move(case, CaseState.QUEUED, queued_at=self.now())
 
     def refuse(self, case: Case, reason: str) -> bool:
         """The Series cannot be analysed."""

@@ -1,90 +1,107 @@
-"""The connection to the database, and the one way to write to it. What is written stands beside this, by stage."""
+"""The connection to the database, and the one way to write to it. What is written stands beside this, by stage.
 
-import fcntl
-import threading
+Statements are the same for SQLite and PostgreSQL: SQLAlchemy renders `postgresql.insert`, with its ON CONFLICT, for
+both, and leaves FOR UPDATE out where there is one writer. Transactions lock rows in one order: an association, its
+Instances, cases by Series, then what belongs to a case.
+"""
+
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from pydantic import SecretStr
+from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import DBAPIError
 
-from node.index.schema import bring_up_to_date
+from node.index.engine import database_url, make_engine
+from node.index.schema import SchemaError, bring_up_to_date
+from node.index.turn import Turn
+
+# PostgreSQL's advisory locks are numbers; these are "cspine" and what they are for.
+_SCHEMA_LOCK, _NODE_LOCK = 0x637370696E6501, 0x637370696E6502
+
+
+class DatabaseError(Exception):
+    """The database cannot be used; the message says which and why."""
 
 
 class Database:
-    """An SQLite file in WAL mode with `synchronous=FULL`: a committed row survives a power cut.
+    """An SQLite file in the data folder, or a PostgreSQL database. What is committed survives a power cut.
+
+    url: of a PostgreSQL database, None for SQLite. now: the clock.
 
     Raises:
-        OSError: the data folder cannot be used.
-        SchemaError: the database is of a newer version.
+        DatabaseError: it cannot be used.
     """
 
-    def __init__(self, data_dir: Path, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, data_dir: Path, url: SecretStr | None = None, now: Callable[[], float] = time.time) -> None:
         self.data_dir = data_dir
         self.now = now
-        data_dir.mkdir(parents=True, exist_ok=True)
-        self._turn = _Turn(data_dir / "cspine.sqlite.lock")
-        self._engine = _open(data_dir / "cspine.sqlite")
+        where = database_url(data_dir, url)
+        self.where = str(where)  # SQLAlchemy hides the password
+        self._turn: Turn | None = None  # None with PostgreSQL, where writers need none
+        self._holder: Connection | None = None  # has the database for this node as long as it is connected
         try:
-            with self._turn, self._engine.connect() as connection:
-                # Not in a transaction; and two at once would find the file locked, whatever the timeout.
-                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            with self._writing() as connection:
-                bring_up_to_date(connection)
+            self._engine = make_engine(where)
+        except ModuleNotFoundError as error:
+            raise DatabaseError(
+                f"PostgreSQL needs {error.name}, which is not installed: pip install 'cspine-node[postgresql]'"
+            ) from error
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            if url is None:
+                self._turn = Turn(data_dir / "cspine.sqlite.lock")
+            self._set_up()
+        except (OSError, DBAPIError, SchemaError) as error:
+            self.close()
+            raise DatabaseError(f"the database {where} cannot be used: {_reason(error)}") from error
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Closes the connections."""
+        if self._holder:
+            self._holder.close()
         self._engine.dispose()
-        self._turn.close()
+        if self._turn:
+            self._turn.close()
+
+    def take(self) -> bool:
+        """Takes the database for one node, until it is closed; False if another node has it.
+
+        Only PostgreSQL is asked: an SQLite file is in the data folder, which the node has taken.
+        """
+        if self._turn:
+            return True
+        if self._holder is None:
+            self._holder = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        return bool(self._holder.scalar(select(func.pg_try_advisory_lock(_NODE_LOCK))))
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
         """A transaction that writes: committed at the end, rolled back by an exception."""
-        with self._turn, self._engine.begin() as connection:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        with self._turn or nullcontext(), self._engine.begin() as connection:
+            if self._turn:
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
 
-
-class _Turn:
-    """Whose turn it is to write: one thread of one process at a time.
-
-    SQLite has one writer anyway, and lets the others find out by polling with growing sleeps, in no order, until
-    a timeout says "database is locked". Here they wait in the kernel, which wakes the next one at once and lets go when
-    a process dies.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._threads = threading.Lock()  # flock is per open file: threads that share it would all have it
-        self._file = path.open("wb")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> None:
-        self._threads.acquire()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-        except BaseException:
-            self._threads.release()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._threads.release()
+    def _set_up(self) -> None:
+        """Tables as they are today; processes that open the database at the same time wait for each other."""
+        if self._turn:
+            with self._turn, self._engine.connect() as connection:
+                # Not in a transaction; and two at once would find the file locked, whatever the timeout.
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        with self._writing() as connection:
+            if not self._turn:
+                connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+            bring_up_to_date(connection)
 
 
-def _open(path: Path) -> Engine:
-    # isolation_level None: the driver starts no transaction of its own, `_writing` says BEGIN IMMEDIATE.
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": 30, "isolation_level": None})
-
-    @event.listens_for(engine, "connect")
-    def _set_up(connection: Any, _record: Any) -> None:
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
-
-    return engine
+def _reason(error: Exception) -> str:
+    """What is wrong, on one line."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return " ".join(str(cause).split())

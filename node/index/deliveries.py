@@ -1,6 +1,6 @@
 """Results on their way to their destinations."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import Connection, select, update
 
@@ -50,6 +50,7 @@ class Deliveries(Cases):
             _deliveries.c.result_dir == str(delivery.result_dir.relative_to(self.data_dir)),
         )
         with self._writing() as connection:
+            _lock_cases(connection, [delivery.case_id])
             outcome = mine.values(
                 state=state, reason=reason, attempts=delivery.attempts, next_attempt_at=next_attempt_at
             )
@@ -60,11 +61,18 @@ class Deliveries(Cases):
         """Gives up deliveries to destinations that are no longer configured."""
         gone = (_deliveries.c.state == DeliveryState.PENDING) & _deliveries.c.destination.not_in(names)
         with self._writing() as connection:
-            case_ids = connection.scalars(select(_deliveries.c.case_id).where(gone)).all()
+            case_ids = set(connection.scalars(select(_deliveries.c.case_id).where(gone)))
+            _lock_cases(connection, case_ids)
             reason = "this destination is no longer in the configuration"
             connection.execute(update(_deliveries).where(gone).values(state=DeliveryState.FAILED, reason=reason))
-            for case_id in set(case_ids):
+            for case_id in case_ids:
                 _settle_case(connection, case_id, self.now())
+
+
+def _lock_cases(connection: Connection, case_ids: Collection[int]) -> None:
+    """Two deliveries of a case that end at once would each find the other pending."""
+    cases = select(_cases.c.case_id).where(_cases.c.case_id.in_(case_ids)).order_by(_cases.c.series_instance_uid)
+    connection.execute(cases.with_for_update())
 
 
 def _settle_case(connection: Connection, case_id: int, now: float) -> None:

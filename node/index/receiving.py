@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import bindparam, select, update
-from sqlalchemy.dialects.sqlite import Insert, insert
+from sqlalchemy.dialects.postgresql import Insert, insert
 
 from node.case import CaseState
 from node.index import tables
@@ -54,6 +55,9 @@ class Receiving(Cases):
         touched = _cases.c.series_instance_uid.in_(carried) & (_cases.c.state == CaseState.RECEIVING)
         with self._writing() as connection:
             connection.execute(update(_associations).where(association).values(ended_at=now, released=int(released)))
+            connection.execute(
+                select(_cases.c.case_id).where(touched).order_by(_cases.c.series_instance_uid).with_for_update()
+            )
             connection.execute(update(_cases).where(touched).values(next_check_at=now))
 
     def end_lost_associations(self) -> None:
@@ -98,6 +102,7 @@ class Receiving(Cases):
             }
             for uid, instance in first_with.items()
         ]
+        rows.sort(key=itemgetter("sop_instance_uid"))
         with self._writing() as connection:
             new = set(connection.scalars(_ADD_INSTANCE, rows)) if rows else set()
             arrivals = [
@@ -112,6 +117,7 @@ class Receiving(Cases):
                 for uid, instance in first_with.items()
                 if uid in new
             ]
+            arrivals.sort(key=itemgetter("series_instance_uid"))
             if arrivals:
                 connection.execute(_ADD_TO_CASE, arrivals)
         return [

@@ -9,6 +9,11 @@ STEPS = (
     ("ALTER TABLE cases ADD COLUMN attributes JSON DEFAULT '{}' NOT NULL",),
     # 2: notifications find what is new.
     ("CREATE INDEX cases_by_change ON cases (changed_at)",),
+    # 3: how long a case has been waiting for a worker, however often it was put back.
+    (
+        "ALTER TABLE cases ADD COLUMN queued_at FLOAT",
+        "UPDATE cases SET queued_at = changed_at WHERE state = 'queued' OR state = 'analysing'",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

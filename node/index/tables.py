@@ -30,6 +30,7 @@ cases = Table(
     Column("first_received_at", Float, nullable=False),
     Column("last_received_at", Float, nullable=False),
     Column("next_check_at", Float, nullable=False),  # when completeness is next judged
+    Column("queued_at", Float),  # since when it waits for a worker; kept when it is put back
     Column("changed_at", Float, nullable=False),
     Column("result_dir", String),  # relative to the data folder
     Column("summary", String, nullable=False, default=""),

@@ -154,7 +154,7 @@ def run(config: Config, ready: Connection) -> None:
     be_child(config.log_level)
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    index = Index(config.data_dir)
+    index = Index(config.data_dir, config.database)
     index.end_lost_associations()
     (index.data_dir / "instances").mkdir(exist_ok=True)
     sync(index.data_dir)

@@ -274,7 +274,7 @@ def test_check_names_everything_that_is_wrong(
     assert result.exit_code == 1
     lines = {line[8:].split("  ")[0]: line for line in result.stdout.splitlines()}
     failed = {name for name, line in lines.items() if line.startswith("failed")}
-    assert failed == {"port", "disk", "model", "destination pacs", "destination out"}
+    assert failed == {"port", "disk", "database", "model", "destination pacs", "destination out"}
     assert lines["configuration"].startswith("ok")
     assert lines["destination fine"].startswith("ok")
     assert "is the node running already?" in lines["port"]

@@ -332,3 +332,13 @@ def test_paths_of_certificates_start_at_the_folder_of_the_file(load: Load, tmp_p
     (pacs,) = config.deliver.destinations
     assert isinstance(pacs, DicomDestination)
     assert pacs.tls == ClientTls(ca=tmp_path / "ca.pem")
+
+
+def test_the_database_is_a_postgresql_url_and_its_password_is_never_shown(load: Load) -> None:
+    config = load("database: postgresql://cspine:secret@db.example.org:5432/cspine\n")
+    assert config.database is not None
+    assert config.database.get_secret_value().endswith("@db.example.org:5432/cspine")
+    assert "secret" not in repr(config)
+    with pytest.raises(ConfigError, match=r"line 1: database: the URL of a PostgreSQL database is") as raised:
+        load("database: mysql://cspine:secret@db.example.org/cspine\n")
+    assert "secret" not in str(raised.value)

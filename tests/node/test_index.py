@@ -1,18 +1,27 @@
 """The database: the states of a case, changes that miss when the case moved on, and several writers at once."""
 
-import multiprocessing
-import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
-from node.index import Index, NewInstance
+from node.index import Index, NewInstance, tables
 
 SERIES, STUDY = "1.2.3", "1.2"
+
+
+@pytest.fixture
+def index(tmp_path: Path, database: SecretStr | None) -> Iterator[Index]:
+    """The index of an empty data folder; each test runs with SQLite and with PostgreSQL."""
+    opened = Index(tmp_path / "data", database)
+    yield opened
+    opened.close()
 
 
 def header(number: int, series_instance_uid: str = SERIES) -> dict[str, Any]:
@@ -130,9 +139,8 @@ def test_without_destinations_a_finished_case_is_done(index: Index) -> None:
 
 def test_paths_are_kept_relative_so_the_data_folder_can_move(index: Index) -> None:
     add(index, 1)
-    with sqlite3.connect(index.data_dir / "cspine.sqlite") as connection:
-        (path,) = connection.execute("SELECT path FROM instances").fetchone()
-    connection.close()
+    with index._engine.connect() as connection:
+        path = connection.scalar(select(tables.instances.c.path))
     assert path == f"instances/{SERIES}/{SERIES}.1.dcm"
     assert index.find_instance(f"{SERIES}.1") == index.data_dir / path
     assert index.find_instance("1.2.3.4.5.6") is None
@@ -279,16 +287,19 @@ def test_cases_are_listed_latest_first(index: Index) -> None:
     assert len(index.cases(limit=2)) == 2
 
 
-def test_everything_survives_closing_and_opening_again(index: Index, tmp_path: Path) -> None:
+def test_everything_survives_closing_and_opening_again(
+    index: Index, tmp_path: Path, database: SecretStr | None
+) -> None:
     add(index, 1)
     before = the_case(index)
     index.close()
-    again = Index(tmp_path / "data")
+    again = Index(tmp_path / "data", database)
     assert the_case(again) == before
     again.close()
 
 
-def test_commits_survive_a_power_cut(index: Index) -> None:
+@pytest.mark.parametrize("database", [None])
+def test_sqlite_commits_survive_a_power_cut(index: Index) -> None:
     """WAL, and synchronous=FULL (2): the WAL is fsynced at each commit. Every pooled connection must have them."""
     connections = [index._engine.connect() for _ in range(3)]
     for connection in connections:
@@ -296,61 +307,3 @@ def test_commits_survive_a_power_cut(index: Index) -> None:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         connection.close()
-
-
-def _store_series(data_dir: Path, series_uid: str, num_instances: int, errors: Any) -> None:
-    """What a process does in `test_processes_write_at_once…`."""
-    index = Index(data_dir)
-    try:
-        association_id = index.open_association("SCANNER")
-        for number in range(num_instances):
-            add(index, number, association_id=association_id, series_uid=series_uid)
-            index.cases_to_check()
-        index.end_association(association_id, released=True)
-    except Exception as error:
-        errors.put(repr(error))
-    finally:
-        index.close()
-
-
-def test_processes_write_at_once_without_database_is_locked(index: Index) -> None:
-    context = multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    series_uids = ["1.1", "1.2"]
-    processes = [
-        context.Process(target=_store_series, args=(index.data_dir, uid, 60, errors), daemon=True)
-        for uid in series_uids
-    ]
-    for process in processes:
-        process.start()
-    while any(process.is_alive() for process in processes):
-        for uid in series_uids:  # a third writer, and a reader
-            case = index.case(uid)
-            if case is not None:
-                index.check_again(case, time.time() + 1)
-        time.sleep(0.005)
-    for process in processes:
-        process.join()
-    assert errors.empty(), errors.get()
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert [the_case(index, uid).num_instances for uid in series_uids] == [60, 60]
-
-
-def test_an_instance_that_comes_right_after_the_claim_is_not_overlooked(
-    index: Index, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The claim must name the state it made, or results without that Instance would pass as complete."""
-    add(index, 1)
-    assert index.queue(the_case(index))
-    move = index._move
-
-    def move_then_late_instance(*args: Any, **values: Any) -> bool:
-        moved = move(*args, **values)
-        add(index, 2)
-        return moved
-
-    monkeypatch.setattr(index, "_move", move_then_late_instance)
-    held = index.claim_next()
-    assert held is not None
-    assert not finish(index, held, "pacs")
-    assert the_case(index).state is CaseState.RECEIVING
