@@ -19,8 +19,9 @@ run: install
 	$(BIN)/cspine demo
 	$(BIN)/cspine serve
 
+# Two processes: much of what the tests do is wait, for a clock, a port or a process.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -1,6 +1,5 @@
 """Fixtures that tests of the node share: a port, a configuration, an index in a folder of its own, a model bundle."""
 
-import socket
 import socketserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pydantic import SecretStr
 
 from node.config import AnalyseConfig, CompleteConfig, Config, DeliverConfig, ReceiveConfig
 from node.index import Index
+from tests.ports import free_port
 
 if TYPE_CHECKING:
     from tests.postgresql_server import PostgreSQLServer
@@ -24,21 +24,10 @@ def _servers_stop_quickly() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """Gives a TCP port on loopback that nothing listened on a moment ago, another one at each call."""
-    given: set[int] = set()
-
-    def find() -> int:
-        while True:
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = int(probe.getsockname()[1])
-            if port not in given:
-                given.add(port)
-                return port
-
-    return find
+@pytest.fixture(name="free_port")
+def _free_port() -> Callable[[], int]:
+    """Gives a TCP port on loopback that nobody listens on, another one at each call."""
+    return free_port
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from orthanc_api_client import OrthancApiClient
 from pydicom import Dataset, dcmread
 
 from node.config import DicomDestination
-from tests.running_node import free_port
+from tests.ports import free_port
 
 ORTHANC_FOLDER = Path(__file__).parents[1] / "orthanc"
 STABLE_AGE_S = 1

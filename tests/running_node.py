@@ -16,6 +16,7 @@ from model.phantom import Anatomy, Fracture, default_grid, render, write_series
 from node.case import Case, CaseState
 from node.config import DicomDestination
 from node.index import Index
+from tests.ports import free_port
 
 SETTLED = {CaseState.DONE, CaseState.REFUSED, CaseState.FAILED}
 
@@ -119,13 +120,6 @@ class RunningNode:
     def _listens(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def phantom_series(folder: Path, *, seed: int = 0, fractures: tuple[Fracture, ...] = (), **uids: Any) -> list[Path]:

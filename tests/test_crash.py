@@ -18,7 +18,8 @@ from node.case import CaseState
 from node.config import DicomDestination
 from node.index import Index
 from node.send import Answer, SendError, send_files
-from tests.running_node import RunningNode, free_port, phantom_series
+from tests.ports import free_port
+from tests.running_node import RunningNode, phantom_series
 
 NUM_SERIES = 4
 NUM_KILLS = 20

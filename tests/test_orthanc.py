@@ -22,7 +22,8 @@ from node.receive import start_server
 from node.send import SendError, echo, send_files
 from tests.factories import make_ct_series, make_report, make_screen_save
 from tests.orthanc_server import ORTHANC_FOLDER, STABLE_AGE_S, OrthancServer
-from tests.running_node import RunningNode, free_port, phantom_series
+from tests.ports import free_port
+from tests.running_node import RunningNode, phantom_series
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from model.phantom import Anatomy, default_grid, render, write_series
 from node.encode.seg import VERTEBRAE
 from tests.ohif_viewer import OhifSite, find_chromium, open_study
 from tests.orthanc_server import OrthancServer
-from tests.running_node import free_port
+from tests.ports import free_port
 
 BUILD_FOLDER = Path(__file__).parents[1] / "build"
 

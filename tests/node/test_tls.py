@@ -15,7 +15,7 @@ from node.send import SendError, echo, send_files
 from node.tls import ServerTls, TlsError, certificate_faults, client_context, server_context
 from tests.certificates import Authority
 from tests.factories import make_ct_series
-from tests.running_node import free_port
+from tests.ports import free_port
 
 needs_dcmtk = pytest.mark.skipif(
     not Path("/usr/bin/storescp").exists(), reason="dcmtk is not installed (apt-get install dcmtk)"
