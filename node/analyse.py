@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,22 +37,26 @@ def analyse_series(
     node: NodeIdentity,
     profiles: Collection[Profile] = (Profile(),),
     decode_pool: DecodePool | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Results:
     """Reads the Series, runs the model, and writes findings.json and the DICOM objects into `folder`.
 
     The folder appears whole or not at all: it is written under another name beside its place, synced and renamed. One
     that is there already is replaced. profiles: what the destinations want between them. decode_pool: for
-    `read_series`.
+    `read_series`. on_stage: called with "read", "segment", "classify" and "encode" as each begins.
 
     Raises:
         SeriesError: the Series cannot be analysed.
         OSError: the folder cannot be written.
     """
+    begin = on_stage or (lambda stage: None)
     started = time.perf_counter()
+    begin("read")
     volume = read_series(paths, rules, decode_pool)
     read_s = time.perf_counter() - started
-    analysis = pipeline.analyse(volume)
+    analysis = pipeline.analyse(volume, on_stage=on_stage)
 
+    begin("encode")
     draft = folder.with_name(f".{folder.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)

@@ -152,6 +152,15 @@ class CompleteConfig(_Section):
     max_spacing_mm: float = Field(default=5.0, gt=0, le=20)
 
 
+class TimeoutsConfig(_Section):
+    """How long each step of an analysis may take, by the names that `analyse_series` gives them."""
+
+    read: Seconds = 120.0
+    segment: Seconds = 300.0
+    classify: Seconds = 300.0
+    encode: Seconds = 120.0
+
+
 class AnalyseConfig(_Section):
     """The worker processes that run the model."""
 
@@ -159,7 +168,7 @@ class AnalyseConfig(_Section):
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     workers: int = Field(default=1, ge=1, le=64)
     threads: int | None = Field(default=None, ge=1, le=256)
-    timeout_s: Seconds = 600.0
+    timeouts_s: TimeoutsConfig = TimeoutsConfig()
     max_attempts: int = Field(default=3, ge=1, le=100)
 
 

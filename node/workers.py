@@ -1,7 +1,7 @@
 """The worker processes that run analyses, behind one small interface: `submit(job) -> Future[JobOutcome]`.
 
 Nothing outside this module knows that there are processes; a cluster could stand here. Each slot is a thread that owns
-one process, gives it a job, waits, and replaces it when it died or took too long. A worker loads the model once.
+one process, gives it a job, waits, and replaces it when it died or a step took too long. A worker loads the model once.
 """
 
 import contextlib
@@ -58,6 +58,13 @@ class Broken:
 
 
 JobOutcome = Analysed | NotAnalysable | Broken
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A worker begins a step of its job."""
+
+    name: str
 
 
 @dataclass(frozen=True)
@@ -145,7 +152,7 @@ class _Worker:
 
     def __init__(self, config: Config) -> None:
         context = multiprocessing.get_context("spawn")
-        self._timeout_s = config.analyse.timeout_s
+        self._timeouts_s = {"start": _START_TIMEOUT_S} | config.analyse.timeouts_s.model_dump()
         self._connection, far_end = context.Pipe()
         self._process = context.Process(target=_work, args=(config, far_end), name="cspine-worker")
         self._process.start()
@@ -163,7 +170,7 @@ class _Worker:
 
     def load(self, stopping: threading.Event) -> "_Answer | None":
         """Waits until the model is loaded; how that ended, None if the pool stopped first."""
-        answer = self._receive(_START_TIMEOUT_S, stopping)
+        answer = self._receive("start", stopping)
         self._ready = self._usable = isinstance(answer, _Ready)
         return answer
 
@@ -173,27 +180,32 @@ class _Worker:
         if isinstance(answer, _Ready):
             with contextlib.suppress(OSError):  # it is dead, and what follows says how it died
                 self._connection.send(job)
-            answer = self._receive(self._timeout_s, stopping)
+            answer = self._receive("read", stopping)
         if isinstance(answer, _CannotLoad):
             return Broken(reason=answer.reason)
         assert not isinstance(answer, _Ready)
         return answer
 
-    def _receive(self, timeout_s: float, stopping: threading.Event) -> "_Answer | None":
-        """What the worker says next; Broken, and no longer usable, if it dies or is silent for too long."""
-        deadline = time.monotonic() + timeout_s
+    def _receive(self, stage: str, stopping: threading.Event) -> "_Answer | None":
+        """What the worker answers; Broken, and no longer usable, if it dies or a step takes too long."""
+        deadline = time.monotonic() + self._timeouts_s[stage]
         while not stopping.is_set():
             try:
                 if wait([self._connection], timeout=0.2):
-                    answer: _Answer = self._connection.recv()
-                    return answer
+                    answer: _Answer | _Stage = self._connection.recv()
+                    if not isinstance(answer, _Stage):
+                        return answer
+                    stage = answer.name
+                    deadline = time.monotonic() + self._timeouts_s[stage]
             except (EOFError, OSError):
                 self._usable = False
                 self._process.join(5)
-                return Broken(reason=f"the worker process died ({_exit_words(self._process.exitcode)})")
+                how = _exit_words(self._process.exitcode)
+                return Broken(reason=f"the worker process died in step {stage!r} ({how})")
             if time.monotonic() > deadline:
                 self._usable = False
-                return Broken(reason=f"no answer from the worker process within {timeout_s:g} s; it was stopped")
+                limit_s = self._timeouts_s[stage]
+                return Broken(reason=f"step {stage!r} did not end within {limit_s:g} s; its worker was stopped")
         return None
 
 
@@ -235,6 +247,7 @@ def _work(config: Config, connection: Connection) -> None:
                 node,
                 profiles=config.deliver.profiles,
                 decode_pool=decode_pool,
+                on_stage=lambda stage: connection.send(_Stage(stage)),
             )
             outcome: JobOutcome = Analysed(
                 folder=results.folder,

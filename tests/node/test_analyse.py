@@ -10,6 +10,7 @@ import pytest
 from model import ModelInfo, SeriesRules, load_pipeline
 from node import analyse
 from node.analyse import Results, analyse_series, result_folder_name
+from node.config import TimeoutsConfig
 from node.encode import NodeIdentity
 from tests.factories import make_ct_series
 
@@ -45,6 +46,13 @@ def test_the_folder_holds_findings_and_every_object_that_is_named(run: Any, tmp_
     written = json.loads((tmp_path / "results" / "findings.json").read_text(encoding="utf-8"))
     assert set(written["timings_s"]) == {"read", "segment", "classify", "encode", "total"}
     assert written == json.loads(json.dumps(results.findings.to_dict()))
+
+
+def test_each_step_is_told_of_as_it_begins(pipeline: Any, series: list[Path], tmp_path: Path) -> None:
+    """Under these names the configuration has a timeout for each."""
+    told: list[str] = []
+    analyse_series(series, tmp_path / "results", pipeline, SeriesRules(), NodeIdentity(), on_stage=told.append)
+    assert told == list(TimeoutsConfig.model_fields)
 
 
 def test_a_repeat_replaces_the_folder(run: Any, tmp_path: Path) -> None:

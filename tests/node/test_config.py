@@ -54,14 +54,13 @@ def _settings(model: type[BaseModel], section: str = "") -> Iterator[str]:
 
 def test_config_yaml_holds_every_setting_with_a_comment_directly_above_it() -> None:
     lines = CONFIG_YAML.read_text(encoding="utf-8").splitlines()
-    section, commented, found = "", set(), set()
+    place, commented, found = list[str](), set(), set()
     for above, line in zip(["", *lines], lines, strict=False):
         match = re.fullmatch(r"( *)(\w+):.*", line)
-        if match is None or len(match[1]) > 2:
+        if match is None or len(match[1]) > 4:
             continue
-        if not match[1]:
-            section = match[2]
-        name = f"{section}.{match[2]}" if match[1] else match[2]
+        place = [*place[: len(match[1]) // 2], match[2]]
+        name = ".".join(place)
         found.add(name)
         if above.strip().startswith("#"):
             commented.add(name)

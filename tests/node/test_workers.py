@@ -42,6 +42,11 @@ def play(config: Config, connection: Connection) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(3)
+            case "hang in classify":
+                for stage in ("read", "segment", "classify"):
+                    connection.send(workers._Stage(stage))
+                    time.sleep(0.3)
+                time.sleep(60)
             case "slow":
                 time.sleep(0.3)
         summary = f"{os.getpid()}"
@@ -99,14 +104,14 @@ def test_a_worker_killed_in_the_middle_breaks_its_job_and_the_next_one_works(mak
     hanging = pool.submit(job("hang"))
     time.sleep(0.2)
     os.kill(first, signal.SIGKILL)
-    assert outcome_of(hanging) == Broken(reason="the worker process died (signal SIGKILL)")
+    assert outcome_of(hanging) == Broken(reason="the worker process died in step 'read' (signal SIGKILL)")
     assert pid_of(outcome_of(pool.submit(job("ok")))) != first
 
 
 @pytest.mark.parametrize(("what", "words"), [("die", "signal SIGKILL"), ("exit", "exit status 3")])
 def test_a_worker_that_dies_of_its_job_says_how(make_pool: MakePool, what: str, words: str) -> None:
     pool = make_pool()
-    assert outcome_of(pool.submit(job(what))) == Broken(reason=f"the worker process died ({words})")
+    assert outcome_of(pool.submit(job(what))) == Broken(reason=f"the worker process died in step 'read' ({words})")
     assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
 
 
@@ -119,18 +124,20 @@ def test_a_worker_that_died_while_idle_costs_no_job(make_pool: MakePool) -> None
     assert pid_of(outcome_of(pool.submit(job("ok")))) != first
 
 
-def test_a_worker_that_takes_too_long_is_stopped_and_replaced(make_pool: MakePool) -> None:
-    pool = make_pool(timeout_s=0.5)
+@pytest.mark.parametrize(("what", "step"), [("hang", "read"), ("hang in classify", "classify")])
+def test_a_worker_whose_step_takes_too_long_is_stopped_and_replaced(make_pool: MakePool, what: str, step: str) -> None:
+    """Each step has its own time: the first two of the second job take longer together than either may."""
+    pool = make_pool(timeouts_s={"read": 0.5, "segment": 0.5, "classify": 0.5})
     first = pid_of(outcome_of(pool.submit(job("ok"))))
-    outcome = outcome_of(pool.submit(job("hang")))
-    assert outcome == Broken(reason="no answer from the worker process within 0.5 s; it was stopped")
+    outcome = outcome_of(pool.submit(job(what)))
+    assert outcome == Broken(reason=f"step {step!r} did not end within 0.5 s; its worker was stopped")
     assert not psutil.pid_exists(first)
     assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
 
 
 def test_a_worker_that_dies_at_start_breaks_the_job(make_pool: MakePool) -> None:
     outcome = outcome_of(make_pool(device="cuda:99").submit(job("ok")))
-    assert outcome == Broken(reason="the worker process died (exit status 7)")
+    assert outcome == Broken(reason="the worker process died in step 'start' (exit status 7)")
 
 
 def test_stop_ends_the_workers_at_once_and_cancels_what_they_held_and_what_waited(make_pool: MakePool) -> None:
