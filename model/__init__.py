@@ -22,6 +22,7 @@ from model.findings import (
 )
 from model.geometry import Grid
 from model.levels import LEVELS
+from model.measure import BodyHeights, Midline, find_midline
 from model.series import (
     HEADER_TAGS,
     IncompleteSeries,
@@ -42,6 +43,7 @@ __all__ = [
     "LEVELS",
     "PARSE_ERRORS",
     "Analysis",
+    "BodyHeights",
     "BundleError",
     "DecodePool",
     "Finding",
@@ -49,6 +51,7 @@ __all__ = [
     "Grid",
     "IncompleteSeries",
     "LevelFinding",
+    "Midline",
     "ModelInfo",
     "PatientFinding",
     "Region",
@@ -59,6 +62,7 @@ __all__ = [
     "SliceWeight",
     "Volume",
     "check_series",
+    "find_midline",
     "load_pipeline",
     "read_bundle",
     "read_series",

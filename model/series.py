@@ -314,7 +314,10 @@ def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack
         if z in at:
             header = headers[at[z]]
             source = SliceSource(
-                sop_instance_uid=header.sop_instance_uid, path=files[at[z]], frame_number=header.frame_number
+                sop_instance_uid=header.sop_instance_uid,
+                path=files[at[z]],
+                position_lps_mm=header.position_lps_mm or (),
+                frame_number=header.frame_number,
             )
         else:
             source = replace(sources[-1], is_interpolated=True)

@@ -15,10 +15,12 @@ class SliceSource:
 
     path: the DICOM file. frame_number: 1-based frame inside it (always 1 for a single-frame Instance). is_interpolated:
     the slice was lost and is made up from its neighbours; what is named here is then the slice below it.
+    position_lps_mm: `(x, y, z)` of the centre of its first voxel, exactly as the file has it.
     """
 
     sop_instance_uid: str
     path: Path
+    position_lps_mm: tuple[float, ...] = ()
     frame_number: int = 1
     is_interpolated: bool = False
 

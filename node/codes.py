@@ -43,3 +43,24 @@ QUALITATIVE_EVALUATIONS = Code("C0034375", "UMLS", "Qualitative Evaluations")
 IMAGING_MEASUREMENT_REPORT = codes.DCM.ImagingMeasurementReport
 STUDY_INSTANCE_UID = codes.DCM.StudyInstanceUID
 ALGORITHM_NAME = codes.DCM.AlgorithmName
+SOURCE_IMAGE = codes.cid7202.SourceImageForImageProcessingOperation
+SEGMENTATION_DERIVATION = codes.cid7203.SegmentationImageDerivation
+LEFT: Code = codes.SCT.Left
+RIGHT: Code = codes.SCT.Right
+CENTRAL = codes.SCT.Central
+ANTERIOR = codes.SCT.Anterior
+POSTERIOR = codes.SCT.Posterior
+VERTEBRAL_BODY = Code("3572006", "SCT", "Structure of body of vertebra")
+HEIGHT = codes.DCM.Height
+MILLIMETER = codes.UCUM.Millimeter
+RATIO = codes.UCUM.Ratio
+# No dictionary has it; our own scheme, as PS3.16 8.2 provides for.
+BODY_HEIGHT_RATIO = Code("BODY-HEIGHT-RATIO", "99CSPINE", "Ratio of anterior to posterior height")
+
+# CID 6047: what became of the analysis.
+FINDINGS_SUMMARY = codes.DCM.CADProcessingAndFindingsSummary
+ALL_SUCCEEDED_WITH_FINDINGS: Code = codes.DCM.AllAlgorithmsSucceededWithFindings
+ALL_SUCCEEDED_WITHOUT_FINDINGS: Code = codes.DCM.AllAlgorithmsSucceededWithoutFindings
+NOT_ALL_SUCCEEDED_WITH_FINDINGS: Code = codes.DCM.NotAllAlgorithmsSucceededWithFindings
+NOT_ALL_SUCCEEDED_WITHOUT_FINDINGS: Code = codes.DCM.NotAllAlgorithmsSucceededWithoutFindings
+NONE_SUCCEEDED: Code = codes.DCM.NoAlgorithmsSucceededWithoutFindings

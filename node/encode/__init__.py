@@ -5,7 +5,7 @@ the source Instances and writes files; it sends nothing and does not write findi
 """
 
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,18 +14,21 @@ from pydicom.dataset import Dataset
 
 from model import Analysis, Volume
 from node.encode import sr
+from node.encode.frames import marked_part
 from node.encode.identity import NodeIdentity, ResultUids
-from node.encode.seg import FRACTURES, VERTEBRAE, make_segmentation, marked_planes, save
-from node.encode.source import read_source
+from node.encode.maker import Maker
+from node.encode.regions import FractureRegion, find_regions
+from node.encode.seg import FRACTURES, VERTEBRA_SEGMENTS, VERTEBRAE, Mask, SegPart, make_segmentation, plan, save
+from node.encode.source import Source, read_source
 from node.encode.sr import conclude
-from node.profiles import Kind, Profile
+from node.profiles import Kind, Profile, object_names
 
 __all__ = ["NodeIdentity", "ResultObject", "conclude", "encode_results"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultObject:
-    """A DICOM object that was written. kind: "vertebrae.seg", "fractures.seg" or "report.sr"."""
+    """A DICOM object that was written. kind: the name of its file without ".dcm", for example "vertebrae.seg"."""
 
     kind: str
     path: Path
@@ -67,27 +70,45 @@ def encode_results(
 def _encode(
     analysis: Analysis, volume: Volume, out_dir: Path, node: NodeIdentity, profiles: Collection[Profile]
 ) -> Iterator[ResultObject]:
-    findings = analysis.findings
-    uids = ResultUids.of((item.sop_instance_uid for item in volume.slices), findings.model)
-    wanted = {kind for profile in profiles for kind in profile.objects}
-    masks = {
-        kind: mask
-        for kind, mask in ((VERTEBRAE, analysis.vertebrae), (FRACTURES, analysis.fractures))
-        if kind.kind in wanted
-    }
-    planes = sorted({z for mask in masks.values() for z in marked_planes(mask)})
-    source = read_source(volume.slices, volume.grid, planes)
-    made = {
-        kind: seg
-        for kind, mask in masks.items()
-        if (seg := make_segmentation(kind, mask, source, findings.model, uids, node)) is not None
-    }
-    for kind, seg in made.items():
-        yield _result(kind.name, seg, save(seg, out_dir, kind.file_name))
-    # In the order of `Kind`, one plain call each: `if Kind.SALIENCY_MAP in wanted:` and so on; the report comes last.
-    if Kind.REPORT_SR in wanted:
-        report = sr.make_report(findings, source, list(made.values()), made.get(VERTEBRAE), uids, node)
-        yield _result(sr.NAME, report, save(report, out_dir, sr.FILE_NAME))
+    maker = Maker(
+        source=read_source(volume.slices, volume.grid),
+        model=analysis.findings.model,
+        uids=ResultUids.of((item.sop_instance_uid for item in volume.slices), analysis.findings.model),
+        node=node,
+    )
+    vertebrae, fractures = marked_part(analysis.vertebrae), marked_part(analysis.fractures)
+    masks: dict[Kind, Mask] = {}
+    regions: Sequence[FractureRegion] = ()
+    if vertebrae:
+        masks[Kind.VERTEBRAE_SEG] = Mask(kind=VERTEBRAE, marked=vertebrae, segments=VERTEBRA_SEGMENTS)
+    if fractures:
+        marked, regions = find_regions(fractures, vertebrae, volume.grid)
+        masks[Kind.FRACTURES_SEG] = Mask(kind=FRACTURES, marked=marked, segments=regions)
+    made: dict[str, Dataset] = {}  # by file name
+
+    def write(file_name: str, ds: Dataset) -> ResultObject:
+        made[file_name] = ds
+        return _result(file_name.removesuffix(".dcm"), ds, save(ds, out_dir, file_name))
+
+    parts_of = {profile: _parts(profile, masks, maker.source) for profile in profiles}
+    for profile, parts in parts_of.items():
+        for part in parts:
+            if part.file_name not in made:
+                yield write(part.file_name, make_segmentation(part, profile, maker))
+                del made[part.file_name].PixelData  # the reports need the rest
+    # In the order of `Kind`, one plain call each: `if any(Kind.SALIENCY_MAP in profile.objects ..)`; reports come last.
+    content = sr.Content(findings=analysis.findings, regions=regions)
+    for profile, parts in parts_of.items():
+        names = object_names(profile, Kind.REPORT_SR)
+        file_name = names[0] if any(part.is_split for part in parts) else names[-1]
+        if Kind.REPORT_SR in profile.objects and file_name not in made:
+            segs = [made[part.file_name] for part in parts]
+            yield write(file_name, sr.make_report(content, segs, file_name, profile, maker))
+
+
+def _parts(profile: Profile, masks: dict[Kind, Mask], source: Source) -> list[SegPart]:
+    """The Segmentations of a profile."""
+    return [part for kind in profile.segmentations if kind in masks for part in plan(masks[kind], profile, source)]
 
 
 def _result(kind: str, ds: Dataset, path: Path) -> ResultObject:

@@ -1,151 +1,158 @@
-"""Masks as DICOM Segmentations: one segment per level, BINARY, on the grid and the Instances they were made from."""
+"""Masks as DICOM Segmentations, on the grid and the Instances they were made from.
 
-from collections.abc import Callable
+One segment a vertebra in one object, one segment a fracture finding in another; BINARY or a label map, whole or split
+by segments over several Series. highdicom makes everything but the frames (`frames.py`).
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import highdicom as hd
 import numpy as np
 from highdicom.color import CIELabColor
 from highdicom.seg import Segmentation, SegmentDescription
-from numpy.typing import NDArray
+from highdicom.spatial import get_volume_positions
+from pydicom.charset import convert_encodings
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian
+from pydicom.filewriter import correct_ambiguous_vr
+from pydicom.tag import Tag
+from pydicom.uid import ExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from model import LEVELS, ModelInfo
 from node import codes
 from node.encode.colours import FRACTURE_RGB, LEVEL_RGB
 from node.encode.equipment import algorithm_sequence, processing_equipment
-from node.encode.identity import NodeIdentity, ResultUids
+from node.encode.frames import (
+    Frame,
+    Marked,
+    binary_pixels,
+    find_frames,
+    functional_groups,
+    items,
+    label_pixels,
+    referenced_series,
+    references,
+    renumbered,
+)
+from node.encode.identity import ResultUids
+from node.encode.maker import Maker
 from node.encode.source import Source
-from node.profiles import Kind
+from node.profiles import Kind, Profile, object_names
+
+_SYNTAXES = {"explicit-vr-le": ExplicitVRLittleEndian, "rle": RLELossless, "jpeg-ls": JPEGLSLossless}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """What a label of a mask stands for. name: the segment's label and tracking identifier, unique in a result."""
+
+    label: int
+    level: str
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegKind:
-    """What tells the two Segmentations apart.
-
-    kind: in profiles. name: of the result object. describe: the segment of a level, given its number in the object.
-    """
+    """What tells the two kinds of Segmentation apart. series_number: of the first part; that of the next is 10 more."""
 
     kind: Kind
-    name: str
-    file_name: str
     series_number: int
     series_description: str
     content_label: str
-    describe: Callable[[int, str, ModelInfo, ResultUids], SegmentDescription]
 
-
-def _describe_vertebra(number: int, level: str, model: ModelInfo, uids: ResultUids) -> SegmentDescription:
-    # The level's own code is the type, so that no reader has to combine "Vertebra" with an anatomic region.
-    return SegmentDescription(
-        segment_number=number,
-        segment_label=level,
-        segmented_property_category=codes.ANATOMICAL_STRUCTURE,
-        segmented_property_type=codes.LEVEL_CODES[level],
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=algorithm_sequence(model),
-        tracking_id=level,
-        tracking_uid=uids.tracking_uid(level),
-        display_color=CIELabColor.from_rgb(*LEVEL_RGB[level]),
-    )
-
-
-def _describe_fracture(number: int, level: str, model: ModelInfo, uids: ResultUids) -> SegmentDescription:
-    return SegmentDescription(
-        segment_number=number,
-        segment_label=f"{level} fracture",
-        segmented_property_category=codes.ABNORMAL_STRUCTURE,
-        segmented_property_type=codes.FRACTURE,
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=algorithm_sequence(model),
-        tracking_id=level,
-        tracking_uid=uids.tracking_uid(level),
-        anatomic_regions=[codes.LEVEL_CODES[level]],
-        display_color=CIELabColor.from_rgb(*FRACTURE_RGB),
-    )
+    def describe(self, number: int, segment: Segment, model: ModelInfo, uids: ResultUids) -> SegmentDescription:
+        """A segment with this number."""
+        level = codes.LEVEL_CODES[segment.level]
+        is_fracture = self.kind is Kind.FRACTURES_SEG
+        return SegmentDescription(
+            segment_number=number,
+            segment_label=segment.name,
+            segmented_property_category=codes.ABNORMAL_STRUCTURE if is_fracture else codes.ANATOMICAL_STRUCTURE,
+            # The level's own code is the type, so that no reader has to combine "Vertebra" with an anatomic region.
+            segmented_property_type=codes.FRACTURE if is_fracture else level,
+            anatomic_regions=[level] if is_fracture else None,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm_sequence(model),
+            tracking_id=segment.name,
+            tracking_uid=uids.tracking_uid(segment.name),
+            display_color=CIELabColor.from_rgb(*(FRACTURE_RGB if is_fracture else LEVEL_RGB[segment.level])),
+        )
 
 
 VERTEBRAE = SegKind(
     kind=Kind.VERTEBRAE_SEG,
-    name="vertebrae.seg",
-    file_name="vertebrae.seg.dcm",
     series_number=9001,
     series_description="AI C1-C7 segmentation (research)",
     content_label="VERTEBRAE",
-    describe=_describe_vertebra,
 )
 FRACTURES = SegKind(
     kind=Kind.FRACTURES_SEG,
-    name="fractures.seg",
-    file_name="fractures.seg.dcm",
     series_number=9002,
     series_description="AI fracture regions (research)",
     content_label="FRACTURES",
-    describe=_describe_fracture,
 )
+VERTEBRA_SEGMENTS = tuple(Segment(label=i, level=level, name=level) for i, level in enumerate(LEVELS, start=1))
 
 
-def marked_planes(mask: NDArray[np.uint8]) -> range:
-    """Z indices from the first to the last plane of `mask` `(Z, Y, X)` that has a voxel; empty if none has."""
-    marked = np.flatnonzero(mask.reshape(len(mask), -1).any(axis=1))
-    return range(int(marked[0]), int(marked[-1]) + 1) if marked.size else range(0)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mask:
+    """A mask with what its labels stand for."""
+
+    kind: SegKind
+    marked: Marked
+    segments: Sequence[Segment]
 
 
-def make_segmentation(
-    kind: SegKind, mask: NDArray[np.uint8], source: Source, model: ModelInfo, uids: ResultUids, node: NodeIdentity
-) -> Segmentation | None:
-    """The Segmentation of a mask; None when it is empty, because a SEG without a segment is not valid.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SegPart:
+    """One Segmentation to be made of a mask: all of it, or some of its segments when it has to be split.
 
-    mask: uint8 `(Z, Y, X)` on the source grid, 1..7 = C1..C7. Segments are numbered from 1 without gaps, as highdicom
-    asks, so a segment's label and code say its level, not its number. Voxels of an interpolated slice are left out:
-    there is no Instance they could lie on.
-
-    Reference: PS3.3 A.51; IHE AIR for the contributing equipment.
+    number: from 1. Each part is a Series of its own: viewers load one Instance of a SEG Series.
     """
-    planes = [z for z in marked_planes(mask) if z in source.images]
-    marked = mask[planes]
-    labels = [label for label in range(1, len(LEVELS) + 1) if (marked == label).any()]
-    if not labels:
-        return None
-    for number, label in enumerate(labels, start=1):
-        if number != label:
-            marked[marked == label] = number
-    images = [source.images[z] for z in planes]
-    first = Dataset()
-    first.update(source.header)
-    first.update(images[0])
-    seg = Segmentation(
-        source_images=[first, *images[1:]],
-        pixel_array=marked,
-        segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-        segment_descriptions=[
-            kind.describe(number, LEVELS[label - 1], model, uids) for number, label in enumerate(labels, start=1)
-        ],
-        series_instance_uid=uids.uid(f"{kind.name} series"),
-        series_number=kind.series_number,
-        sop_instance_uid=uids.uid(f"{kind.name} instance"),
-        instance_number=1,
-        manufacturer=node.manufacturer,
-        manufacturer_model_name=node.manufacturer_model_name,
-        software_versions=node.software_version,
-        device_serial_number=node.ae_title,
-        series_description=kind.series_description,
-        content_label=kind.content_label,
-        content_description=kind.series_description,
-        transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set=source.character_set,
-        contributing_equipment=[processing_equipment(node)],
-    )
-    _organise(seg, uids.uid(f"{kind.name} dimensions"))
-    if source.is_multi_frame:
-        _refer_to_frames(seg, source)
-    return seg
+
+    mask: Mask
+    file_name: str
+    segments: Sequence[Segment]
+    number: int
+    is_split: bool
 
 
-def segment_numbers(seg: Segmentation) -> dict[str, int]:
-    """Segment number of each level in a Segmentation of vertebrae."""
+def plan(mask: Mask, profile: Profile, source: Source) -> list[SegPart]:
+    """The Segmentations of a mask in the form of a profile; none when no segment has a frame: that were not valid.
+
+    A segment is never split, so a part of a single one may have more frames than the profile's maximum.
+    """
+    groups: list[list[Segment]] = []
+    planes: list[int] = []  # of the frames of the last group
+    for segment in mask.segments:
+        its_planes = [frame.z for frame in find_frames(mask.marked, [segment.label], source)]
+        if not its_planes:
+            continue
+        joined = [*planes, *its_planes]
+        num_frames = len(joined if profile.segmentation == "binary" else set(joined))
+        if groups and (not profile.max_frames or num_frames <= profile.max_frames):
+            groups[-1].append(segment)
+            planes = joined
+        else:
+            groups.append([segment])
+            planes = its_planes
+    *split, whole = object_names(profile, mask.kind.kind)
+    is_split = len(groups) > 1
+    return [
+        SegPart(
+            mask=mask,
+            file_name=split[0].replace("*", str(number)) if is_split else whole,
+            segments=segments,
+            number=number,
+            is_split=is_split,
+        )
+        for number, segments in enumerate(groups, start=1)
+    ]
+
+
+def segment_numbers(seg: Dataset) -> dict[str, int]:
+    """Segment number of each segment label of a Segmentation."""
     return {str(item.SegmentLabel): int(item.SegmentNumber) for item in seg.SegmentSequence}
 
 
@@ -156,27 +163,80 @@ def save(ds: Dataset, folder: Path, file_name: str) -> Path:
     return path
 
 
-def _organise(seg: Segmentation, uid: str) -> None:
-    """Replaces highdicom's random Dimension Organization UID, so that the same input gives the same bytes."""
+def make_segmentation(part: SegPart, profile: Profile, maker: Maker) -> Dataset:
+    """A Segmentation. Segments are numbered from 1 without gaps, so a label or code says what one is, not its number.
+
+    Reference: PS3.3 A.51; IHE AIR for the contributing equipment.
+    """
+    source, segments = maker.source, part.segments
+    marked = renumbered(part.mask.marked, [segment.label for segment in segments])
+    # In a label map segments share frames, which are those of number 0.
+    numbers = range(1, len(segments) + 1) if profile.segmentation == "binary" else [0]
+    frames = find_frames(marked, numbers, source)
+    ds = _without_frames(part, frames[0], profile, maker)
+    rows, columns = source.grid.shape[1:]
+    if profile.segmentation == "binary":
+        ds.PixelData = binary_pixels(frames, marked, (rows, columns))
+    else:
+        syntax = _SYNTAXES[profile.transfer_syntax]
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = label_pixels(frames, marked, (rows, columns), syntax)
+        ds["PixelData"].is_undefined_length = syntax.is_encapsulated
+    ds.NumberOfFrames = len(frames)
+    if _is_volume(frames, len(segments), source):
+        ds.DimensionOrganizationType = "3D"
+    _set_items(ds, "PerFrameFunctionalGroupsSequence", items(*functional_groups(frames, len(segments), source)))
+    _set_items(ds, "SourceImageSequence", items(*references(frames, source)))
+    _set_items(ds, "ReferencedSeriesSequence", items(referenced_series(frames, source)))
+    # So that pydicom writes these bytes as they are. It then takes every VR as it is, too.
+    ds.set_original_encoding(False, True, convert_encodings(source.character_set))
+    return ds
+
+
+def _is_volume(frames: Sequence[Frame], num_segments: int, source: Source) -> bool:
+    """Whether frames differ by their place only, and lie at equal distances."""
+    if len(frames) < 2 or (frames[0].number and num_segments > 1):
+        return False
+    positions = [[float(text) for text in source.position_texts(frame.z)] for frame in frames]
+    spacing, _ = get_volume_positions(positions, source.orientation, sort=False)
+    return spacing is not None and spacing > 0
+
+
+def _set_items(ds: Dataset, keyword: str, value: bytes) -> None:
+    """Puts a sequence into a dataset as bytes; pydicom parses them when it is asked for an item."""
+    tag = Tag(keyword)
+    ds[tag] = RawDataElement(tag, "SQ", len(value), value, 0, False, True)
+
+
+def _without_frames(part: SegPart, first: Frame, profile: Profile, maker: Maker) -> Dataset:
+    """All of a Segmentation but its frames: what highdicom makes of a single plane that shows every segment."""
+    source, kind, name = maker.source, part.mask.kind, part.file_name.removesuffix(".dcm")
+    image = Dataset()
+    image.update(source.header)
+    image.update(source.image(first.z))
+    plane = np.zeros((1, image.Rows, image.Columns), np.uint8)
+    plane.flat[: len(part.segments)] = range(1, len(part.segments) + 1)
+    description = kind.series_description + (f", part {part.number}" if part.is_split else "")
+    seg = Segmentation(
+        source_images=[image],
+        pixel_array=plane,
+        segmentation_type=profile.segmentation.upper(),
+        segment_descriptions=[
+            kind.describe(number, segment, maker.model, maker.uids)
+            for number, segment in enumerate(part.segments, start=1)
+        ],
+        series_number=kind.series_number + 10 * (part.number - 1),
+        series_description=description,
+        content_label=kind.content_label,
+        content_description=description,
+        transfer_syntax_uid=ExplicitVRLittleEndian,
+        specific_character_set=source.character_set,
+        contributing_equipment=[processing_equipment(maker.node)],
+        **maker.identification(name),
+    )
+    # highdicom's is random; the same input is to give the same bytes.
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
-        item.DimensionOrganizationUID = uid
-
-
-def _refer_to_frames(seg: Segmentation, source: Source) -> None:
-    """Turns references to the single-frame images of a `Source` into references to frames of Enhanced CT Instances."""
-    slices = {str(image.SOPInstanceUID): source.slices[z] for z, image in source.images.items()}
-    references = [
-        item.DerivationImageSequence[0].SourceImageSequence[0] for item in seg.PerFrameFunctionalGroupsSequence
-    ]
-    for reference in {id(item): item for item in references}.values():  # segments on one plane share theirs
-        found = slices[reference.ReferencedSOPInstanceUID]
-        reference.ReferencedSOPClassUID = source.sop_class_uid
-        reference.ReferencedSOPInstanceUID = found.sop_instance_uid
-        reference.ReferencedFrameNumber = found.frame_number
-    instances = {}
-    for item in seg.SourceImageSequence:
-        item.ReferencedSOPClassUID = source.sop_class_uid
-        item.ReferencedSOPInstanceUID = slices[item.ReferencedSOPInstanceUID].sop_instance_uid
-        instances[item.ReferencedSOPInstanceUID] = item
-    seg.SourceImageSequence = list(instances.values())
-    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence = list(instances.values())
+        item.DimensionOrganizationUID = maker.uids.uid(f"{name} dimensions")
+    ds = Dataset(seg)
+    ds.file_meta = seg.file_meta
+    return correct_ambiguous_vr(ds, is_little_endian=True)

@@ -1,13 +1,11 @@
-"""The source Series as highdicom wants to see it: one dataset a slice with only what its objects need.
+"""The source Series as highdicom wants to see it: a header, and a dataset a slice with only what its objects need.
 
 The files were read by `model` already, so their geometry is known to be sound; what scanners leave out or get wrong
-elsewhere in the header is mended here, in memory. Pixels are not read.
+elsewhere in the header of the first one is mended here, in memory. Pixels are not read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import pydicom
 from highdicom.enum import SpecificCharacterSetValues
@@ -42,23 +40,20 @@ _CHARACTER_SETS = {item.value for item in SpecificCharacterSetValues}
 
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 
-# What `slice_headers` needs to tell a slice's place, besides what all slices of a Series share.
-_POSITION_TAGS = ["SOPClassUID", "ImagePositionPatient", "PerFrameFunctionalGroupsSequence"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
     """One Series.
 
     header: patient, study, series and equipment of its first slice, mended; text is decoded, so it can be written in
-    any character set. slices: one per Z index. images: single-frame datasets by Z index, for the planes asked for;
-    those of Enhanced CT too, each under its Instance's UID with the frame number appended, because highdicom takes
-    only a whole multi-frame Instance and a Series may be several.
+    any character set. slices: one per Z index of `grid`. orientation: direction cosines of rows and of columns.
     """
 
     header: Dataset
     slices: Sequence[SliceSource]
-    images: dict[int, Dataset]
+    grid: Grid
+    orientation: tuple[float, ...]
+    pixel_spacing_mm: tuple[float, ...]
 
     @property
     def sop_class_uid(self) -> str:
@@ -76,6 +71,33 @@ class Source:
         """Whether references need frame numbers."""
         return self.sop_class_uid == EnhancedCTImageStorage
 
+    def position_texts(self, z: int) -> list[str]:
+        """ImagePositionPatient of a slice."""
+        return [str(format_number_as_ds(value)) for value in self.slices[z].position_lps_mm]
+
+    def image(self, z: int) -> Dataset:
+        """One slice as a single-frame CT Instance without pixels and with nothing of the patient.
+
+        A slice of an Enhanced CT too, under its Instance's UID with the frame number appended: highdicom takes only a
+        whole multi-frame Instance, and a Series may be several.
+        """
+        header, source = self.header, self.slices[z]
+        ds = Dataset()
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"):
+            setattr(ds, keyword, header[keyword].value)
+        ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, source.sop_instance_uid
+        if self.is_multi_frame:
+            ds.SOPInstanceUID += f".{source.frame_number}"
+        ds.Rows, ds.Columns = self.grid.shape[1:]
+        ds.ImagePositionPatient = self.position_texts(z)
+        ds.ImageOrientationPatient = [format_number_as_ds(value) for value in self.orientation]
+        ds.PixelSpacing = [format_number_as_ds(value) for value in self.pixel_spacing_mm]
+        # Along the normal, which is less than the distance between positions when the gantry was tilted.
+        spacing_mm = self.grid.voxel_volume_mm3 / (self.grid.spacing_mm[1] * self.grid.spacing_mm[2])
+        ds.SpacingBetweenSlices = f"{spacing_mm:.6g}"
+        ds.SliceThickness = header.get("SliceThickness") or f"{spacing_mm:.6g}"
+        return ds
+
     def references(self) -> list[Dataset]:
         """One dataset for each Instance of the Series with the UIDs of study, series, class and instance."""
         return [self._reference(uid) for uid in dict.fromkeys(item.sop_instance_uid for item in self.slices)]
@@ -87,29 +109,22 @@ class Source:
         return ds
 
 
-def read_source(slices: Sequence[SliceSource], grid: Grid, planes: Iterable[int]) -> Source:
-    """The Series with images for these Z indices; interpolated slices have none.
+def read_source(slices: Sequence[SliceSource], grid: Grid) -> Source:
+    """The Series, of which only the first file is opened.
 
     Raises:
-        OSError: a file cannot be opened.
+        OSError: it cannot be opened.
     """
     first = slices[0]
     ds = pydicom.dcmread(first.path, stop_before_pixels=True)
     frame = slice_headers(ds)[first.frame_number - 1]
-    header = _mended(ds, frame)
-    places = cache(_positions)
-    images = {
-        z: _image(header, frame, grid, slices[z], places(slices[z].path)[slices[z].frame_number - 1])
-        for z in planes
-        if not slices[z].is_interpolated
-    }
-    return Source(header=header, slices=slices, images=images)
-
-
-def _positions(path: Path) -> list[tuple[float, ...]]:
-    """ImagePositionPatient of each frame of a file, exactly as its owner wrote it."""
-    ds = pydicom.dcmread(path, specific_tags=_POSITION_TAGS, stop_before_pixels=True)
-    return [header.position_lps_mm or () for header in slice_headers(ds)]
+    return Source(
+        header=_mended(ds, frame),
+        slices=slices,
+        grid=grid,
+        orientation=frame.orientation or (),
+        pixel_spacing_mm=frame.pixel_spacing_mm or (),
+    )
 
 
 def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
@@ -145,24 +160,3 @@ def _is_valid(element: DataElement) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _image(
-    header: Dataset, frame: SliceHeader, grid: Grid, source: SliceSource, position_lps_mm: tuple[float, ...]
-) -> Dataset:
-    """One slice as a single-frame CT Instance without pixels."""
-    ds = Dataset()
-    for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"):
-        setattr(ds, keyword, header[keyword].value)
-    ds.SOPClassUID, ds.SOPInstanceUID = CTImageStorage, source.sop_instance_uid
-    if header.SOPClassUID == EnhancedCTImageStorage:
-        ds.SOPInstanceUID += f".{source.frame_number}"
-    ds.Rows, ds.Columns = grid.shape[1:]
-    ds.ImagePositionPatient = [format_number_as_ds(value) for value in position_lps_mm]
-    ds.ImageOrientationPatient = [format_number_as_ds(value) for value in frame.orientation or ()]
-    ds.PixelSpacing = [format_number_as_ds(value) for value in frame.pixel_spacing_mm or ()]
-    # Along the normal, which is less than the distance between positions when the gantry was tilted.
-    spacing_mm = grid.voxel_volume_mm3 / (grid.spacing_mm[1] * grid.spacing_mm[2])
-    ds.SpacingBetweenSlices = f"{spacing_mm:.6g}"
-    ds.SliceThickness = header.get("SliceThickness") or f"{spacing_mm:.6g}"
-    return ds

@@ -1,16 +1,18 @@
-"""Findings as a structured report: TID 1500 in a Comprehensive 3D SR, all seven levels, negatives included.
+"""Findings as a structured report: TID 1500, all seven levels, negatives included.
 
-The patient's group comes first, then C1..C7. A level that has a segment gets a TID 1411 group that refers to it, any
-other a TID 1501 group. What a person must read beside the numbers stands under "Qualitative Evaluations" (TID 1500
-rows 12 to 14). Nobody has verified the report, and it says so.
+The patient's group comes first, then C1..C7, each followed by its fracture findings. A level or finding that has a
+segment gets a TID 1411 group that refers to it, any other a TID 1501 group. What a person must read beside the numbers
+stands under "Qualitative Evaluations" (TID 1500 rows 12 to 14). Nobody has verified the report, and it says so.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from highdicom.seg import Segmentation
 from highdicom.sr import (
+    CodeContentItem,
     Comprehensive3DSR,
+    ComprehensiveSR,
     ContainerContentItem,
     FindingSite,
     Measurement,
@@ -32,15 +34,16 @@ from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
-from model import Finding, Findings, LevelFinding
+from model import BodyHeights, Finding, Findings, LevelFinding
 from node import codes
 from node.encode.equipment import algorithm_template, device_observer, processing_equipment
-from node.encode.identity import NodeIdentity, ResultUids
+from node.encode.maker import Maker
+from node.encode.regions import FractureRegion
 from node.encode.seg import segment_numbers
 from node.encode.source import UTF_8, Source
+from node.profiles import Profile
 
-NAME = "report.sr"
-FILE_NAME = "report.sr.dcm"
+SERIES_NUMBER = 9003
 
 LIMITS_OF_USE = (
     "Research use only, not a medical device. Found by software and not reviewed by a person; must not be used for "
@@ -60,63 +63,82 @@ _ANSWERS = {
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Context:
-    """What every group of one report needs."""
+class Content:
+    """What reports of a case say, whatever their form.
+
+    heights: of the bodies of the levels where they could be measured. not_analysed: why there are no findings, "" if
+    there are. predecessors: the reports that this one replaces, as datasets with their UIDs.
+    """
 
     findings: Findings
-    source: Source
-    uids: ResultUids
-    vertebrae: Segmentation | None
+    regions: Sequence[FractureRegion] = ()
+    heights: Mapping[str, BodyHeights] = field(default_factory=dict)
+    not_analysed: str = ""
+    predecessors: Sequence[Dataset] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Context:
+    """What every group of one report needs. segmentations: those it refers to."""
+
+    content: Content
+    segmentations: Sequence[Dataset]
+    maker: Maker
+
+    def tracking(self, what: str) -> TrackingIdentifier:
+        return TrackingIdentifier(uid=self.maker.uids.tracking_uid(what), identifier=what)
+
+    def referenced_segment(self, label: str) -> ReferencedSegment | None:
+        for seg in self.segmentations:
+            number = segment_numbers(seg).get(label)
+            if number is not None:
+                return ReferencedSegment(
+                    sop_class_uid=seg.SOPClassUID,
+                    sop_instance_uid=seg.SOPInstanceUID,
+                    segment_number=number,
+                    source_series=SourceSeriesForSegmentation(self.maker.source.header.SeriesInstanceUID),
+                )
+        return None
 
 
 def make_report(
-    findings: Findings,
-    source: Source,
-    segmentations: list[Segmentation],
-    vertebrae: Segmentation | None,
-    uids: ResultUids,
-    node: NodeIdentity,
-) -> Comprehensive3DSR:
-    """The report; its evidence is every Instance of the Series and the Segmentations.
-
-    vertebrae: the one of `segmentations` that the levels refer to; None when no vertebra was found.
+    content: Content, segmentations: Sequence[Dataset], file_name: str, profile: Profile, maker: Maker
+) -> Dataset:
+    """The report; its evidence is every Instance of the Series and the Segmentations that levels and findings refer to.
 
     Reference: PS3.16 TID 1500, TID 1411, TID 1501.
     """
-    context = _Context(findings=findings, source=source, uids=uids, vertebrae=vertebrae)
+    context = _Context(content=content, segmentations=segmentations, maker=maker)
+    groups = [_patient_group(context)]
+    for name, level in content.findings.levels.items():
+        groups.append(_level_group(context, name, level))
+        groups += [_region_group(context, region) for region in content.regions if region.level == name]
     report = MeasurementReport(
         observation_context=ObservationContext(
             observer_device_context=ObserverContext(
-                observer_type=codes.DEVICE, observer_identifying_attributes=device_observer(node)
+                observer_type=codes.DEVICE, observer_identifying_attributes=device_observer(maker.node)
             )
         ),
         procedure_reported=codes.CT,
-        imaging_measurements=[
-            _patient_group(context),
-            *(_level_group(context, name, level) for name, level in findings.levels.items()),
-        ],
+        imaging_measurements=groups,
     )
-    report[0].ContentSequence.append(_evaluations(findings))
-    references = source.references()
-    references[0] = source.header  # patient and study are taken from the first
-    return Comprehensive3DSR(
+    report[0].ContentSequence.append(_evaluations(content))
+    references = maker.source.references()
+    references[0] = maker.source.header  # patient and study are taken from the first
+    kind = Comprehensive3DSR if profile.report == "comprehensive-3d" else ComprehensiveSR
+    return kind(
         evidence=[*references, *segmentations],
         content=report,
-        series_instance_uid=uids.uid(f"{NAME} series"),
-        series_number=9003,
-        sop_instance_uid=uids.uid(f"{NAME} instance"),
-        instance_number=1,
-        manufacturer=node.manufacturer,
-        manufacturer_model_name=node.manufacturer_model_name,
-        software_versions=node.software_version,
-        device_serial_number=node.ae_title,
+        series_number=SERIES_NUMBER,
         series_description="AI cervical spine fracture report (research)",
         is_complete=True,
         is_final=False,
         is_verified=False,
+        previous_versions=content.predecessors or None,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set=_character_set(findings, source),
-        contributing_equipment=[processing_equipment(node)],
+        specific_character_set=_character_set(content, maker.source),
+        contributing_equipment=[processing_equipment(maker.node)],
+        **maker.identification(file_name.removesuffix(".dcm")),
     )
 
 
@@ -140,55 +162,71 @@ def conclude(findings: Findings) -> str:
     return sentence + (f" Not judged: {', '.join(unjudged)}." if unjudged else "")
 
 
-def _character_set(findings: Findings, source: Source) -> str:
+def _character_set(content: Content, source: Source) -> str:
     """The source's character set if what we add needs no other than ASCII, or else UTF-8."""
-    model = findings.model
-    texts = (model.name, model.version, model.trained_on, *findings.warnings)
+    model = content.findings.model
+    texts = (model.name, model.version, model.trained_on, *content.findings.warnings, content.not_analysed)
     return source.character_set if all(text.isascii() for text in texts) else UTF_8
 
 
-def _patient_group(context: _Context) -> MeasurementsAndQualitativeEvaluations:
-    overall = context.findings.patient_overall
-    return MeasurementsAndQualitativeEvaluations(
-        tracking_identifier=_tracking(context, "C1-C7"),
-        finding_type=codes.FRACTURE,
-        finding_sites=[FindingSite(codes.CERVICAL_SPINE)],
-        algorithm_id=algorithm_template(context.findings.model),
+def _patient_group(context: _Context) -> _Group:
+    overall = context.content.findings.patient_overall
+    return _group(
+        context,
+        "C1-C7",
+        FindingSite(codes.CERVICAL_SPINE),
         measurements=_certainty(overall.probability),
         qualitative_evaluations=[_answer(overall.finding)],
     )
 
 
 def _level_group(context: _Context, name: str, level: LevelFinding) -> _Group:
-    """TID 1411 with the level's segment if it has one, TID 1501 otherwise."""
     measurements = _certainty(level.probability, _key_slices(context, level))
     if level.volume_mm3 is not None:
-        volume_cm3 = round(level.volume_mm3 / 1000, 2)
-        measurements.append(Measurement(name=codes.VOLUME, value=volume_cm3, unit=codes.CUBIC_CENTIMETER))
-    arguments: dict[str, Any] = {
-        "tracking_identifier": _tracking(context, name),
-        "finding_type": codes.FRACTURE,
-        "finding_sites": [FindingSite(codes.LEVEL_CODES[name])],
-        "algorithm_id": algorithm_template(context.findings.model),
-        "measurements": measurements,
-        "qualitative_evaluations": [_answer(level.finding)],
-    }
-    segment = _referenced_segment(context, name)
-    group: _Group
-    if segment:
-        group = VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **arguments)
-    else:
-        group = MeasurementsAndQualitativeEvaluations(**arguments)
+        measurements.append(_volume(level.volume_mm3))
+    if heights := context.content.heights.get(name):
+        measurements += _heights(heights)
+    group = _group(
+        context,
+        name,
+        FindingSite(codes.LEVEL_CODES[name]),
+        measurements=measurements,
+        qualitative_evaluations=[_answer(level.finding)],
+    )
     if level.finding is Finding.UNDETERMINED:
         reason = (
             "Not judged: cut by the field of view." if level.in_field_of_view else "Not found in the field of view."
         )
-        group[0].ContentSequence.append(_text(codes.COMMENT, reason))
+        group[0].ContentSequence.append(
+            _text(codes.COMMENT, "Not analysed." if context.content.not_analysed else reason)
+        )
     return group
 
 
-def _tracking(context: _Context, what: str) -> TrackingIdentifier:
-    return TrackingIdentifier(uid=context.uids.tracking_uid(what), identifier=what)
+def _region_group(context: _Context, region: FractureRegion) -> _Group:
+    """Where in a level the fracture is suspected, how large it is, and on which slices it shows best."""
+    slices = [context.maker.source.slices[z] for z in region.planes]
+    frames = [(item.sop_instance_uid, item.frame_number) for item in slices if not item.is_interpolated]
+    return _group(
+        context,
+        region.name,
+        FindingSite(codes.LEVEL_CODES[region.level], laterality=region.laterality),
+        measurements=[_volume(region.volume_mm3, _images(context, frames[:MAX_KEY_SLICES]))],
+    )
+
+
+def _group(context: _Context, name: str, site: FindingSite, **arguments: Any) -> _Group:
+    """TID 1411 with the segment of that name if there is one, TID 1501 otherwise."""
+    arguments |= {
+        "tracking_identifier": context.tracking(name),
+        "finding_type": codes.FRACTURE,
+        "finding_sites": [site],
+        "algorithm_id": algorithm_template(context.maker.model),
+    }
+    segment = context.referenced_segment(name)
+    if segment:
+        return VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **arguments)
+    return MeasurementsAndQualitativeEvaluations(**arguments)
 
 
 def _certainty(
@@ -207,6 +245,35 @@ def _certainty(
     ]
 
 
+def _volume(volume_mm3: float, images: list[SourceImageForMeasurement] | None = None) -> Measurement:
+    return Measurement(
+        name=codes.VOLUME,
+        value=round(volume_mm3 / 1000, 2),
+        unit=codes.CUBIC_CENTIMETER,
+        referenced_images=images or None,
+    )
+
+
+def _heights(heights: BodyHeights) -> list[Measurement]:
+    """The heights of a vertebral body and their ratio."""
+    at = (
+        (codes.ANTERIOR, heights.anterior_mm),
+        (codes.CENTRAL, heights.middle_mm),
+        (codes.POSTERIOR, heights.posterior_mm),
+    )
+    measured = [
+        Measurement(
+            name=codes.HEIGHT,
+            value=round(value, 1),
+            unit=codes.MILLIMETER,
+            finding_sites=[FindingSite(codes.VERTEBRAL_BODY, topographical_modifier=place)],
+        )
+        for place, value in at
+    ]
+    ratio = Measurement(name=codes.BODY_HEIGHT_RATIO, value=round(heights.ratio, 2), unit=codes.RATIO)
+    return [*measured, ratio]
+
+
 def _percent(probability: float | None) -> float:
     """0..100 with one decimal."""
     return round(100 * (probability or 0.0), 1)
@@ -218,45 +285,55 @@ def _answer(finding: Finding) -> QualitativeEvaluation:
 
 
 def _key_slices(context: _Context, level: LevelFinding) -> list[SourceImageForMeasurement]:
-    """The Instances to look at: those with the largest suspicious regions, or else the most attended."""
-    weights: dict[str, float] = {}
+    """The Frames to look at: those with the largest suspicious regions, or else the most attended."""
+    weights: dict[tuple[str, int], float] = {}
     for region in level.regions:
-        weights[region.sop_instance_uid] = weights.get(region.sop_instance_uid, 0) + region.width * region.height
+        frame = (region.sop_instance_uid, region.frame_number)
+        weights[frame] = weights.get(frame, 0) + region.width * region.height
     if not weights:
-        weights = {item.sop_instance_uid: item.weight for item in level.attention}
-    known = {item.sop_instance_uid for item in context.source.slices}
-    uids = sorted(weights.keys() & known, key=lambda uid: (-weights[uid], uid))[:MAX_KEY_SLICES]
-    return [SourceImageForMeasurement(context.source.sop_class_uid, uid) for uid in uids]
+        weights = {(item.sop_instance_uid, item.frame_number): item.weight for item in level.attention}
+    known = {(item.sop_instance_uid, item.frame_number) for item in context.maker.source.slices}
+    frames = sorted(weights.keys() & known, key=lambda frame: (-weights[frame], frame))
+    return _images(context, frames[:MAX_KEY_SLICES])
 
 
-def _referenced_segment(context: _Context, level: str) -> ReferencedSegment | None:
-    seg = context.vertebrae
-    number = segment_numbers(seg).get(level) if seg else None
-    if seg is None or number is None:
-        return None
-    return ReferencedSegment(
-        sop_class_uid=seg.SOPClassUID,
-        sop_instance_uid=seg.SOPInstanceUID,
-        segment_number=number,
-        source_series=SourceSeriesForSegmentation(context.source.header.SeriesInstanceUID),
-    )
+def _images(context: _Context, frames: Sequence[tuple[str, int]]) -> list[SourceImageForMeasurement]:
+    """References to frames, given as SOP Instance UID and frame number."""
+    source = context.maker.source
+    return [
+        SourceImageForMeasurement(source.sop_class_uid, uid, [number] if source.is_multi_frame else None)
+        for uid, number in frames
+    ]
 
 
-def _evaluations(findings: Findings) -> Dataset:
-    """ "Qualitative Evaluations": the conclusion, the limits of use, the model's training data, the warnings."""
+def _evaluations(content: Content) -> Dataset:
+    """ "Qualitative Evaluations": what became of the analysis, coded and in words, the limits of use, the warnings."""
     container = ContainerContentItem(
         name=codes.QUALITATIVE_EVALUATIONS, relationship_type=RelationshipTypeValues.CONTAINS
     )
-    model = findings.model
+    findings, model = content.findings, content.findings.model
+    conclusion = f"Not analysed: {content.not_analysed}" if content.not_analysed else conclude(findings)
     container.ContentSequence = ContentSequence(
         [
-            _text(codes.CONCLUSION, conclude(findings)),
+            CodeContentItem(codes.FINDINGS_SUMMARY, _summary(findings), RelationshipTypeValues.CONTAINS),
+            _text(codes.CONCLUSION, conclusion),
             _text(codes.COMMENT, LIMITS_OF_USE),
             _text(codes.COMMENT, f"Model {model.name} {model.version}: {model.trained_on}"),
             *(_text(codes.COMMENT, warning) for warning in findings.warnings),
         ]
     )
     return container
+
+
+def _summary(findings: Findings) -> Code:
+    """How much was judged, and whether something was found. Reference: PS3.16 CID 6047."""
+    answers = {level.finding for level in findings.levels.values()}
+    if answers == {Finding.UNDETERMINED}:
+        return codes.NONE_SUCCEEDED
+    is_found = findings.patient_overall.finding is Finding.PRESENT
+    if Finding.UNDETERMINED in answers:
+        return codes.NOT_ALL_SUCCEEDED_WITH_FINDINGS if is_found else codes.NOT_ALL_SUCCEEDED_WITHOUT_FINDINGS
+    return codes.ALL_SUCCEEDED_WITH_FINDINGS if is_found else codes.ALL_SUCCEEDED_WITHOUT_FINDINGS
 
 
 def _text(name: Code, value: str) -> TextContentItem:

@@ -203,7 +203,7 @@ def check_conformance(path: Path) -> None:
     checked = subprocess.run([str(tools["dciodvfy"]), str(path)], capture_output=True, text=True, check=False)
     errors = [line for line in checked.stderr.splitlines() if line.startswith("Error")]
     assert not errors
-    if path.name == "report.sr.dcm":
+    if path.name.endswith(".sr.dcm"):
         dumped = subprocess.run([str(tools["dsrdump"]), "-Ec", str(path)], capture_output=True, check=False)
         assert dumped.returncode == 0, dumped.stderr
-        assert dumped.stdout.count(b'"Measurement Group"') == 8
+        assert dumped.stdout.count(b'"Measurement Group"') >= 8

@@ -29,6 +29,7 @@ from tests.node.analysed_series import (
     SINGLE_FRAME,
     analysis_of,
     check_conformance,
+    children,
     code_of,
     encode,
     frames,
@@ -171,12 +172,19 @@ def test_a_fracture_segment_is_bound_to_its_level_by_code_and_tracking_uid(tmp_p
     ds = pydicom.dcmread(made["fractures.seg"].path)
     report = pydicom.dcmread(made["report.sr"].path)
 
-    assert [segment.SegmentLabel for segment in ds.SegmentSequence] == ["C2 fracture", "C5 fracture"]
+    assert [segment.SegmentLabel for segment in ds.SegmentSequence] == ["C2 fracture 1", "C5 fracture 1"]
     for segment, level in zip(ds.SegmentSequence, ("C2", "C5"), strict=True):
         assert code_of(segment.SegmentedPropertyCategoryCodeSequence) == ("49755003", "SCT")
         assert code_of(segment.SegmentedPropertyTypeCodeSequence) == ("72704001", "SCT")
         assert code_of(segment.AnatomicRegionSequence) == (LEVEL_CODES[level], "SCT")
-        assert segment.TrackingUID == value(group_of(report, level), "112040")
+        group = group_of(report, segment.SegmentLabel)
+        assert segment.TrackingUID == value(group, "112040")
+        assert value(group, "363698007") == LEVEL_CODES[level]
+        (reference,) = children(group, "121191")[0].ReferencedSOPSequence
+        assert (reference.ReferencedSOPInstanceUID, reference.ReferencedSegmentNumber) == (
+            ds.SOPInstanceUID,
+            segment.SegmentNumber,
+        )
     assert sum(int(frame.sum()) for frame, _, _ in frames(ds)) == np.count_nonzero(analysis.fractures)
 
 

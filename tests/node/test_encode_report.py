@@ -38,15 +38,18 @@ def test_report_has_the_patient_and_all_seven_levels_negatives_included(tmp_path
     assert report.SOPClassUID == pydicom.uid.Comprehensive3DSRStorage
     assert report.ConceptNameCodeSequence[0].CodeValue == "126000"
     assert template(report) == "1500"
-    assert list(groups(report)) == ["C1-C7", *LEVELS]
-    answers = {name: value(group, FRACTURE) for name, group in groups(report).items()}
+    assert list(groups(report)) == ["C1-C7", *LEVELS[:5], "C5 fracture 1", *LEVELS[5:]]
+    found = groups(report)
+    region = found.pop("C5 fracture 1")
+    answers = {name: value(group, FRACTURE) for name, group in found.items()}
     assert answers == {
         **dict.fromkeys(LEVELS, ABSENT),
         "C1-C7": PRESENT,
         "C5": PRESENT,
         "C7": UNDETERMINED,
     }
-    for name, group in groups(report).items():
+    assert (value(region, "121071"), value(region, "363698007")) == (FRACTURE, LEVEL_CODES["C5"])
+    for name, group in found.items():
         assert value(group, "121071") == FRACTURE
         assert value(group, "363698007") == LEVEL_CODES.get(name, "122494005")
         assert (value(group, "111001"), value(group, "111003")) == ("test-model", "1.2.3")
