@@ -3,6 +3,7 @@
     RECEIVING --complete--> QUEUED --claimed--> ANALYSING --results written--> DELIVERING --all delivered--> DONE
         |                     ^                  |    |                            |
         |                     +---put back-------+    |                            |
+        +--not to be analysed--> SKIPPED |                                         |
         +--cannot be analysed--> REFUSED <------------+                            |
                                  FAILED  <--out of attempts------------------------+
 
@@ -24,6 +25,7 @@ class CaseState(StrEnum):
     ANALYSING = "analysing"  # a worker holds it
     DELIVERING = "delivering"  # results are on disk, at least one destination has not got them
     DONE = "done"  # every destination has the results
+    SKIPPED = "skipped"  # the rules leave this Series out, or prefer another one of its Study; the reason says which
     REFUSED = "refused"  # this Series cannot be analysed; the reason says why
     FAILED = "failed"  # analysis or delivery was given up; the reason says why
 
@@ -43,7 +45,8 @@ class Case:
     queued_at: since when it has been waiting for a worker, or had; None before it is whole.
 
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
-    latest results, None before there are any. summary: what they say, in a few words.
+    latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
+    quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
     """
 
     case_id: int
@@ -61,6 +64,17 @@ class Case:
     changed_at: float
     result_dir: Path | None
     summary: str
+    won_s: float | None
+    num_reopened: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """An association that carried Instances of a Series. Times in s since the epoch, ended_at None while it is open."""
+
+    opened_at: float
+    ended_at: float | None = None
+    released: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

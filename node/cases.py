@@ -14,7 +14,12 @@ from rich.table import Table
 
 from node.case import Case, CaseState
 
-_COLOURS = {CaseState.DONE: "green", CaseState.REFUSED: "yellow", CaseState.FAILED: "red"}
+_COLOURS = {
+    CaseState.DONE: "green",
+    CaseState.SKIPPED: "bright_black",
+    CaseState.REFUSED: "yellow",
+    CaseState.FAILED: "red",
+}
 
 
 def print_table(cases: Sequence[Case]) -> None:

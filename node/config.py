@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from node.profiles import Profile, ProfileSetting
+from node.rules.settings import RulesConfig, listed
 from node.targets import NotifyConfig
 
 
@@ -144,12 +145,39 @@ class ReceiveConfig(_Section):
     min_free_disk_mb: int = Field(default=1024, ge=0)
 
 
+class DicomPeer(_Section):
+    """A DICOM application that we call."""
+
+    name: str = Field(min_length=1)
+    host: str = Field(min_length=1)
+    port: Port
+    ae_title: AETitle
+    timeout_s: Seconds = 30.0
+    tls: ClientTls | None = None
+
+
+class Source(DicomPeer):
+    """A sender that can be asked by C-FIND how many Instances a Series has. sends_as: its calling AE titles."""
+
+    sends_as: Annotated[tuple[AETitle, ...], BeforeValidator(listed), Field(min_length=1)]
+    timeout_s: Seconds = 3.0
+
+
 class CompleteConfig(_Section):
     """When a Series is whole, and whether it can be analysed."""
 
     quiet_time_s: Seconds = 30.0
     min_slices: int = Field(default=30, ge=3)
     max_spacing_mm: float = Field(default=5.0, gt=0, le=20)
+    sources: tuple[Source, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        titles = [title for source in self.sources for title in source.sends_as]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise ValueError(f"two sources send as {', '.join(twice)}; only one can be asked")
+        return self
 
 
 class TimeoutsConfig(_Section):
@@ -172,16 +200,10 @@ class AnalyseConfig(_Section):
     max_attempts: int = Field(default=3, ge=1, le=100)
 
 
-class DicomDestination(_Section):
+class DicomDestination(DicomPeer):
     """A Storage SCP that gets the results by C-STORE."""
 
     type: Literal["dicom"]
-    name: str = Field(min_length=1)
-    host: str = Field(min_length=1)
-    port: Port
-    ae_title: AETitle
-    timeout_s: Seconds = 30.0
-    tls: ClientTls | None = None
     profile: ProfileSetting = Profile()
 
 
@@ -231,6 +253,7 @@ class Config(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     receive: ReceiveConfig = ReceiveConfig()
     complete: CompleteConfig = CompleteConfig()
+    rules: RulesConfig = RulesConfig()
     analyse: AnalyseConfig = AnalyseConfig()
     deliver: DeliverConfig = DeliverConfig()
     notify: NotifyConfig = NotifyConfig()
@@ -281,6 +304,9 @@ def _anchored(config: Config, folder: Path) -> Config:
         update={
             "data_dir": folder / config.data_dir,
             "receive": _anchor_tls(config.receive, folder),
+            "complete": config.complete.model_copy(
+                update={"sources": tuple(_anchor_tls(source, folder) for source in config.complete.sources)}
+            ),
             "analyse": config.analyse.model_copy(update={"bundle": folder / bundle if bundle else None}),
             "deliver": config.deliver.model_copy(update={"destinations": destinations}),
             "notify": NotifyConfig(targets=tuple(target.anchored(folder) for target in config.notify.targets)),

@@ -18,7 +18,7 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
-from node.config import DicomDestination
+from node.config import DicomPeer
 from node.status import Outcome, meaning_of
 from node.tls import TlsError, client_context, last_error
 from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
@@ -46,7 +46,7 @@ class Answer:
 
 def send_files(
     paths: Sequence[Path],
-    peer: DicomDestination,
+    peer: DicomPeer,
     *,
     calling_ae_title: str,
     on_answer: Callable[[Answer], None] = lambda answer: None,
@@ -89,7 +89,7 @@ def _send_as_accepted(
     sop_class: str,
     syntax: str,
     accepted: set[tuple[str, str]],
-    peer: DicomDestination,
+    peer: DicomPeer,
 ) -> Answer:
     """Sends one file as it is, or in a transfer syntax that the peer takes instead."""
     if (sop_class, syntax) in accepted:
@@ -108,7 +108,7 @@ def _send_as_accepted(
         return Answer(path=path, taken=False, reason=reason, permanent=True)
 
 
-def _send(association: Association, path: Path, name: str, peer: DicomDestination) -> Answer:
+def _send(association: Association, path: Path, name: str, peer: DicomPeer) -> Answer:
     """Sends one file.
 
     Raises:
@@ -135,7 +135,7 @@ def _send(association: Association, path: Path, name: str, peer: DicomDestinatio
     )
 
 
-def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:
+def echo(peer: DicomPeer, *, calling_ae_title: str) -> None:
     """Asks the peer for an answer by C-ECHO.
 
     Raises:
@@ -148,7 +148,7 @@ def echo(peer: DicomDestination, *, calling_ae_title: str) -> None:
 
 @contextmanager
 def associated(
-    peer: DicomDestination,
+    peer: DicomPeer,
     contexts: Sequence[tuple[str, Sequence[str]]],
     *,
     calling_ae_title: str,
@@ -190,21 +190,19 @@ def _kind(path: Path) -> tuple[str, str]:
     return kind
 
 
-def peer_name(peer: DicomDestination) -> str:
+def peer_name(peer: DicomPeer) -> str:
     """The peer as messages call it."""
     return f"{peer.ae_title} at {peer.host}:{peer.port}"
 
 
-def _client(calling_ae_title: str, peer: DicomDestination) -> AE:
+def _client(calling_ae_title: str, peer: DicomPeer) -> AE:
     ae = AE(ae_title=calling_ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
     ae.maximum_pdu_size = 0
     return ae
 
 
-def _associate(
-    ae: AE, peer: DicomDestination, handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]]
-) -> Association:
+def _associate(ae: AE, peer: DicomPeer, handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]]) -> Association:
     """An association with the peer.
 
     Raises:

@@ -21,7 +21,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from node import receive
 from node.case import Case
-from node.complete import check_cases
+from node.complete import Sources, check_cases
 from node.config import Config
 from node.deliver import deliver_due
 from node.index import DatabaseError, Index
@@ -60,9 +60,9 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_jobs = 4 + len(config.deliver.destinations) + len(config.notify.targets)
+        num_threads = 4 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
-            executors={"default": {"type": "threadpool", "max_workers": num_jobs}},
+            executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
         )
         self._held: set[int] = set()  # ids of the cases that workers have
@@ -81,7 +81,10 @@ class Service:
         self._pool = WorkerPool(config)
         if problem := self._pool.wait_until_loaded():
             raise StartError(problem)
-        self._every_tick(check_cases, index, config.complete)
+        sources = Sources(index, config)
+        self._every_tick(check_cases, index, config, sources)
+        for source in config.complete.sources:
+            self._every_tick(sources.answer_questions, source)
         self._every_tick(self._dispatch)
         self._every_tick(self._watch_receiver)
         self._scheduler.add_job(self._put_back_unheld, "interval", seconds=_PUT_BACK_S)

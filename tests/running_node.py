@@ -18,7 +18,7 @@ from node.config import DicomDestination
 from node.index import Index
 from tests.ports import free_port
 
-SETTLED = {CaseState.DONE, CaseState.REFUSED, CaseState.FAILED}
+SETTLED = {CaseState.DONE, CaseState.SKIPPED, CaseState.REFUSED, CaseState.FAILED}
 
 
 class RunningNode:

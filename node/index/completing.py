@@ -1,11 +1,12 @@
-"""What completeness asks of the database."""
+"""What completeness asks of the database, and what it decides there."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select, update
 
-from node.case import Case, CaseState
+from node.case import Carrier, Case, CaseState
 from node.index import tables
 from node.index.cases import Cases, unmoved
 
@@ -14,16 +15,19 @@ _associations, _cases, _instances = tables.associations, tables.cases, tables.in
 
 @dataclass(frozen=True, kw_only=True)
 class StoredSeries:
-    """What completeness is judged on.
-
-    headers: `SliceHeader.to_dict()`, one per slice. num_open: associations that carried it and are still open.
-    num_released, num_broken: those that ended well, and those that did not.
-    """
+    """What completeness is judged on: `SliceHeader.to_dict()` of every slice, and the associations that carried it."""
 
     headers: list[dict[str, Any]]
-    num_open: int
-    num_released: int
-    num_broken: int
+    carriers: list[Carrier]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What was won against the quiet time over all cases, and how often a late Instance came after all."""
+
+    num_cases: int
+    won_s: float
+    num_reopened: int
 
 
 class Completing(Cases):
@@ -34,29 +38,87 @@ class Completing(Cases):
         due = (_cases.c.state == CaseState.RECEIVING) & (_cases.c.next_check_at <= self.now())
         return self._cases(select(_cases).where(due).order_by(_cases.c.next_check_at))
 
+    def cases_of_study(self, study_instance_uid: str) -> list[Case]:
+        """The cases of a Study, in the order in which they began to arrive."""
+        of_study = select(_cases).where(_cases.c.study_instance_uid == study_instance_uid)
+        return self._cases(of_study.order_by(_cases.c.first_received_at, _cases.c.case_id))
+
     def stored_series(self, series_instance_uid: str) -> StoredSeries:
         """What is here of a Series."""
-        here = _instances.c.series_instance_uid == series_instance_uid
-        carriers = _associations.c.association_id.in_(select(_instances.c.association_id).where(here))
+        here = select(_instances.c.headers).where(_instances.c.series_instance_uid == series_instance_uid)
         with self._engine.connect() as connection:
-            headers = connection.scalars(select(_instances.c.headers).where(here)).all()
-            released = connection.scalars(select(_associations.c.released).where(carriers)).all()
+            headers = connection.scalars(here).all()
         return StoredSeries(
             headers=[frame for frames in headers for frame in frames],
-            num_open=released.count(None),
-            num_released=released.count(1),
-            num_broken=released.count(0),
+            carriers=self._carriers([series_instance_uid])[series_instance_uid],
         )
+
+    def earlier_carriers(self, case: Case, limit: int) -> list[list[Carrier]]:
+        """The associations that carried each of the sender's latest other Series, as far as those are settled."""
+        latest = (
+            select(_cases.c.series_instance_uid)
+            .where(
+                _cases.c.calling_ae_title == case.calling_ae_title,
+                _cases.c.case_id != case.case_id,
+                _cases.c.state != CaseState.RECEIVING,
+            )
+            .order_by(_cases.c.last_received_at.desc())
+            .limit(limit)
+        )
+        with self._engine.connect() as connection:
+            series = connection.scalars(latest).all()
+        return list(self._carriers(series).values())
+
+    def _carriers(self, series: Sequence[str]) -> dict[str, list[Carrier]]:
+        pairs = (
+            select(_instances.c.series_instance_uid, _instances.c.association_id)
+            .where(_instances.c.series_instance_uid.in_(series))
+            .distinct()
+            .subquery()
+        )
+        query = select(
+            pairs.c.series_instance_uid, _associations.c.opened_at, _associations.c.ended_at, _associations.c.released
+        ).join(_associations, _associations.c.association_id == pairs.c.association_id)
+        carriers: dict[str, list[Carrier]] = {uid: [] for uid in series}
+        with self._engine.connect() as connection:
+            for uid, opened_at, ended_at, released in connection.execute(query):
+                carriers[uid].append(Carrier(opened_at=opened_at, ended_at=ended_at, released=bool(released)))
+        return carriers
 
     def check_again(self, case: Case, at: float) -> None:
         """Has completeness judged again at `at`, or when an association ends."""
         with self._writing() as connection:
             connection.execute(unmoved(case).values(next_check_at=at))
 
-    def queue(self, case: Case) -> bool:
-        """The Series is whole."""
-        return self._move(case, CaseState.QUEUED, queued_at=self.now())
+    def queue(self, case: Case, *, won_s: float = 0.0) -> bool:
+        """The Series is whole. won_s: how much earlier than after the quiet time."""
+        return self._move(case, CaseState.QUEUED, queued_at=self.now(), won_s=won_s)
 
     def refuse(self, case: Case, reason: str) -> bool:
         """The Series cannot be analysed."""
         return self._move(case, CaseState.REFUSED, reason)
+
+    def skip(self, case: Case, reason: str, *, skipped_for: str | None = None) -> bool:
+        """The Series is not to be analysed. skipped_for: SeriesInstanceUID of the one that was preferred."""
+        return self._move(case, CaseState.SKIPPED, reason, skipped_for=skipped_for)
+
+    def reconsider_skipped(self) -> None:
+        """Has a Series that was passed over judged again when the one that was preferred came to nothing."""
+        preferred = _cases.alias()
+        came_to_nothing = select(preferred.c.series_instance_uid).where(
+            preferred.c.state.in_([CaseState.REFUSED, CaseState.FAILED]), preferred.c.result_dir.is_(None)
+        )
+        passed_over = (_cases.c.state == CaseState.SKIPPED) & _cases.c.skipped_for.in_(came_to_nothing)
+        with self._engine.connect() as connection:
+            case_ids = connection.scalars(select(_cases.c.case_id).where(passed_over)).all()
+        if case_ids:
+            again = {"state": CaseState.RECEIVING, "reason": "", "next_check_at": self.now(), "skipped_for": None}
+            with self._writing() as connection:
+                connection.execute(update(_cases).where(_cases.c.case_id.in_(case_ids), passed_over).values(again))
+
+    def totals(self) -> Totals:
+        """What was won, over all cases."""
+        sums = select(func.count(_cases.c.won_s), func.sum(_cases.c.won_s), func.sum(_cases.c.num_reopened))
+        with self._engine.connect() as connection:
+            num_cases, won_s, num_reopened = connection.execute(sums).one()
+        return Totals(num_cases=num_cases, won_s=won_s or 0.0, num_reopened=num_reopened or 0)

@@ -6,7 +6,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import bindparam, or_, select, update
+from sqlalchemy import case as sql_case
 from sqlalchemy.dialects.postgresql import Insert, insert
 
 from node.case import CaseState
@@ -128,6 +129,15 @@ class Receiving(Cases):
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
 
 
+# Its Series was taken as whole. Not `in_`, which executemany cannot do.
+_was_begun = or_(
+    *(
+        _cases.c.state == state
+        for state in (CaseState.QUEUED, CaseState.ANALYSING, CaseState.DELIVERING, CaseState.DONE)
+    )
+)
+
+
 def _add_to_case() -> Insert:
     case = insert(_cases).values(
         series_instance_uid=bindparam("series_instance_uid"),
@@ -147,7 +157,11 @@ def _add_to_case() -> Insert:
     arrival = ("state", "reason", "attempts", "summary", "last_received_at", "next_check_at", "changed_at")
     return case.on_conflict_do_update(
         index_elements=["series_instance_uid"],
-        set_={name: case.excluded[name] for name in arrival} | {"num_instances": _cases.c.num_instances + 1},
+        set_={name: case.excluded[name] for name in arrival}
+        | {
+            "num_instances": _cases.c.num_instances + 1,
+            "num_reopened": _cases.c.num_reopened + sql_case((_was_begun, 1), else_=0),
+        },
     )
 
 

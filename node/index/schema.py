@@ -14,6 +14,13 @@ STEPS = (
         "ALTER TABLE cases ADD COLUMN queued_at FLOAT",
         "UPDATE cases SET queued_at = changed_at WHERE state = 'queued' OR state = 'analysing'",
     ),
+    # 4: the choice among the Series of a Study, and what completeness won.
+    (
+        "ALTER TABLE cases ADD COLUMN won_s FLOAT",
+        "ALTER TABLE cases ADD COLUMN num_reopened INTEGER DEFAULT '0' NOT NULL",
+        "ALTER TABLE cases ADD COLUMN skipped_for VARCHAR(64)",
+        "CREATE INDEX cases_by_study ON cases (study_instance_uid)",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -34,6 +34,10 @@ cases = Table(
     Column("changed_at", Float, nullable=False),
     Column("result_dir", String),  # relative to the data folder
     Column("summary", String, nullable=False, default=""),
+    Column("won_s", Float),  # against the quiet time, when it was found whole
+    Column("num_reopened", Integer, nullable=False, server_default="0"),
+    Column("skipped_for", String(64)),  # SeriesInstanceUID of the one that was preferred
+    TableIndex("cases_by_study", "study_instance_uid"),
     TableIndex("cases_by_state", "state", "next_check_at"),
     TableIndex("cases_by_change", "changed_at"),
 )

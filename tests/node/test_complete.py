@@ -1,18 +1,20 @@
-"""Completeness: when a Series is analysed, refused or awaited, and what that does to its case."""
+"""Completeness: the evidence and what follows from it, as a table; how long a sender's next association is awaited."""
 
-import time
+import math
+import random
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from model import SeriesRules, SliceHeader
-from node.case import Case, CaseState
-from node.complete import Answer, check_cases, judge
-from node.config import CompleteConfig
-from node.index import Index, StoredSeries
+from node.case import Carrier
+from node.complete.judge import Answer, Evidence, are_numbers_whole, habit_s, judge, pauses_s, settling_s
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 RULES = SeriesRules(min_slices=30, max_spacing_mm=5.0)
+QUIET_S = 30.0
+ANALYSE, REFUSE, WAIT = Answer.ANALYSE, Answer.REFUSE, Answer.WAIT
 
 
 def headers(num_slices: int = 40, *, spacing_mm: float = 2.0) -> list[SliceHeader]:
@@ -46,141 +48,217 @@ LOCALIZERS = [replace(header, image_type=("ORIGINAL", "PRIMARY", "LOCALIZER")) f
 SAGITTAL = [replace(header, orientation=(0.0, 1.0, 0.0, 0.0, 0.0, -1.0)) for header in WHOLE]
 MIXED = [*WHOLE[:20], *(replace(header, rows=256) for header in WHOLE[20:])]
 COARSE = headers(spacing_mm=8.0)
+# What is here looks even, and the numbers tell that it is a part.
+LONG = headers(120, spacing_mm=1.0)
+EVERY_SECOND, SECOND_HALF, FIRST_HALF = LONG[::2], LONG[60:], LONG[:60]
+TWICE = [*WHOLE, *(replace(header, sop_instance_uid=f"1.2.9.{i}") for i, header in enumerate(WHOLE))]
+ALL_NUMBERED_1 = [replace(header, instance_number=1) for header in WHOLE]
+UNNUMBERED = [replace(header, instance_number=None) for header in WHOLE]
 
-OPEN, RELEASED, BROKEN = (1, 0, 0), (0, 1, 0), (0, 0, 1)
-TWO_RELEASED, ONE_OF_TWO_RELEASED, REPEATED_AFTER_ABORT = (0, 2, 0), (1, 1, 0), (0, 1, 1)
+
+def sent(*times: float, released: bool = True) -> Carrier:
+    """An association that was open from the first time to the second, or is still open."""
+    return Carrier(opened_at=times[0], ended_at=times[1] if len(times) > 1 else None, released=released)
+
+
+def broken(opened_at: float, ended_at: float) -> Carrier:
+    return sent(opened_at, ended_at, released=False)
+
+
+# The last Instance came at 100 s.
+OPEN, RELEASED, BROKEN = [sent(90.0)], [sent(90.0, 100.1)], [broken(90.0, 100.1)]
+PARALLEL = [sent(90.0, 99.8), sent(90.1, 100.1), sent(90.2, 99.9), sent(90.2, 100.0)]
+ONE_OF_TWO_OPEN = [sent(90.0, 99.0), sent(90.1)]
+IN_SEQUENCE = [sent(80.0, 85.0), sent(86.0, 92.0), sent(93.0, 100.1)]  # two pauses are too few to go by
+ONE_PER_IMAGE = [sent(95 + 0.1 * i, 95.05 + 0.1 * i) for i in range(51)]  # pauses of 0.05 s, the last ends at 100.05
+SLOW = [sent(60 + i, 60.1 + i) for i in range(40)]  # pauses of 0.9 s, the last ends at 99.1
+FOUR_AT_A_TIME = [sent(95 + 0.025 * i, 95.1 + 0.025 * i) for i in range(200)]
+BROKEN_THEN_RESENT = [broken(80.0, 85.0), sent(90.0, 100.1)]
+RESENT_AND_BROKEN = [sent(80.0, 85.0), broken(90.0, 100.1)]
+ONE_OF_PARALLEL_BROKEN = [broken(90.0, 99.0), sent(90.1, 100.1), sent(90.2, 100.0)]
+LATE_SLICE_A_DAY_LATER = [sent(-86400.0, -86390.0), sent(99.9, 100.1)]
 
 
 @pytest.mark.parametrize(
-    ("what", "associations", "is_quiet", "answer", "reason"),
+    ("carriers", "at", "answer"),
     [
-        # One association that carried everything and was released: no need to wait.
-        (WHOLE, RELEASED, False, Answer.ANALYSE, ""),
-        (GAP, RELEASED, False, Answer.WAIT, ""),
-        (ONE_MISSING, RELEASED, False, Answer.WAIT, ""),
-        (FEW, RELEASED, False, Answer.WAIT, ""),
-        (LOCALIZERS, RELEASED, False, Answer.REFUSE, "LOCALIZER"),
-        (SAGITTAL, RELEASED, False, Answer.REFUSE, "sagittal"),
-        (MIXED, RELEASED, False, Answer.REFUSE, "different Rows"),
-        # More may come over an association that is open, or over another one.
-        (WHOLE, OPEN, False, Answer.WAIT, ""),
-        (WHOLE, BROKEN, False, Answer.WAIT, ""),
-        (WHOLE, TWO_RELEASED, False, Answer.WAIT, ""),
-        (WHOLE, ONE_OF_TWO_RELEASED, False, Answer.WAIT, ""),
-        (WHOLE, REPEATED_AFTER_ABORT, False, Answer.WAIT, ""),
-        (LOCALIZERS, OPEN, False, Answer.WAIT, ""),
-        # After the quiet time an answer is due, whatever the associations did.
-        (WHOLE, BROKEN, True, Answer.ANALYSE, ""),
-        (WHOLE, TWO_RELEASED, True, Answer.ANALYSE, ""),
-        (WHOLE, REPEATED_AFTER_ABORT, True, Answer.ANALYSE, ""),
-        (ONE_MISSING, RELEASED, True, Answer.ANALYSE, ""),  # bridged, with a warning
-        (GAP, RELEASED, True, Answer.REFUSE, "3 Instances missing"),
-        (FEW, BROKEN, True, Answer.REFUSE, "5 slices; at least 30 are needed"),
-        (COARSE, RELEASED, True, Answer.REFUSE, "8.00 mm apart"),
-        (LOCALIZERS, BROKEN, True, Answer.REFUSE, "LOCALIZER"),
+        # One association: whole as soon as it is released.
+        (OPEN, 100.3, WAIT),
+        (RELEASED, 100.3, ANALYSE),
+        (BROKEN, 100.3, WAIT),
+        (BROKEN, 129.9, WAIT),
+        # An association that is open may be a pause, or other Series of the Study: the quiet time bounds it.
+        (OPEN, 129.9, WAIT),
+        (OPEN, 130.0, ANALYSE),
+        # Several that were all open together are a sender with a fixed set of them.
+        (PARALLEL, 100.3, ANALYSE),
+        (ONE_OF_TWO_OPEN, 100.3, WAIT),
+        (ONE_OF_PARALLEL_BROKEN, 100.3, WAIT),
+        # Several in sequence: there may be one more.
+        (IN_SEQUENCE, 100.3, WAIT),
+        (IN_SEQUENCE, 129.9, WAIT),
+        (IN_SEQUENCE, 130.0, ANALYSE),
+        # An association for each image: awaited for four times the longest pause, at least 2 s.
+        (ONE_PER_IMAGE, 100.3, WAIT),
+        (ONE_PER_IMAGE, 102.0, WAIT),
+        (ONE_PER_IMAGE, 102.1, ANALYSE),
+        (SLOW, 102.6, WAIT),
+        (SLOW, 102.8, ANALYSE),
+        (FOUR_AT_A_TIME, 101.0, WAIT),
+        (FOUR_AT_A_TIME, 102.1, ANALYSE),
+        # A break is mended by a later association that is released, and by nothing else but the quiet time.
+        (BROKEN_THEN_RESENT, 100.3, ANALYSE),
+        (RESENT_AND_BROKEN, 100.3, WAIT),
+        (RESENT_AND_BROKEN, 130.0, ANALYSE),
+        # What came after a longer pause than the quiet time is a sending of its own.
+        (LATE_SLICE_A_DAY_LATER, 100.3, ANALYSE),
     ],
 )
-def test_judge(
-    what: list[SliceHeader], associations: tuple[int, int, int], is_quiet: bool, answer: Answer, reason: str
+def test_a_series_without_a_gap_is_whole(carriers: list[Carrier], at: float, answer: Answer) -> None:
+    evidence = Evidence(headers=WHOLE, carriers=carriers, last_received_at=100.0, num_instances=40)
+    verdict = judge(evidence, RULES, quiet_time_s=QUIET_S, now=at)
+    assert verdict.answer is answer
+    if answer is WAIT:
+        assert at < verdict.until <= 130.0  # it will be judged again
+
+
+@pytest.mark.parametrize(
+    ("what", "carriers", "at", "answer", "reason"),
+    [
+        # Gaps, and too few: more may come. After the quiet time it is bridged, or refused with the reason.
+        (GAP, RELEASED, 100.3, WAIT, ""),
+        (GAP, RELEASED, 130.0, REFUSE, "3 Instances missing"),
+        (ONE_MISSING, RELEASED, 100.3, WAIT, ""),
+        (ONE_MISSING, RELEASED, 130.0, ANALYSE, ""),
+        (FEW, RELEASED, 100.3, WAIT, ""),
+        (FEW, BROKEN, 130.0, REFUSE, "5 slices; at least 30 are needed"),
+        (COARSE, RELEASED, 130.0, REFUSE, "8.00 mm apart"),
+        # What more Instances cannot mend is said as soon as the sender is done.
+        (LOCALIZERS, RELEASED, 100.3, REFUSE, "LOCALIZER"),
+        (LOCALIZERS, OPEN, 100.3, WAIT, ""),
+        (LOCALIZERS, BROKEN, 130.0, REFUSE, "LOCALIZER"),
+        (SAGITTAL, RELEASED, 100.3, REFUSE, "sagittal"),
+        (MIXED, RELEASED, 100.3, REFUSE, "different Rows"),
+        # Even, but the numbers say that it is a part.
+        (EVERY_SECOND, RELEASED, 100.3, WAIT, ""),
+        (EVERY_SECOND, RELEASED, 130.0, ANALYSE, ""),
+        (SECOND_HALF, RELEASED, 100.3, WAIT, ""),
+        (SECOND_HALF, RELEASED, 130.0, ANALYSE, ""),
+        (FIRST_HALF, RELEASED, 100.3, ANALYSE, ""),  # nothing tells it from a whole
+        # Numbers that tell nothing.
+        (ALL_NUMBERED_1, RELEASED, 100.3, ANALYSE, ""),
+        (UNNUMBERED, RELEASED, 100.3, ANALYSE, ""),
+        (TWICE, RELEASED, 100.3, ANALYSE, ""),
+    ],
+)
+def test_what_is_here_counts(
+    what: list[SliceHeader], carriers: list[Carrier], at: float, answer: Answer, reason: str
 ) -> None:
-    num_open, num_released, num_broken = associations
-    stored = StoredSeries(
-        headers=[header.to_dict() for header in what],
-        num_open=num_open,
-        num_released=num_released,
-        num_broken=num_broken,
-    )
-    verdict = judge(stored, RULES, is_quiet=is_quiet)
+    evidence = Evidence(headers=what, carriers=carriers, last_received_at=100.0, num_instances=len(what))
+    verdict = judge(evidence, RULES, quiet_time_s=QUIET_S, now=at)
     assert verdict.answer is answer
     assert reason in verdict.reason
-    assert bool(verdict.reason) == (answer is Answer.REFUSE)
+    assert bool(verdict.reason) == (answer is REFUSE)
 
 
-# ---- on a real index ----
-
-CONFIG = CompleteConfig(quiet_time_s=0.2)
-
-
-def arrive(index: Index, slices: list[SliceHeader], association_id: int, quiet_time_s: float = 0.2) -> None:
-    for header in slices:
-        index.add_instance(
-            association_id=association_id,
-            calling_ae_title="SCANNER",
-            path=index.data_dir / "instances" / header.series_instance_uid / f"{header.sop_instance_uid}.dcm",
-            headers=[header.to_dict()],
-            quiet_time_s=quiet_time_s,
-        )
-
-
-def the_case(index: Index) -> Case:
-    (case,) = index.cases()
-    return case
-
-
-def test_a_whole_series_is_queued_as_soon_as_its_association_is_released(index: Index) -> None:
-    association_id = index.open_association("SCANNER")
-    arrive(index, WHOLE, association_id, quiet_time_s=60)
-    config = CompleteConfig(quiet_time_s=60)
-    check_cases(index, config)
-    assert the_case(index).state is CaseState.RECEIVING
-    index.end_association(association_id, released=True)
-    check_cases(index, config)
-    assert the_case(index).state is CaseState.QUEUED
+@pytest.mark.parametrize(
+    ("what", "carriers", "num_at_source", "at", "answer"),
+    [
+        (FIRST_HALF, RELEASED, 120, 100.3, WAIT),  # it holds more
+        (FIRST_HALF, RELEASED, 120, 130.0, ANALYSE),  # and does not send it
+        (WHOLE, IN_SEQUENCE, 40, 100.3, ANALYSE),  # all are here
+        (WHOLE, BROKEN, 40, 100.3, ANALYSE),
+        (SECOND_HALF, RELEASED, 60, 100.3, ANALYSE),  # numbered from 61
+        (WHOLE, OPEN, 40, 100.3, WAIT),
+        (GAP, RELEASED, 37, 100.3, WAIT),  # the source lacks them, too; another may have them
+        (WHOLE, RELEASED, 39, 100.3, ANALYSE),  # fewer: it counts otherwise, and tells nothing
+        (WHOLE, IN_SEQUENCE, 39, 100.3, WAIT),
+    ],
+)
+def test_the_source_is_believed(
+    what: list[SliceHeader], carriers: list[Carrier], num_at_source: int, at: float, answer: Answer
+) -> None:
+    evidence = Evidence(headers=what, carriers=carriers, last_received_at=100.0, num_instances=len(what))
+    counted = replace(evidence, num_at_source=num_at_source)
+    assert judge(counted, RULES, quiet_time_s=QUIET_S, now=at).answer is answer
+    asked = judge(replace(evidence, is_source_asked=True), RULES, quiet_time_s=QUIET_S, now=at).answer
+    assert asked is (WAIT if at < 130.0 else answer)
 
 
-def test_a_series_with_a_gap_waits_for_the_quiet_time_and_is_then_refused_with_the_reason(index: Index) -> None:
-    association_id = index.open_association("SCANNER")
-    arrive(index, GAP, association_id)
-    index.end_association(association_id, released=True)
-    check_cases(index, CONFIG)
-    assert the_case(index).state is CaseState.RECEIVING
-    time.sleep(0.25)
-    check_cases(index, CONFIG)
-    case = the_case(index)
-    assert case.state is CaseState.REFUSED
-    assert "slice gaps" in case.reason
+@pytest.mark.parametrize(
+    ("numbers", "whole"),
+    [
+        ([1, 2, 3], True),
+        ([0, 1, 2], True),
+        ([3, 1, 2], True),
+        ([2, 3, 4], False),
+        ([1, 2, 4], False),
+        ([1, 1, 1], True),
+        ([1, 2, None], True),
+        ([], True),
+        ([1], True),
+    ],
+)
+def test_instance_numbers(numbers: list[int | None], whole: bool) -> None:
+    slices = [replace(header, instance_number=number) for header, number in zip(WHOLE, numbers, strict=False)]
+    assert are_numbers_whole(slices) is whole
 
 
-def test_the_rest_of_a_series_that_waits_makes_it_whole(index: Index) -> None:
-    """A Study over several associations: the second brings what was missing."""
-    first, second = index.open_association("SCANNER"), index.open_association("SCANNER")
-    arrive(index, WHOLE[:25], first)
-    index.end_association(first, released=True)
-    check_cases(index, CONFIG)
-    arrive(index, WHOLE[25:], second)
-    index.end_association(second, released=True)
-    check_cases(index, CONFIG)
-    assert the_case(index).state is CaseState.RECEIVING
-    time.sleep(0.25)
-    check_cases(index, CONFIG)
-    assert the_case(index).state is CaseState.QUEUED
+def test_frames_of_one_instance_share_its_number() -> None:
+    frames = [replace(WHOLE[0], frame_number=number, instance_number=7) for number in range(1, 40)]
+    assert are_numbers_whole(frames)
 
 
-def test_an_instance_that_comes_after_a_refusal_gives_the_series_another_chance(index: Index) -> None:
-    association_id = index.open_association("SCANNER")
-    arrive(index, GAP, association_id, quiet_time_s=0)
-    time.sleep(0.25)
-    check_cases(index, CONFIG)
-    assert the_case(index).state is CaseState.REFUSED
-    arrive(index, [header for header in WHOLE if header not in GAP], association_id)
-    assert the_case(index).state is CaseState.RECEIVING
-    time.sleep(0.25)
-    check_cases(index, CONFIG)
-    assert the_case(index).state is CaseState.QUEUED
+# ---- how long the next association is awaited ----
 
 
-def test_a_case_that_waits_is_not_judged_at_every_tick(index: Index) -> None:
-    association_id = index.open_association("SCANNER")
-    arrive(index, GAP, association_id)
-    index.end_association(association_id, released=True)
-    assert len(index.cases_to_check()) == 1
-    check_cases(index, CompleteConfig(quiet_time_s=60))
-    assert index.cases_to_check() == []
+@pytest.mark.parametrize(
+    ("pauses", "wait_s"),
+    [
+        ([], QUIET_S),
+        ([0.1, 0.1], QUIET_S),  # too few to go by
+        ([0.1, 0.1, 0.1], 2.0),
+        ([0.0] * 100, 2.0),
+        ([0.1, 3.0, 0.1], 12.0),
+        ([0.1, 9.0, 0.1], QUIET_S),  # never longer
+    ],
+)
+def test_settling(pauses: list[float], wait_s: float) -> None:
+    assert settling_s(pauses, QUIET_S) == wait_s
 
 
-def test_the_rules_are_those_of_the_configuration(index: Index) -> None:
-    association_id = index.open_association("SCANNER")
-    arrive(index, headers(28), association_id)
-    index.end_association(association_id, released=True)
-    check_cases(index, CompleteConfig(min_slices=28))
-    assert the_case(index).state is CaseState.QUEUED
+def test_pauses_are_when_nothing_was_open() -> None:
+    assert pauses_s([sent(5.0, 9.0), sent(0.0, 2.0), sent(8.0, 8.5), sent(10.0)]) == [3.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("num_pauses", [3, 29])
+def test_the_chance_of_a_false_start_is_what_the_docstring_says(num_pauses: int) -> None:
+    """With exponential pauses; the mean does not matter while the floor is out of play."""
+    draw = random.Random(7)
+    num_trials = 40_000
+    too_early = 0
+    for _ in range(num_trials):
+        pauses = [draw.expovariate(1 / 100) for _ in range(num_pauses)]
+        too_early += draw.expovariate(1 / 100) > settling_s(pauses, 1e9)
+    assert too_early / num_trials == pytest.approx(1 / math.comb(num_pauses + 4, 4), abs=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "expected"),
+    [
+        ([], []),
+        ([[sent(0.0, 5.0), sent(6.0, 9.0)]] * 2, []),  # too few to call it a habit
+        ([[sent(0.0, 5.0), sent(6.0, 9.0)]] * 3, [1.0, 1.0, 1.0]),
+        ([[sent(0.0, 5.0), sent(6.0, 9.0)]] * 4 + [[sent(0.0, 5.0)]], []),  # not always
+        ([[sent(0.0, 5.0), sent(500.0, 509.0)]] * 3, []),  # late slices are no habit
+    ],
+)
+def test_the_habit_of_a_sender(earlier: Sequence[Sequence[Carrier]], expected: list[float]) -> None:
+    assert habit_s(earlier, QUIET_S) == expected
+
+
+def test_a_sender_that_always_splits_is_awaited_after_its_first_part() -> None:
+    habit = habit_s([[sent(0.0, 5.0), sent(6.0, 9.0)]] * 3, QUIET_S)
+    evidence = Evidence(headers=WHOLE, carriers=RELEASED, last_received_at=100.0, num_instances=40, habit_s=habit)
+    assert judge(evidence, RULES, quiet_time_s=QUIET_S, now=104.0).answer is WAIT
+    assert judge(evidence, RULES, quiet_time_s=QUIET_S, now=104.2).answer is ANALYSE

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from node.config import ClientTls, Config, ConfigError, DicomDestination, FolderDestination, Peer, load_config
+from node.config import ClientTls, Config, ConfigError, DicomDestination, FolderDestination, Peer, Source, load_config
 
 CONFIG_YAML = Path(__file__).parents[2] / "config.yaml"
 
@@ -79,7 +79,7 @@ def test_numbers_in_settings_carry_their_unit() -> None:
     for model in (section.annotation for section in Config.model_fields.values()):
         if isinstance(model, type) and issubclass(model, BaseModel):
             for name, field in model.model_fields.items():
-                if isinstance(field.default, int | float):
+                if isinstance(field.default, int | float) and not isinstance(field.default, bool):
                     assert name in unitless or name.endswith(("_s", "_mm", "_mb")), name
 
 
@@ -279,6 +279,22 @@ def test_the_example_of_a_pacs_in_config_yaml_is_valid(load: Load) -> None:
     (settings,) = yaml.safe_load("\n".join(example))
     assert set(DicomDestination.model_fields) == set(settings)
     assert set(ClientTls.model_fields) == set(settings["tls"])
+
+
+def test_the_example_of_a_source_in_config_yaml_is_valid(load: Load) -> None:
+    text = CONFIG_YAML.read_text(encoding="utf-8")
+    text = text.partition("  # Senders that can be asked")[2].partition("  sources: []")[0]
+    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    (source,) = load(f"complete:\n  sources:\n{listed}\n").complete.sources
+    assert source.sends_as == ("PACS", "PACS2")
+    assert set(Source.model_fields) == set(yaml.safe_load(listed)[0])
+
+
+def test_two_sources_cannot_send_with_one_ae_title(load: Load) -> None:
+    source = "{name: a, sends_as: CT1, host: h, port: 104, ae_title: A}"
+    assert load(f"complete:\n  sources: [{source}]\n").complete.sources[0].sends_as == ("CT1",)
+    text = f"complete:\n  sources: [{source}, {source}]\n"
+    assert faults(load, text) == ["line 1: complete: two sources send as CT1; only one can be asked"]
 
 
 # ---- who may talk ----

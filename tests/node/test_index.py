@@ -204,11 +204,13 @@ def test_how_each_association_ended_is_known(index: Index) -> None:
     index.end_association(released, released=True)
     index.end_association(aborted, released=False)
     stored = index.stored_series(SERIES)
-    assert (stored.num_open, stored.num_released, stored.num_broken) == (1, 1, 1)
+    ends = [(carrier.ended_at is not None, carrier.released) for carrier in stored.carriers]
+    assert ends == [(True, True), (True, False), (False, False)]
     assert sorted(h["sop_instance_uid"] for h in stored.headers) == [f"{SERIES}.{n}" for n in range(3)]
     index.end_lost_associations()
     stored = index.stored_series(SERIES)
-    assert (stored.num_open, stored.num_released, stored.num_broken) == (0, 1, 2)
+    ends = [(carrier.ended_at is not None, carrier.released) for carrier in stored.carriers]
+    assert ends == [(True, True), (True, False), (True, False)]
 
 
 def test_cases_are_claimed_in_the_order_they_were_queued(index: Index) -> None:
