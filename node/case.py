@@ -30,6 +30,10 @@ class CaseState(StrEnum):
     FAILED = "failed"  # analysis or delivery was given up; the reason says why
 
 
+FINISHED = frozenset({CaseState.DONE, CaseState.SKIPPED, CaseState.REFUSED, CaseState.FAILED})
+"""Nothing more happens to these cases by itself; what is kept of them may be purged in time."""
+
+
 class DeliveryState(StrEnum):
     """Where the delivery of one result set to one destination stands."""
 
@@ -47,6 +51,8 @@ class Case:
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
     latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
     quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
+    originals_purged_at, results_purged_at: when retention removed what was received, what was made; None while it is
+    kept.
     """
 
     case_id: int
@@ -66,6 +72,8 @@ class Case:
     summary: str
     won_s: float | None
     num_reopened: int
+    originals_purged_at: float | None
+    results_purged_at: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

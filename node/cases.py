@@ -29,7 +29,7 @@ def print_table(cases: Sequence[Case]) -> None:
         table.add_column(heading, overflow="fold")
     for case in cases:
         received = datetime.fromtimestamp(case.first_received_at).strftime("%Y-%m-%d %H:%M:%S")
-        state = f"[{_COLOURS.get(case.state, 'cyan')}]{case.state}[/]"
+        state = f"[{_COLOURS.get(case.state, 'cyan')}]{case.state}[/]{_purged(case)}"
         table.add_row(
             received,
             escape(case.calling_ae_title),  # comes from the network, and brackets are markup to rich
@@ -42,10 +42,16 @@ def print_table(cases: Sequence[Case]) -> None:
     Console().print(table)
 
 
+def _purged(case: Case) -> str:
+    """A line for each thing that retention has removed of the case."""
+    marks = (("originals", case.originals_purged_at), ("results", case.results_purged_at))
+    return "".join(f"\n{what} purged {datetime.fromtimestamp(at):%Y-%m-%d}" for what, at in marks if at is not None)
+
+
 def print_json(cases: Sequence[Case]) -> None:
     """A JSON object a line for programs; times in ISO 8601 with the zone."""
     for case in cases:
         values: dict[str, Any] = asdict(case)
-        for key in ("first_received_at", "last_received_at", "changed_at"):
+        for key in [key for key, value in values.items() if key.endswith("_at") and value is not None]:
             values[key] = datetime.fromtimestamp(values[key]).astimezone().isoformat(timespec="seconds")
         sys.stdout.write(json.dumps(values, default=str) + "\n")

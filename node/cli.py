@@ -18,6 +18,7 @@ import click
 
 from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config, open_index
 from node.commands.notifications import notifications
+from node.commands.purge import purge
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -258,3 +259,4 @@ def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
 
 
 main.add_command(notifications)
+main.add_command(purge)

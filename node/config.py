@@ -53,6 +53,7 @@ def _parse_network(value: object) -> object:
 AETitle = Annotated[str, AfterValidator(_check_ae_title)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Days = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -245,6 +246,16 @@ class DeliverConfig(_Section):
         return tuple(dict.fromkeys(destination.profile for destination in self.destinations)) or (Profile(),)
 
 
+class RetentionConfig(_Section):
+    """What leaves the data folder, and when."""
+
+    originals_days: Days | None = 30.0
+    results_days: Days | None = 90.0
+    failed_days: Days | None = 30.0
+    max_disk_percent: float | None = Field(default=80.0, gt=0, le=100)
+    max_disk_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
 class Config(_Section):
     """Everything that can be set."""
 
@@ -257,6 +268,7 @@ class Config(_Section):
     analyse: AnalyseConfig = AnalyseConfig()
     deliver: DeliverConfig = DeliverConfig()
     notify: NotifyConfig = NotifyConfig()
+    retention: RetentionConfig = RetentionConfig()
 
 
 def load_config(path: Path | None = None) -> Config:

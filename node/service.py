@@ -13,6 +13,7 @@ import multiprocessing
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -26,12 +27,16 @@ from node.config import Config
 from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
+from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
 _PUT_BACK_S = 30.0
+_RELIEVE_S = 30.0
+_FIRST_RETENTION_S = 60.0
+_RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
 _NOTIFY_S = 2.0
 
 
@@ -60,7 +65,7 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_threads = 4 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
+        num_threads = 6 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
@@ -77,6 +82,7 @@ class Service:
         index, config = self._index, self._config
         self._put_back_unheld()
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
+        finish_interrupted(index)  # before the receiver looks for files that nobody knows
         self._start_receiver()
         self._pool = WorkerPool(config)
         if problem := self._pool.wait_until_loaded():
@@ -92,6 +98,11 @@ class Service:
             self._every_tick(deliver_due, index, config, destination)
         for target in config.notify.targets:
             self._scheduler.add_job(notify_due, "interval", (index, target), seconds=_NOTIFY_S)
+        self._scheduler.add_job(relieve_disk, "interval", (index, config), seconds=_RELIEVE_S)
+        soon = datetime.now() + timedelta(seconds=_FIRST_RETENTION_S)  # a node that is restarted daily purges too
+        self._scheduler.add_job(
+            run_retention, "interval", (index, config), hours=1, jitter=_RETENTION_JITTER_S, next_run_time=soon
+        )
         self._scheduler.start()
         log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
 

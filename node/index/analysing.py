@@ -6,7 +6,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from node.case import Case, CaseState, DeliveryState
@@ -14,6 +14,7 @@ from node.index import tables
 from node.index.cases import Cases, unmoved
 
 _cases, _deliveries, _instances, _results = tables.cases, tables.deliveries, tables.instances, tables.results
+_removals = tables.removals
 
 
 class Analysing(Cases):
@@ -51,10 +52,19 @@ class Analysing(Cases):
         with self._writing() as connection:
             state = CaseState.DELIVERING if destinations else CaseState.DONE
             moved = connection.execute(
-                unmoved(case).values(state=state, reason="", result_dir=relative, summary=summary, changed_at=now)
+                unmoved(case).values(
+                    state=state,
+                    reason="",
+                    result_dir=relative,
+                    results_purged_at=None,
+                    summary=summary,
+                    changed_at=now,
+                )
             ).rowcount
             if not moved:
                 return False
+            stale = (_removals.c.case_id == case.case_id) & (_removals.c.path == str(Path(relative).parent))
+            connection.execute(delete(_removals).where(stale))  # purged before, and now in use again
             for uid in sop_instance_uids:
                 made = insert(_results).values(sop_instance_uid=uid, case_id=case.case_id)
                 connection.execute(made.on_conflict_do_nothing())

@@ -108,7 +108,8 @@ class Completing(Cases):
         came_to_nothing = select(preferred.c.series_instance_uid).where(
             preferred.c.state.in_([CaseState.REFUSED, CaseState.FAILED]), preferred.c.result_dir.is_(None)
         )
-        passed_over = (_cases.c.state == CaseState.SKIPPED) & _cases.c.skipped_for.in_(came_to_nothing)
+        is_here = _cases.c.originals_purged_at.is_(None)
+        passed_over = (_cases.c.state == CaseState.SKIPPED) & _cases.c.skipped_for.in_(came_to_nothing) & is_here
         with self._engine.connect() as connection:
             case_ids = connection.scalars(select(_cases.c.case_id).where(passed_over)).all()
         if case_ids:

@@ -159,7 +159,8 @@ def _add_to_case() -> Insert:
         index_elements=["series_instance_uid"],
         set_={name: case.excluded[name] for name in arrival}
         | {
-            "num_instances": _cases.c.num_instances + 1,
+            "num_instances": sql_case((_cases.c.originals_purged_at.is_(None), _cases.c.num_instances + 1), else_=1),
+            "originals_purged_at": None,
             "num_reopened": _cases.c.num_reopened + sql_case((_was_begun, 1), else_=0),
         },
     )

@@ -21,6 +21,11 @@ STEPS = (
         "ALTER TABLE cases ADD COLUMN skipped_for VARCHAR(64)",
         "CREATE INDEX cases_by_study ON cases (study_instance_uid)",
     ),
+    # 5: what was purged is known.
+    (
+        "ALTER TABLE cases ADD COLUMN originals_purged_at FLOAT",
+        "ALTER TABLE cases ADD COLUMN results_purged_at FLOAT",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -37,6 +37,8 @@ cases = Table(
     Column("won_s", Float),  # against the quiet time, when it was found whole
     Column("num_reopened", Integer, nullable=False, server_default="0"),
     Column("skipped_for", String(64)),  # SeriesInstanceUID of the one that was preferred
+    Column("originals_purged_at", Float),  # None while the Instances are kept
+    Column("results_purged_at", Float),  # None while the results are kept, or if there were none
     TableIndex("cases_by_study", "study_instance_uid"),
     TableIndex("cases_by_state", "state", "next_check_at"),
     TableIndex("cases_by_change", "changed_at"),
@@ -60,6 +62,12 @@ results = Table(
     "results",
     metadata,
     Column("sop_instance_uid", String(64), primary_key=True),
+    Column("case_id", Integer, ForeignKey("cases.case_id"), nullable=False),
+)
+removals = Table(  # what retention has purged and may still be on disk
+    "removals",
+    metadata,
+    Column("path", String, primary_key=True),  # relative to the data folder
     Column("case_id", Integer, ForeignKey("cases.case_id"), nullable=False),
 )
 deliveries = Table(

@@ -80,7 +80,7 @@ def test_numbers_in_settings_carry_their_unit() -> None:
         if isinstance(model, type) and issubclass(model, BaseModel):
             for name, field in model.model_fields.items():
                 if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-                    assert name in unitless or name.endswith(("_s", "_mm", "_mb")), name
+                    assert name in unitless or name.endswith(("_s", "_mm", "_mb", "_gb", "_days", "_percent")), name
 
 
 # ---- what is read ----

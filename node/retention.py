@@ -1,0 +1,183 @@
+"""Retention: what was received and made leaves the data folder when it is old, or when the disk fills.
+
+Only finished cases are looked at (`node.case.FINISHED`, nothing left to deliver). `plan` is pure and says why each
+thing goes; `purge` does it. `service.py` runs it by the clock, `cspine purge` by hand. A purge that was interrupted is
+ended by the next one, and before anything is received.
+"""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from node.case import Case, CaseState
+from node.config import Config, RetentionConfig
+from node.index import Index
+from node.process import sync
+
+log = logging.getLogger(__name__)
+
+_DAY_S = 86400.0
+
+
+class What(StrEnum):
+    """What can go of a case."""
+
+    ORIGINALS = "originals"  # the Instances as they were received
+    RESULTS = "results"  # what was made of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Originals or results of a finished case, and what they take."""
+
+    case: Case
+    what: What
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purge:
+    """Something that goes, and why."""
+
+    kept: Kept
+    why: str
+
+
+def plan(
+    kept: Sequence[Kept], config: RetentionConfig, *, now: float, excess_bytes: int, why_excess: str
+) -> list[Purge]:
+    """What goes: whatever is too old, then, until `excess_bytes` are freed, the finished longest ago first.
+
+    kept: in that order.
+    """
+    purges = [Purge(kept=item, why=why) for item in kept if (why := _too_old(item, config, now))]
+    aged = {id(purge.kept) for purge in purges}
+    excess_bytes -= sum(purge.kept.num_bytes for purge in purges)
+    for item in kept:
+        if excess_bytes <= 0:
+            break
+        if id(item) not in aged:
+            purges.append(Purge(kept=item, why=why_excess))
+            excess_bytes -= item.num_bytes
+    return purges
+
+
+def _too_old(item: Kept, config: RetentionConfig, now: float) -> str:
+    """Why it is too old, "" if it is not."""
+    if item.case.state != CaseState.DONE:
+        setting, days = "failed_days", config.failed_days
+    elif item.what is What.ORIGINALS:
+        setting, days = "originals_days", config.originals_days
+    else:
+        setting, days = "results_days", config.results_days
+    age_days = (now - item.case.changed_at) / _DAY_S
+    return (
+        f"{item.case.state} {age_days:.1f} days ago, {setting} is {days:g}"
+        if days is not None and age_days >= days
+        else ""
+    )
+
+
+def plan_now(index: Index, config: Config) -> list[Purge]:
+    """`plan` for the data folder as it is."""
+    kept = [item for case in index.finished_cases() for item in _kept_of(index, case)]
+    excess_bytes, why_excess = _excess(config)
+    return plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
+
+
+def _kept_of(index: Index, case: Case) -> Iterator[Kept]:
+    if case.originals_purged_at is None:
+        num_bytes = sum(_size(path) for path in index.instance_paths(case.series_instance_uid))
+        yield Kept(case=case, what=What.ORIGINALS, num_bytes=num_bytes)
+    if case.result_dir is not None and case.results_purged_at is None:
+        yield Kept(case=case, what=What.RESULTS, num_bytes=_size(case.result_dir.parent))
+
+
+def _excess(config: Config) -> tuple[int, str]:
+    """By how many bytes the data folder holds too much, and by which limit; the worst of them."""
+    disk = shutil.disk_usage(config.data_dir)
+    held = sum(_size(config.data_dir / name) for name in ("instances", "cases"))
+    retention = config.retention
+    limits = [(2 * config.receive.min_free_disk_mb * 2**20 - disk.free, "the disk is nearly full")]
+    if retention.max_disk_percent is not None:
+        limit = retention.max_disk_percent / 100 * disk.total
+        limits.append((int(held - limit), f"max_disk_percent is {retention.max_disk_percent:g}"))
+    if retention.max_disk_gb is not None:
+        limits.append((int(held - retention.max_disk_gb * 1e9), f"max_disk_gb is {retention.max_disk_gb:g}"))
+    return max(limits)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file or of everything under a folder; what is not there, or goes meanwhile, has none."""
+    try:
+        return sum(_size(child) for child in path.iterdir()) if path.is_dir() else path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def purge(index: Index, purges: Sequence[Purge]) -> int:
+    """Carries them out, and ends what an interrupted run began; the bytes freed. A case that moved on keeps all."""
+    finish_interrupted(index)
+    freed_bytes = 0
+    for item in purges:
+        case = item.kept.case
+        remove = index.purge_originals if item.kept.what is What.ORIGINALS else index.purge_results
+        if remove(case):
+            finish_interrupted(index)
+            freed_bytes += item.kept.num_bytes
+            log.info(
+                "action=purged case=%d series=%s what=%s bytes=%d: %s",
+                case.case_id,
+                case.series_instance_uid,
+                item.kept.what,
+                item.kept.num_bytes,
+                item.why,
+            )
+    return freed_bytes
+
+
+def finish_interrupted(index: Index) -> None:
+    """Removes from disk what is purged and still there."""
+    removed = []
+    for path in index.removals():
+        try:
+            _remove(path)
+        except OSError as error:
+            log.error("action=not-purged path=%s: %s; it is tried again", path, error.strerror)
+        else:
+            removed.append(path)
+    for folder in {path.parent for path in removed if path.parent.exists()}:
+        sync(folder)  # or what a power cut brings back would be nobody's
+    if removed:
+        index.note_removed(removed)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, or a folder and all in it; either may be gone already.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def run_retention(index: Index, config: Config) -> None:
+    """Purges what is due, and says how much was freed."""
+    purges = plan_now(index, config)
+    freed_bytes = purge(index, purges)
+    if purges:
+        log.info("action=retention purged=%d freed_mb=%.1f", len(purges), freed_bytes / 1e6)
+
+
+def relieve_disk(index: Index, config: Config) -> None:
+    """`run_retention` when the disk is nearly full, so that the receiver need not refuse."""
+    if shutil.disk_usage(config.data_dir).free < 2 * config.receive.min_free_disk_mb * 2**20:
+        run_retention(index, config)
