@@ -2,7 +2,8 @@
 # The node in a container: docker build -t cspine-node .
 #   docker run -p 11112:11112 -v cspine-data:/data cspine-node         serve, results to /data/results
 #   docker run --rm cspine-node demo                                   watch it work on two made-up studies
-# Settings of your own: -v ./config.yaml:/config.yaml:ro, with receive.host set to 0.0.0.0 and data_dir to /data.
+# Settings of your own: -v ./config.yaml:/config.yaml:ro, with data_dir /data, receive.host 0.0.0.0 and the peers in
+# receive.allow; with a list there, add - {ae_title: HEALTHCHECK, address: 127.0.0.1} for the health check.
 
 FROM python:3.11-slim AS build
 # Where torch's build comes from. For an NVIDIA GPU: --build-arg TORCH_INDEX=https://pypi.org/simple, and
@@ -30,6 +31,7 @@ COPY --chmod=0644 <<CONFIG /config.yaml
 data_dir: /data
 receive:
   host: 0.0.0.0
+  allow: any
 deliver:
   destinations:
     - name: results

@@ -4,14 +4,16 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from model import BundleError, load_pipeline
 from node.config import Config, DicomDestination, FolderDestination
 from node.index import DatabaseError, Index
 from node.send import SendError, echo
+from node.tls import TlsError, check_dates, client_context, server_context
 
 Check = tuple[str, str, str]
 """Name, problem ("" when there is none), detail."""
@@ -21,6 +23,8 @@ def run_checks(config: Config) -> Iterator[Check]:
     """One result for each thing that must be right; the configuration itself is loaded already."""
     yield "configuration", "", "valid"
     yield _check_port(config)
+    yield "peers", "", _describe_allow(config)
+    yield from check_certificates(config)
     yield _check_disk(config)
     yield _check_database(config)
     yield _check_model(config)
@@ -38,6 +42,33 @@ def _check_port(config: Config) -> Check:
     except OSError as error:
         return "port", f"{where}: {error.strerror}; is the node running already?", ""
     return "port", "", f"{where} is free"
+
+
+def _describe_allow(config: Config) -> str:
+    allow = config.receive.allow
+    if allow == "loopback":
+        return "this machine only (receive.allow is loopback)"
+    if allow == "any":
+        return "whoever reaches the port (receive.allow is any)"
+    return f"those in the {len(allow)} entries of receive.allow"
+
+
+def check_certificates(config: Config) -> Iterator[Check]:
+    """Whether keys belong to certificates and dates are right, of our port and towards the destinations."""
+    contexts: list[tuple[str, Callable[[], object], list[Path]]] = []
+    if (ours := config.receive.tls) is not None:
+        contexts.append(("receive.tls", partial(server_context, ours), [ours.certificate]))
+    for destination in config.deliver.destinations:
+        if isinstance(destination, DicomDestination) and (tls := destination.tls) is not None:
+            paths = [tls.certificate] if tls.certificate else []
+            contexts.append((f"destination {destination.name}", partial(client_context, tls), paths))
+    for name, make, paths in contexts:
+        try:
+            make()
+            for path in paths:
+                yield f"certificate {path.name}", *check_dates(path)
+        except TlsError as error:
+            yield name, str(error), ""
 
 
 def _check_disk(config: Config) -> Check:

@@ -5,7 +5,7 @@ a test keeps the two equal. Unknown keys and impossible values are all reported 
 """
 
 import re
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -98,6 +98,13 @@ Allow = Annotated[
 ]
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class ReceiveTls(_Section):
     """TLS for the connections that peers make to us."""
 
@@ -141,9 +148,21 @@ class ReceiveConfig(_Section):
     port: Port = 11112
     allow: Allow = "loopback"
     tls: ReceiveTls | None = None
-    max_associations: int = Field(default=32, ge=1, le=1000)
+    max_associations: int = Field(default=64, ge=1, le=1000)
+    max_associations_per_address: int = Field(default=32, ge=1, le=1000)
+    associate_timeout_s: Seconds = 5.0
+    max_pdu_kb: int = Field(default=1024, ge=16, le=1024 * 1024)
     network_timeout_s: Seconds = 60.0
     min_free_disk_mb: int = Field(default=1024, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.allow == "loopback" and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is for other machines, and allow is loopback, which lets none of them in; write "
+                "allow: [{ae_title: CT1, address: 10.0.0.0/24}] with the titles and addresses of yours, or allow: any"
+            )
+        return self
 
 
 class DicomPeer(_Section):

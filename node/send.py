@@ -19,6 +19,7 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
 from node.config import DicomPeer
+from node.implementation import make_ae
 from node.status import Outcome, meaning_of
 from node.tls import TlsError, client_context, last_error
 from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
@@ -196,7 +197,7 @@ def peer_name(peer: DicomPeer) -> str:
 
 
 def _client(calling_ae_title: str, peer: DicomPeer) -> AE:
-    ae = AE(ae_title=calling_ae_title)
+    ae = make_ae(calling_ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
     ae.maximum_pdu_size = 0
     return ae

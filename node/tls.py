@@ -5,9 +5,7 @@ so that a renewed certificate is used without a restart; `describe_tls_error` sa
 """
 
 import logging
-import socket
 import ssl
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -193,29 +191,23 @@ def describe_tls_error(error: OSError) -> str:
     return "it ended the connection during the handshake; it may speak no TLS here, or not trust our certificate"
 
 
-def certificate_faults(path: Path, *, now: datetime | None = None) -> Iterator[str]:
-    """What is wrong, or soon will be, with the dates of each certificate in a PEM file.
+def check_dates(path: Path, *, now: datetime | None = None) -> tuple[str, str]:
+    """Problem ("" when there is none) and detail: until when the certificates in a PEM file are valid.
 
     Raises:
         TlsError: the file cannot be read or holds no certificate.
     """
     now = now or datetime.now(UTC)
-    for not_before, not_after in _validity(path):
-        if now < not_before:
-            yield f"{path} is valid from {not_before:%Y-%m-%d} only"
-        elif now >= not_after:
-            yield f"{path} expired on {not_after:%Y-%m-%d}; renew it"
-        elif now >= not_after - WARN_BEFORE_EXPIRY:
-            yield f"{path} expires on {not_after:%Y-%m-%d}, in {(not_after - now).days} days; renew it"
-
-
-def valid_until(path: Path) -> datetime:
-    """When the first of the certificates in a PEM file expires.
-
-    Raises:
-        TlsError: the file cannot be read or holds no certificate.
-    """
-    return min(not_after for _, not_after in _validity(path))
+    validity = _validity(path)
+    first, last = max(start for start, _ in validity), min(end for _, end in validity)
+    if now < first:
+        return f"{path} is valid from {first:%Y-%m-%d} only", ""
+    if now >= last:
+        return f"{path} expired on {last:%Y-%m-%d}; renew it", ""
+    detail = f"{path}, valid until {last:%Y-%m-%d}"
+    if now >= last - WARN_BEFORE_EXPIRY:
+        detail += f"; WARNING: that is in {(last - now).days} days, renew it"
+    return "", detail
 
 
 def _validity(path: Path) -> list[tuple[datetime, datetime]]:
@@ -228,15 +220,3 @@ def _validity(path: Path) -> list[tuple[datetime, datetime]]:
     except ValueError as error:
         raise TlsError(f"{path} holds no certificates in PEM") from error
     return [(certificate.not_valid_before_utc, certificate.not_valid_after_utc) for certificate in found]
-
-
-def accept(connection: socket.socket, tls: ServerTls, timeout_s: float) -> ssl.SSLSocket:
-    """The accepted connection under TLS, after the handshake.
-
-    Raises:
-        OSError: the handshake failed; `describe_tls_error` says why.
-    """
-    connection.settimeout(timeout_s)
-    secured = tls.context().wrap_socket(connection, server_side=True)
-    secured.settimeout(None)
-    return secured

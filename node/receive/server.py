@@ -10,18 +10,21 @@ from functools import partial
 from multiprocessing.connection import Connection
 
 from pydicom import Dataset
-from pynetdicom import AE, evt
+from pynetdicom import evt
 from pynetdicom.pdu_primitives import A_RELEASE
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
 
 from node.config import Config
+from node.implementation import make_ae
 from node.index import Index
 from node.process import be_child, describe_error, sync
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
+from node.receive.guard import Guard, GuardedServer
 from node.receive.reconcile import reconcile
 from node.receive.store import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, SUCCESS, Received, RefusedError, Store
+from node.tls import TlsError
 
 log = logging.getLogger(__name__)
 
@@ -117,26 +120,25 @@ def _status(code: int, comment: str = "") -> Dataset:
     return status
 
 
-def start_server(config: Config, index: Index) -> ThreadedAssociationServer:
+def start_server(config: Config, index: Index) -> GuardedServer:
     """A server that listens and stores, in threads of this process.
 
     Raises:
         OSError: the address cannot be bound.
+        TlsError: the files of receive.tls cannot be used.
     """
     receiver = Receiver(Store(config, index))
-    ae = AE(ae_title=config.receive.ae_title)
-    ae.maximum_associations = config.receive.max_associations
-    ae.maximum_pdu_size = 0  # unlimited: fastest
-    ae.network_timeout = config.receive.network_timeout_s
-    ae.acse_timeout = 5.0  # a health check that only connects holds one of the associations for so long
+    ae = make_ae(config.receive.ae_title)
     ae.add_supported_context(Verification)
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
-        ae.add_supported_context(sop_class, syntaxes)
-    server = ae.start_server(
+        ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
+    guard = Guard(config.receive, index.data_dir)
+    guard.prepare(ae)
+    server: GuardedServer = ae.make_server(
         (config.receive.host, config.receive.port),
-        block=False,
         evt_handlers=[
+            *guard.handlers,
             (evt.EVT_CONN_OPEN, receiver.on_connect),
             (evt.EVT_ESTABLISHED, receiver.on_established),
             (evt.EVT_ACSE_RECV, receiver.on_acse),
@@ -144,8 +146,12 @@ def start_server(config: Config, index: Index) -> ThreadedAssociationServer:
             (evt.EVT_CONN_CLOSE, receiver.on_lost),
             (evt.EVT_C_STORE, receiver.on_c_store),
         ],
+        server_class=GuardedServer,
+        guard=guard,
     )
     server.socket.listen(128)  # pynetdicom's backlog of 5 refuses a burst of senders
+    ae._servers.append(server)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     return server
 
 
@@ -165,6 +171,9 @@ def run(config: Config, ready: Connection) -> None:
         server = start_server(config, index)
     except OSError as error:
         ready.send(f"{config.receive.host}:{config.receive.port} cannot be listened on: {error.strerror}")
+        return
+    except TlsError as error:
+        ready.send(f"receive.tls: {error}")
         return
     ready.send("")
     stopping.wait()

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from node.config import ClientTls, Config, ConfigError, DicomDestination, FolderDestination, Peer, Source, load_config
 
-CONFIG_YAML = Path(__file__).parents[2] / "config.yaml"
+ROOT = Path(__file__).parents[2]
+CONFIG_YAML = ROOT / "config.yaml"
 
 Load = Callable[[str], Config]
 
@@ -75,12 +76,21 @@ def test_config_yaml_shows_every_setting_of_a_destination(kind: type[BaseModel])
 
 
 def test_numbers_in_settings_carry_their_unit() -> None:
-    unitless = {"port", "max_associations", "workers", "threads", "max_attempts", "min_slices"}
+    unitless = {
+        "port",
+        "max_associations",
+        "max_associations_per_address",
+        "workers",
+        "threads",
+        "max_attempts",
+        "min_slices",
+    }
     for model in (section.annotation for section in Config.model_fields.values()):
         if isinstance(model, type) and issubclass(model, BaseModel):
             for name, field in model.model_fields.items():
                 if isinstance(field.default, int | float) and not isinstance(field.default, bool):
-                    assert name in unitless or name.endswith(("_s", "_mm", "_mb", "_gb", "_days", "_percent")), name
+                    units = ("_s", "_mm", "_kb", "_mb", "_gb", "_days", "_percent")
+                    assert name in unitless or name.endswith(units), name
 
 
 # ---- what is read ----
@@ -357,3 +367,27 @@ def test_the_database_is_a_postgresql_url_and_its_password_is_never_shown(load: 
     with pytest.raises(ConfigError, match=r"line 1: database: the URL of a PostgreSQL database is") as raised:
         load("database: mysql://cspine:secret@db.example.org/cspine\n")
     assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "node.example.org"])
+def test_a_port_for_other_machines_needs_a_list_of_them(load: Load, host: str) -> None:
+    (fault,) = faults(load, f"receive:\n  host: '{host}'\n")
+    assert fault.startswith(f"line 1: receive: host {host} is for other machines")
+    assert "or allow: any" in fault
+    assert load(f"receive: {{host: '{host}', allow: any}}").receive.host == host
+    assert load(f"receive: {{host: '{host}', allow: [{{ae_title: CT1}}]}}").receive.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
+def test_loopback_needs_no_list(load: Load, host: str) -> None:
+    assert load(f"receive: {{host: '{host}'}}").receive.allow == "loopback"
+
+
+def test_the_configurations_of_the_containers_are_valid(load: Load) -> None:
+    """A container listens on all of its interfaces, so they must say who may talk."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    text = dockerfile.partition("<<CONFIG /config.yaml\n")[2].partition("\nCONFIG\n")[0]
+    assert load(text).receive.allow == "any"
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    allow = load(compose["configs"]["node"]["content"]).receive.allow
+    assert [peer.ae_title for peer in allow if isinstance(peer, Peer)] == ["ORTHANC", "HEALTHCHECK"]

@@ -135,7 +135,7 @@ def make_instance(folder: Path, edit: Callable[[Dataset], None] | None = None, *
 
 
 def files_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cspine.sqlite"))
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cspine."))
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:
@@ -364,7 +364,7 @@ def with_uid(encoded: bytes, keyword: str, value: str) -> bytes:
 def test_a_uid_that_is_none_is_refused_and_becomes_no_path(
     receiver: Config, index: Index, tmp_path: Path, keyword: str
 ) -> None:
-    before = {path for path in tmp_path.rglob("*") if "cspine.sqlite" not in path.name}
+    before = {path for path in tmp_path.rglob("*") if not path.name.startswith("cspine.")}
     ds = pydicom.dcmread(make_instance(tmp_path / "sent"))
     for uid in HOSTILE_UIDS:
         announced = uid if keyword == "SOPInstanceUID" else str(ds.SOPInstanceUID)
@@ -377,7 +377,7 @@ def test_a_uid_that_is_none_is_refused_and_becomes_no_path(
         association.release() if "Status" in status else association.abort()
         assert files_under(index.data_dir) == [], uid
     assert index.cases() == []
-    after = {path for path in tmp_path.rglob("*") if "cspine.sqlite" not in path.name}
+    after = {path for path in tmp_path.rglob("*") if not path.name.startswith("cspine.")}
     assert after - before == {tmp_path / "sent", tmp_path / "sent" / "0000.dcm"}
 
 

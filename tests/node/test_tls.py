@@ -5,14 +5,14 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from node.config import ClientTls, DicomDestination, ReceiveTls
+from node.check import check_certificates
+from node.config import ClientTls, Config, DeliverConfig, DicomDestination, ReceiveConfig, ReceiveTls
 from node.send import SendError, echo, send_files
-from node.tls import ServerTls, TlsError, certificate_faults, client_context, server_context
+from node.tls import ServerTls, TlsError, check_dates, client_context, server_context
 from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.ports import free_port
@@ -122,22 +122,48 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(authority: Authorit
         client_context(ClientTls(ca=tmp_path / "none"))
 
 
-def test_dates_are_judged_thirty_days_ahead(authority: Authority) -> None:
-    said = {
-        days: " ".join(certificate_faults(authority.sign("dated", days=days).certificate))
-        for days in ((-1, 365), (-1, 20.5), (-20, -1), (2, 20))
-    }
-    assert said[-1, 365] == ""
-    assert "in 20 days; renew it" in said[-1, 20.5]
-    assert "expired on" in said[-20, -1]
-    assert "is valid from" in said[2, 20]
+@pytest.mark.parametrize(
+    ("days", "problem", "detail"),
+    [
+        ((-1, 365), "", "valid until"),
+        ((-1, 20.5), "", "WARNING: that is in 20 days, renew it"),
+        ((-20, -1), "expired on", ""),
+        ((2, 20), "is valid from", ""),
+    ],
+)
+def test_dates_are_judged_thirty_days_ahead(
+    authority: Authority, days: tuple[float, float], problem: str, detail: str
+) -> None:
+    said = check_dates(authority.sign("dated", days=days).certificate)
+    assert (problem in said[0], detail in said[1]) == (True, True)
+    assert bool(problem) == bool(said[0])
+    assert ("WARNING" in said[1]) == ("WARNING" in detail)
 
 
-def test_every_certificate_of_a_chain_is_judged(authority: Authority, tmp_path: Path) -> None:
+def test_of_a_chain_the_certificate_that_ends_first_counts(authority: Authority, tmp_path: Path) -> None:
     chain = tmp_path / "chain.pem"
     old = authority.sign("old", days=(-20, -1))
     chain.write_bytes(authority.sign("new").certificate.read_bytes() + old.certificate.read_bytes())
-    assert len(list(certificate_faults(chain, now=datetime.now(UTC)))) == 1
+    assert "expired on" in check_dates(chain)[0]
+
+
+def test_check_looks_at_the_certificates_of_the_port_and_of_destinations(authority: Authority, tmp_path: Path) -> None:
+    good, soon, late = (
+        authority.sign(name, days=(-20, days)) for name, days in (("good", 99), ("soon", 9.5), ("late", -1))
+    )
+    tls = ReceiveTls(certificate=soon.certificate, key=soon.key, client_ca=authority.certificate)
+    client = ClientTls(ca=authority.certificate, certificate=late.certificate, key=late.key)
+    config = Config(
+        data_dir=tmp_path,
+        receive=ReceiveConfig(tls=tls),
+        deliver=DeliverConfig(destinations=(destination(1, client),)),
+    )
+    found = {name: (problem, detail) for name, problem, detail in check_certificates(config)}
+    assert "in 9 days, renew it" in found["certificate soon.pem"][1]
+    assert "expired on" in found["certificate late.pem"][0]
+    mixed = config.receive.model_copy(update={"tls": tls.model_copy(update={"key": good.key})})
+    ((_, problem, _),) = check_certificates(config.model_copy(update={"receive": mixed, "deliver": DeliverConfig()}))
+    assert "does not belong to the certificate" in problem
 
 
 def test_a_changed_certificate_is_taken_and_a_broken_one_is_not(

@@ -1,0 +1,77 @@
+"""Who may open an association, judged on its A-ASSOCIATE-RQ and the address it came from. Pure; asked by `guard.py`."""
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from node.config import Peer, ReceiveConfig
+
+Address = IPv4Address | IPv6Address
+
+APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"  # PS3.7 A.2.1, the only one there is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """What is known of a peer before it is answered."""
+
+    calling_ae_title: str
+    called_ae_title: str
+    address: Address
+    application_context: str = APPLICATION_CONTEXT
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 9.3.4), and a sentence for the log."""
+
+    result: int
+    source: int
+    reason: int
+    message: str
+
+
+def parse_address(text: str) -> Address:
+    """The address that a socket names, without scope; an IPv4 address mapped into IPv6 is the IPv4 address."""
+    address = ip_address(text.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
+
+
+def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
+    """Why the association must be rejected, None if it may be opened."""
+    if caller.application_context != APPLICATION_CONTEXT:
+        return Rejection(1, 1, 2, f"application context {caller.application_context:.64} is not that of DICOM")
+    if config.allow == "any":
+        return None
+    if config.allow == "loopback":
+        if caller.address.is_loopback:
+            return None
+        return _unknown(caller, "receive.allow is loopback")
+    at_address = [p for p in config.allow if p.address is None or caller.address in p.address]
+    if not at_address:
+        return _unknown(caller, f"no entry of receive.allow holds the address {caller.address}")
+    calling = [p for p in at_address if p.ae_title in (None, caller.calling_ae_title)]
+    if not calling:
+        return _unknown(
+            caller, f"no entry of receive.allow for {caller.address} names AE title {caller.calling_ae_title!r}"
+        )
+    if not any(p.called_ae_title in (None, caller.called_ae_title) for p in calling):
+        expected = sorted({p.called_ae_title for p in calling if p.called_ae_title})
+        return Rejection(
+            1, 1, 7,
+            f"it calls us {caller.called_ae_title!r}, and receive.allow expects {' or '.join(map(repr, expected))}; "
+            "change either",
+        )  # fmt: skip
+    return None
+
+
+def _unknown(caller: Caller, why: str) -> Rejection:
+    entry = f"- {{ae_title: {caller.calling_ae_title}, address: {caller.address}}}"
+    return Rejection(1, 1, 3, f"{why}; to let it in, add there: {entry}")
+
+
+def is_open_to_others(config: ReceiveConfig) -> bool:
+    """Whether any peer on another machine may open associations."""
+    if isinstance(config.allow, str):
+        return config.allow == "any"
+    return any(not (p.address and p.address.is_loopback) for p in config.allow if isinstance(p, Peer))
