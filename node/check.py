@@ -85,7 +85,8 @@ def _check_disk(config: Config) -> Check:
 def _check_database(config: Config) -> Check:
     try:
         with closing(Index(config.data_dir, config.database)) as index:
-            return "database", "", f"{index.where}, {len(index.cases())} cases"
+            paused = ", paused: `cspine resume` has cases analysed again" if index.paused_since() is not None else ""
+            return "database", "", f"{index.where}{paused}"
     except DatabaseError as error:
         return "database", str(error), ""
 

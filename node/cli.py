@@ -9,14 +9,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config, open_index
+from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config
+from node.commands.cases import cases, delete, pause, resume, retry
 from node.commands.notifications import notifications
 from node.commands.purge import purge
 
@@ -243,20 +243,7 @@ def check(config_path: Path | None) -> None:
         sys.exit(EXIT_FAILED)
 
 
-@main.command()
-@config_option
-@click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="How many, the latest first.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line.")
-def cases(config_path: Path | None, limit: int, as_json: bool) -> None:
-    """List the received Series: which state each is in, and why."""
-    config = load_config(config_path)
-
-    from node.cases import print_json, print_table
-
-    show: Callable[..., None] = print_json if as_json else print_table
-    with open_index(config) as index:
-        show(index.cases(limit))
-
-
+for _command in (cases, pause, resume, retry, delete):
+    main.add_command(_command)
 main.add_command(notifications)
 main.add_command(purge)

@@ -200,6 +200,21 @@ class CompleteConfig(_Section):
         return self
 
 
+Pattern = Annotated[str, Field(min_length=1)]
+"""A text in which * stands for any characters and ? for one."""
+
+
+class PriorityConfig(_Section):
+    """Which cases are analysed before the others."""
+
+    stat_ae_titles: tuple[AETitle, ...] = ()
+    stat_procedure_priorities: tuple[Pattern, ...] = ("STAT", "HIGH")
+    stat_departments: tuple[Pattern, ...] = ()
+    stat_stations: tuple[Pattern, ...] = ()
+    stat_locations: tuple[Pattern, ...] = ()
+    max_routine_wait_s: Seconds = 3600.0
+
+
 class TimeoutsConfig(_Section):
     """How long each step of an analysis may take, by the names that `analyse_series` gives them."""
 
@@ -284,6 +299,7 @@ class Config(_Section):
     receive: ReceiveConfig = ReceiveConfig()
     complete: CompleteConfig = CompleteConfig()
     rules: RulesConfig = RulesConfig()
+    priority: PriorityConfig = PriorityConfig()
     analyse: AnalyseConfig = AnalyseConfig()
     deliver: DeliverConfig = DeliverConfig()
     notify: NotifyConfig = NotifyConfig()

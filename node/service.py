@@ -11,6 +11,7 @@ import fcntl
 import logging
 import multiprocessing
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import datetime, timedelta
@@ -27,6 +28,8 @@ from node.config import Config
 from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
+from node.priority import rank
+from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
@@ -81,6 +84,7 @@ class Service:
         """
         index, config = self._index, self._config
         self._put_back_unheld()
+        remove_strays(index)
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
         finish_interrupted(index)  # before the receiver looks for files that nobody knows
         self._start_receiver()
@@ -159,7 +163,7 @@ class Service:
         assert self._pool is not None
         while len(self._held) < self._config.analyse.workers:
             with self._lock:
-                case = self._index.claim_next()
+                case = self._index.claim_next(partial(rank, config=self._config.priority, now=time.time()))
                 if case is None:
                     return
                 self._held.add(case.case_id)
@@ -176,6 +180,7 @@ class Service:
         try:
             if not future.cancelled():
                 self._settle(case, future.result())
+                remove_superseded(self._index, case.series_instance_uid)
         finally:
             with self._lock:
                 self._held.discard(case.case_id)

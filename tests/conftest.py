@@ -13,6 +13,8 @@ from node.index import Index
 from tests.ports import free_port
 
 if TYPE_CHECKING:
+    from click.testing import Result
+
     from tests.postgresql_server import PostgreSQLServer
 
 
@@ -69,6 +71,24 @@ def postgresql() -> Iterator["PostgreSQLServer"]:
 def database(request: pytest.FixtureRequest) -> SecretStr | None:
     """An empty database: the test runs once with each kind. As a configuration names it."""
     return None if request.param == "sqlite" else request.getfixturevalue("postgresql").make_database()
+
+
+@pytest.fixture
+def cspine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "Result"]:
+    """Runs a command in an empty folder; nothing but SystemExit may come out of it."""
+    from click.testing import CliRunner
+
+    from node.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("node.process.set_up_logging", lambda level: None)  # pytest's own stays
+
+    def run(*arguments: str | Path) -> "Result":
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
+        return result
+
+    return run
 
 
 @pytest.fixture(scope="session")

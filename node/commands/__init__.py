@@ -44,11 +44,14 @@ def load_config(path: Path | None) -> "Config":
 
 
 @contextmanager
-def open_index(config: "Config") -> Iterator["Index"]:
-    """The database of a configuration; ends the command when there is none yet, or it cannot be used."""
+def open_index(config: "Config", *, create: bool = False) -> Iterator["Index"]:
+    """The database of a configuration; ends the command when it cannot be used, or there is none yet.
+
+    create: then it is made.
+    """
     from node.index import DatabaseError, Index
 
-    if config.database is None and not (config.data_dir / "cspine.sqlite").exists():
+    if not create and config.database is None and not (config.data_dir / "cspine.sqlite").exists():
         fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
     try:
         index = Index(config.data_dir, config.database)

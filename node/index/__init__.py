@@ -10,11 +10,12 @@ from node.index.completing import Completing, StoredSeries
 from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
 from node.index.notifications import Notifications
+from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving
 from node.index.retaining import Retaining
 
 __all__ = ["DatabaseError", "Index", "NewInstance", "StoredSeries"]
 
 
-class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Retaining):
+class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining):
     """The database of one node. Safe to use from several threads and processes at once."""

@@ -11,20 +11,23 @@ from sqlalchemy.dialects.postgresql import insert
 
 from node.case import Case, CaseState, DeliveryState
 from node.index import tables
-from node.index.cases import Cases, unmoved
+from node.index.cases import unmoved
+from node.index.operating import Operating
 
 _cases, _deliveries, _instances, _results = tables.cases, tables.deliveries, tables.instances, tables.results
 _removals = tables.removals
 
 
-class Analysing(Cases):
+class Analysing(Operating):
     """Claims, and how they ended."""
 
     def claim_next(self, rank: Callable[[Case], Any] = attrgetter("queued_at")) -> Case | None:
-        """The queued case that ranks lowest, now ANALYSING and one attempt older; None if none is queued.
+        """The queued case that ranks lowest, now ANALYSING and one attempt older; None if there is none, or a pause.
 
         However many claim at once, a case goes to one of them.
         """
+        if self.paused_since() is not None:
+            return None
         for case in sorted(self._cases(select(_cases).where(_cases.c.state == CaseState.QUEUED)), key=rank):
             if self._move(case, CaseState.ANALYSING, attempts=case.attempts + 1):
                 # Not read again: an Instance that came since must make `finish` miss.

@@ -1,5 +1,6 @@
 """Cases as every stage sees them: read as snapshots, moved on only from the snapshot the decision was made on."""
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import RowMapping, Select, Update, select, update
@@ -19,9 +20,10 @@ class Cases(Database):
         found = self._cases(select(_cases).where(_cases.c.series_instance_uid == series_instance_uid))
         return found[0] if found else None
 
-    def cases(self, limit: int | None = None) -> list[Case]:
-        """Cases, the latest first."""
-        return self._cases(select(_cases).order_by(_cases.c.first_received_at.desc()).limit(limit))
+    def cases(self, limit: int | None = None, states: Collection[CaseState] = ()) -> list[Case]:
+        """Cases, the latest first. states: only those in one of them."""
+        query = select(_cases).order_by(_cases.c.first_received_at.desc()).limit(limit)
+        return self._cases(query.where(_cases.c.state.in_(states)) if states else query)
 
     def _cases(self, query: Select[Any]) -> list[Case]:
         with self._engine.connect() as connection:

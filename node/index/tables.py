@@ -6,6 +6,7 @@ from sqlalchemy import Index as TableIndex
 metadata = MetaData()
 
 schema_version = Table("schema_version", metadata, Column("version", Integer, primary_key=True))  # one row
+pause = Table("pause", metadata, Column("since", Float, primary_key=True))  # a row while no case goes to a worker
 associations = Table(
     "associations",
     metadata,

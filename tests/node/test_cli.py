@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from pydicom.uid import CTImageStorage
 from pynetdicom import AE, evt
 
 from node.case import CaseState
-from node.cli import main
 from node.config import Config
 from node.index import Index
 from tests.factories import make_ct_series
@@ -25,7 +24,7 @@ from tests.factories import make_ct_series
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
-COMMANDS = ["serve", "demo", "analyze", "send", "check", "cases"]
+COMMANDS = ["serve", "demo", "analyze", "send", "check", "cases", "pause", "resume", "retry", "delete"]
 HEAVY = (
     "torch",
     "numpy",
@@ -40,20 +39,6 @@ HEAVY = (
 )
 
 Cspine = Callable[..., Result]
-
-
-@pytest.fixture
-def cspine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cspine:
-    """Runs a command in an empty folder; nothing but SystemExit may come out of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("node.process.set_up_logging", lambda level: None)  # pytest's own stays
-
-    def run(*arguments: str | Path) -> Result:
-        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-        return result
-
-    return run
 
 
 def write_config(folder: Path, **settings: object) -> Path:

@@ -1,0 +1,218 @@
+"""Commands over cases, each on SQLite and on PostgreSQL, while another connection (the node's) is open."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from pydantic import SecretStr
+
+from node.case import Case, CaseState, DeliveryState
+from node.index import Index
+from node.remove import delete_case, remove_strays, remove_superseded
+from tests.node.test_index import new
+
+Cspine = Callable[..., Result]
+
+
+@pytest.fixture
+def index(tmp_path: Path, database: SecretStr | None) -> Iterator[Index]:
+    """As the running node has it; `config.yaml`, which the commands find, names the same database."""
+    url = database.get_secret_value() if database else None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"database": url}), encoding="utf-8")
+    opened = Index(tmp_path / "data", database)
+    yield opened
+    opened.close()
+
+
+def receive(index: Index, uid: str, number: int = 1, **values: Any) -> Path:
+    """An Instance of a Series, with its file."""
+    instance = new(index, number, uid, **values)
+    instance.path.parent.mkdir(parents=True, exist_ok=True)
+    instance.path.write_bytes(b"DICM")
+    index.add_instances([instance], quiet_time_s=0)
+    return instance.path
+
+
+def the_case(index: Index, uid: str) -> Case:
+    case = index.case(uid)
+    assert case is not None
+    return case
+
+
+def analysing(index: Index, uid: str) -> Case:
+    receive(index, uid)
+    assert index.queue(the_case(index, uid))
+    case = index.claim_next()
+    assert case is not None
+    return case
+
+
+def finished(index: Index, uid: str, *destinations: str, folder: str = "results") -> Path:
+    """Results of a Series, on disk and noted."""
+    results = index.data_dir / "cases" / uid / folder
+    case = analysing(index, uid)
+    results.mkdir(parents=True)
+    (results / "findings.json").write_text("{}", encoding="utf-8")
+    assert index.finish(case, results, summary="", sop_instance_uids=(f"9.{uid}",), destinations=destinations)
+    return results
+
+
+def listed(cspine: Cspine, *arguments: str) -> list[Any]:
+    return [json.loads(line) for line in cspine("cases", "--json", *arguments).stdout.splitlines()]
+
+
+def test_cases_are_listed_by_state_with_priority_and_attempts(cspine: Cspine, index: Index) -> None:
+    receive(index, "1.1", attributes={"RequestedProcedurePriority": "STAT"})
+    assert index.refuse(the_case(index, "1.1"), "sagittal")
+    analysing(index, "1.2")
+    receive(index, "1.3")
+    assert [case["series_instance_uid"] for case in listed(cspine)] == ["1.3", "1.2", "1.1"]
+    (held,) = listed(cspine, "--state", "analysing")
+    assert (held["priority"], held["attempts"]) == ("routine", 1)
+    (refused,) = listed(cspine, "--state", "refused")
+    assert (refused["priority"], refused["attempts"]) == ("stat", 0)
+    assert len(listed(cspine, "--state", "refused", "--state", "receiving")) == 2
+    assert cspine("cases", "--state", "lost").exit_code == 2
+
+
+def test_pause_holds_the_queue_across_restarts_until_resume(
+    cspine: Cspine, index: Index, tmp_path: Path, database: SecretStr | None
+) -> None:
+    receive(index, "1.1")
+    assert index.queue(the_case(index, "1.1"))
+    assert cspine("pause").exit_code == 0
+    assert cspine("pause").exit_code == 0
+    assert index.claim_next() is None
+    receive(index, "1.2")  # receiving goes on
+    restarted = Index(tmp_path / "data", database)
+    assert restarted.claim_next() is None
+    restarted.close()
+    assert "Paused since" in cspine("cases").stderr
+    assert "paused" in cspine("check").stdout
+    assert cspine("resume").exit_code == 0
+    assert index.claim_next() is not None
+    assert "Paused" not in cspine("cases").stderr
+
+
+def test_retry_starts_again_what_has_ended_and_says_so_of_each(cspine: Cspine, index: Index) -> None:
+    finished(index, "1.1")
+    receive(index, "1.2")
+    assert index.refuse(the_case(index, "1.2"), "sagittal")
+    held = analysing(index, "1.3")
+    number = the_case(index, "1.2").case_id
+    result = cspine("retry", "1.1", str(number), "1.3", "4.5.6")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == ["Case 1.1 is started again.", f"Case {number} is started again."]
+    assert result.stderr.splitlines() == [
+        "Case 1.3 is analysing; only what has ended is started again.",
+        "Case 4.5.6 does not exist; see `cspine cases`.",
+    ]
+    again = the_case(index, "1.2")
+    assert (again.state, again.reason, again.attempts) == (CaseState.RECEIVING, "", 0)
+    assert {case.series_instance_uid for case in index.cases_to_check()} == {"1.1", "1.2"}
+    assert the_case(index, "1.3") == held or the_case(index, "1.3").state is CaseState.ANALYSING
+
+
+def test_a_failed_case_has_all_its_attempts_again(cspine: Cspine, index: Index) -> None:
+    assert index.fail_attempt(analysing(index, "1.1"), "step 'segment' hung", max_attempts=1) is CaseState.FAILED
+    assert cspine("retry", "1.1").exit_code == 0
+    assert index.queue(the_case(index, "1.1"))
+    held = index.claim_next()
+    assert held is not None
+    assert index.fail_attempt(held, "it hung again", max_attempts=2) is CaseState.QUEUED
+
+
+def test_delete_leaves_nothing_of_a_case_and_all_of_the_others(cspine: Cspine, index: Index) -> None:
+    finished(index, "1.1", "pacs")
+    kept = receive(index, "1.2")
+    assert cspine("delete", "1.1", "--yes").exit_code == 0
+    assert index.case("1.1") is None
+    assert index.next_delivery("pacs") is None
+    assert not index.is_result("9.1.1")
+    assert index.find_instance("1.1.1") is None
+    files = {path for path in index.data_dir.rglob("*") if path.is_file() and "sqlite" not in path.name}
+    assert files == {kept}
+    assert not (index.data_dir / "instances" / "1.1").exists()
+    receive(index, "1.1")  # it may come again
+    assert the_case(index, "1.1").num_instances == 1
+
+
+def test_delete_asks_first(cspine: Cspine, index: Index) -> None:
+    path = receive(index, "1.1")
+    assert cspine("delete", "1.1").exit_code == 1
+    assert path.exists()
+    assert index.case("1.1") is not None
+
+
+def test_delete_of_what_is_being_analysed_needs_force_and_its_results_come_to_nothing(
+    cspine: Cspine, index: Index
+) -> None:
+    held = analysing(index, "1.1")
+    result = cspine("delete", "1.1", "--yes")
+    assert (result.exit_code, index.case("1.1") is not None) == (1, True)
+    assert "--force" in result.stderr
+    assert cspine("delete", "1.1", "--yes", "--force").exit_code == 0
+    results = index.data_dir / "cases" / "1.1" / "results"
+    results.mkdir(parents=True)
+    assert not index.finish(held, results, summary="", sop_instance_uids=("9.1",), destinations=["pacs"])
+    remove_superseded(index, "1.1")
+    assert not results.parent.exists()
+
+
+def test_a_case_that_got_another_instance_meanwhile_is_not_deleted(index: Index) -> None:
+    receive(index, "1.1")
+    old = the_case(index, "1.1")
+    late = receive(index, "1.1", 2)
+    assert not delete_case(index, old)
+    assert late.exists()
+    assert the_case(index, "1.1").num_instances == 2
+
+
+def test_a_file_that_arrives_while_its_series_is_deleted_is_kept(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    receive(index, "1.1")
+    delete_rows = index.delete_case
+    arrived = []
+
+    def delete_rows_then_receive(case: Case) -> Any:
+        paths = delete_rows(case)
+        arrived.append(receive(index, "1.1", 2))
+        return paths
+
+    monkeypatch.setattr(index, "delete_case", delete_rows_then_receive)
+    assert delete_case(index, the_case(index, "1.1"))
+    assert arrived[0].exists()
+    assert the_case(index, "1.1").num_instances == 1
+
+
+def test_superseded_results_go_when_nothing_refers_to_them_any_more(index: Index) -> None:
+    old = finished(index, "1.1", "pacs", folder="old")
+    remove_superseded(index, "1.1")
+    assert old.exists()
+    receive(index, "1.1", 2)
+    remove_superseded(index, "1.1")
+    assert old.exists()  # the delivery of it is still due
+    delivery = index.next_delivery("pacs")
+    assert delivery is not None
+    index.settle_delivery(delivery, DeliveryState.DONE)
+    assert index.queue(the_case(index, "1.1"))
+    case = index.claim_next()
+    assert case is not None
+    latest = old.with_name("new")
+    latest.mkdir()
+    remove_superseded(index, "1.1")
+    assert latest.exists()  # written, not noted yet
+    assert index.finish(case, latest, summary="", sop_instance_uids=(), destinations=["pacs"])
+    remove_superseded(index, "1.1")
+    assert [path.name for path in old.parent.iterdir()] == ["new"]
+
+
+def test_result_folders_of_cases_that_are_no_more_go_at_the_start(index: Index) -> None:
+    kept = finished(index, "1.1")
+    stray = index.data_dir / "cases" / "1.2" / "results"
+    stray.mkdir(parents=True)
+    remove_strays(index)
+    assert (kept.exists(), stray.parent.exists()) == (True, False)
