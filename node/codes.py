@@ -64,3 +64,7 @@ ALL_SUCCEEDED_WITHOUT_FINDINGS: Code = codes.DCM.AllAlgorithmsSucceededWithoutFi
 NOT_ALL_SUCCEEDED_WITH_FINDINGS: Code = codes.DCM.NotAllAlgorithmsSucceededWithFindings
 NOT_ALL_SUCCEEDED_WITHOUT_FINDINGS: Code = codes.DCM.NotAllAlgorithmsSucceededWithoutFindings
 NONE_SUCCEEDED: Code = codes.DCM.NoAlgorithmsSucceededWithoutFindings
+
+SALIENCY = codes.DCM.Saliency
+OF_INTEREST = codes.DCM.OfInterest
+UNIT = codes.UCUM.NoUnits

@@ -146,9 +146,10 @@ def test_the_rules_see_an_import_wherever_it_stands() -> None:
     ("module", "heavy"),
     [
         ("model", ("torch", "highdicom", "pynetdicom", "node", "training")),
-        ("node.service", ("torch", "highdicom", "training")),
+        ("node.service", ("torch", "highdicom", "matplotlib", "training")),
         ("node.receive", ("torch", "highdicom", "scipy", "apscheduler", "training")),
         ("node.notify.clock", ("torch", "highdicom", "hl7apy", "training")),
+        ("node.analyse", ("torch", "matplotlib", "training")),
         ("node.cli", ("torch", "numpy", "pydicom", "pynetdicom", "sqlalchemy", "highdicom", "scipy", "pydantic")),
         ("training.cli", ("torch", "node")),
     ],

@@ -13,11 +13,13 @@ from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
 from model import Analysis, Volume
-from node.encode import sr
+from node.encode import keyslices, saliency, sr
 from node.encode.frames import marked_part
 from node.encode.identity import NodeIdentity, ResultUids
+from node.encode.keyslices import make_key_objects
 from node.encode.maker import Maker
 from node.encode.regions import FractureRegion, find_regions
+from node.encode.saliency import make_saliency_map
 from node.encode.seg import FRACTURES, VERTEBRA_SEGMENTS, VERTEBRAE, Mask, SegPart, make_segmentation, plan, save
 from node.encode.source import Source, read_source
 from node.encode.sr import conclude
@@ -96,7 +98,9 @@ def _encode(
             if part.file_name not in made:
                 yield write(part.file_name, make_segmentation(part, profile, maker))
                 del made[part.file_name].PixelData  # the reports need the rest
-    # In the order of `Kind`, one plain call each: `if any(Kind.SALIENCY_MAP in profile.objects ..)`; reports come last.
+    wanted = {kind for profile in profiles for kind in profile.objects}
+    for file_name, ds in _explanations(analysis, volume, wanted, maker):
+        yield write(file_name, ds)
     content = sr.Content(findings=analysis.findings, regions=regions)
     for profile, parts in parts_of.items():
         names = object_names(profile, Kind.REPORT_SR)
@@ -104,6 +108,27 @@ def _encode(
         if Kind.REPORT_SR in profile.objects and file_name not in made:
             segs = [made[part.file_name] for part in parts]
             yield write(file_name, sr.make_report(content, segs, file_name, profile, maker))
+
+
+def _explanations(
+    analysis: Analysis, volume: Volume, wanted: Collection[Kind], maker: Maker
+) -> Iterator[tuple[str, Dataset]]:
+    """What shows the findings to people: each object that is wanted and has something to show, with its file name."""
+    if Kind.SALIENCY_MAP in wanted and (saliency_map := make_saliency_map(analysis.saliency, maker)):
+        yield saliency.FILE_NAME, saliency_map
+    if Kind.KEY_OBJECTS in wanted and (key_objects := make_key_objects(analysis.findings, maker)):
+        yield keyslices.FILE_NAME, key_objects
+    images, pdf = Kind.SUMMARY_IMAGES in wanted, Kind.SUMMARY_PDF in wanted
+    if not (images or pdf):
+        return
+    from node.encode import summary  # loads matplotlib, which most nodes do without
+
+    drawn = summary.draw_summary(analysis, volume, maker, images=images, pdf=pdf)
+    if images:
+        for number, page in enumerate(summary.make_images(drawn, maker), start=1):
+            yield summary.page_file_name(number), page
+    if pdf:
+        yield summary.PDF_FILE_NAME, summary.make_pdf(drawn, maker)
 
 
 def _parts(profile: Profile, masks: dict[Kind, Mask], source: Source) -> list[SegPart]:

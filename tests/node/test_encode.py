@@ -208,7 +208,15 @@ def test_an_interpolated_slice_gets_no_frame(tmp_path: Path) -> None:
 # --- UIDs and repeats --------------------------------------------------------------------------------------------
 
 
-DATES = {"InstanceCreationDate", "InstanceCreationTime", "ContentDate", "ContentTime", "ContributionDateTime"}
+DATES = {
+    "InstanceCreationDate",
+    "InstanceCreationTime",
+    "ContentDate",
+    "ContentTime",
+    "ContributionDateTime",
+    "DateOfSecondaryCapture",
+    "TimeOfSecondaryCapture",
+}
 
 
 def without_dates(path: Path) -> bytes:
