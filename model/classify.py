@@ -16,6 +16,7 @@ from torch import Tensor
 from model.bundle import ClassifySettings
 from model.findings import Region, SliceWeight
 from model.geometry import FloatArray, Grid
+from model.memory import answer
 from model.networks import FractureNet
 from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
 from model.segment import Vertebra
@@ -104,7 +105,10 @@ def judge(
     settings: ClassifySettings,
     device: torch.device,
 ) -> dict[int, Verdict]:
-    """A verdict for each vertebra, by label; all are judged in one batch. labels: as `find_vertebrae` gives them."""
+    """A verdict for each vertebra, by label; all are judged at once if memory allows.
+
+    labels: as `find_vertebrae` gives them.
+    """
     if not vertebrae:
         return {}
     planes = [stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings) for vertebra in vertebrae]
@@ -116,13 +120,13 @@ def judge(
             for vertebra, grid in zip(vertebrae, slices, strict=True)
         ]
     )
-    logits, attention, region_logits = network(network_input(planes_hu, masks).to(device))
-    probabilities = logits.float().sigmoid().cpu()
-    regions = region_logits.float().sigmoid().cpu() * _dilated(masks, settings.pixel_mm)
+    logits, attention, region_logits = answer(network, network_input(planes_hu, masks), device)
+    probabilities = logits.float().sigmoid()
+    regions = region_logits.float().sigmoid() * _dilated(masks, settings.pixel_mm)
     return {
         vertebra.label: Verdict(
             probability=float(probabilities[i]),
-            attention=attention[i].float().cpu().numpy(),
+            attention=attention[i].float().numpy(),
             regions=regions[i],
             grid=slices[i],
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 from model.bundle import SegmentSettings
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
+from model.memory import answer
 from model.networks import VertebraUNet
 from model.resample import AIR_HU, body_volume, index_range, sample
 from model.volume import Volume
@@ -64,7 +65,7 @@ def find_vertebrae(
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     coarse_hu, coarse_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
-    scores = network(network_input(coarse_hu.to(device))[None])[-1][0].float().cpu()
+    scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
     scores, found = one_chain(scores, coarse_grid)
     labels = np.zeros(volume.grid.shape, np.uint8)
     if not found.any():

@@ -1,0 +1,51 @@
+"""A network's answer though the GPU's memory is short: in smaller batches, and at last on the CPU, which takes longer.
+
+Others may use the same GPU, and Series differ in size: short now does not mean short for the next one.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+
+
+def answer(network: nn.Module, batch: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """The network's outputs for `(B, ...)`, on the CPU; each output has B first.
+
+    The network is moved to where it is run, and may be left there: the next call moves it again.
+    """
+    size = len(batch)
+    while True:
+        try:
+            return _run(network, batch, device, size)
+        except RuntimeError as error:
+            if device == _CPU or not _is_out_of_memory(error):
+                raise
+        # Not in the handler above: as long as the error lives, its traceback holds the tensors.
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        if size > 1:
+            size = (size + 1) // 2
+            log.warning("action=out-of-memory device=%s: trying %d of %d at a time", device, size, len(batch))
+        else:
+            log.warning("action=out-of-memory device=%s: going on with the CPU", device)
+            device = _CPU
+
+
+def _run(network: nn.Module, batch: Tensor, device: torch.device, size: int) -> tuple[Tensor, ...]:
+    network.to(device)
+    parts: list[Sequence[Tensor]] = []
+    for part in torch.split(batch, size):
+        outputs = network(part.to(device))
+        parts.append([output.cpu() for output in outputs])
+    return tuple(torch.cat(output) for output in zip(*parts, strict=True))
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """cuDNN and cuBLAS have errors of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
