@@ -215,6 +215,12 @@ class PriorityConfig(_Section):
     max_routine_wait_s: Seconds = 3600.0
 
 
+class CommitmentConfig(_Section):
+    """Where requesters of storage commitment listen for reports once they have ended their association."""
+
+    peers: tuple[DicomPeer, ...] = ()
+
+
 class TimeoutsConfig(_Section):
     """How long each step of an analysis may take, by the names that `analyse_series` gives them."""
 
@@ -297,6 +303,7 @@ class Config(_Section):
     database: PostgreSQLURL | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     receive: ReceiveConfig = ReceiveConfig()
+    commitment: CommitmentConfig = CommitmentConfig()
     complete: CompleteConfig = CompleteConfig()
     rules: RulesConfig = RulesConfig()
     priority: PriorityConfig = PriorityConfig()
@@ -351,6 +358,7 @@ def _anchored(config: Config, folder: Path) -> Config:
         update={
             "data_dir": folder / config.data_dir,
             "receive": _anchor_tls(config.receive, folder),
+            "commitment": CommitmentConfig(peers=tuple(_anchor_tls(peer, folder) for peer in config.commitment.peers)),
             "complete": config.complete.model_copy(
                 update={"sources": tuple(_anchor_tls(source, folder) for source in config.complete.sources)}
             ),

@@ -14,7 +14,7 @@ from typing import Any
 import pynetdicom._config
 from pydicom import dcmread
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
-from pynetdicom import AE, evt
+from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
@@ -154,8 +154,11 @@ def associated(
     *,
     calling_ae_title: str,
     handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]] = (),
+    as_scp: bool = False,
 ) -> Iterator[Association]:
     """An association with the peer, released at the end. contexts: SOP Class and transfer syntaxes of each.
+
+    as_scp: propose that we are the SCP of these SOP Classes, and the peer the SCU (PS3.7 D.3.3.4).
 
     Raises:
         SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
@@ -163,7 +166,8 @@ def associated(
     ae = _client(calling_ae_title, peer)
     for sop_class, transfer_syntaxes in contexts:
         ae.add_requested_context(sop_class, list(transfer_syntaxes))
-    association = _associate(ae, peer, handlers)
+    roles = [build_role(sop_class, scp_role=True) for sop_class, _ in contexts] if as_scp else []
+    association = _associate(ae, peer, handlers, roles)
     try:
         yield association
     finally:
@@ -203,7 +207,12 @@ def _client(calling_ae_title: str, peer: DicomPeer) -> AE:
     return ae
 
 
-def _associate(ae: AE, peer: DicomPeer, handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]]) -> Association:
+def _associate(
+    ae: AE,
+    peer: DicomPeer,
+    handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]] = (),
+    roles: Sequence[Any] = (),
+) -> Association:
     """An association with the peer.
 
     Raises:
@@ -220,6 +229,7 @@ def _associate(ae: AE, peer: DicomPeer, handlers: Sequence[tuple[Any, Callable[[
             peer.port,
             ae_title=peer.ae_title,
             tls_args=None if context is None else (context, server_name),
+            ext_neg=list(roles),
             evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers],
         )
     except OSError as error:  # the name cannot be resolved

@@ -23,6 +23,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 
 from node import receive
 from node.case import Case
+from node.commitment import report_due
 from node.complete import Sources, check_cases
 from node.config import Config
 from node.deliver import deliver_due
@@ -68,7 +69,7 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receiver: multiprocessing.process.BaseProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_threads = 6 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
+        num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
@@ -93,6 +94,7 @@ class Service:
             raise StartError(problem)
         sources = Sources(index, config)
         self._every_tick(check_cases, index, config, sources)
+        self._every_tick(report_due, index, config)
         for source in config.complete.sources:
             self._every_tick(sources.answer_questions, source)
         self._every_tick(self._dispatch)

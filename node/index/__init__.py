@@ -6,6 +6,7 @@ none of them.
 """
 
 from node.index.analysing import Analysing
+from node.index.committing import Commitment, Committing, HeldInstance
 from node.index.completing import Completing, StoredSeries
 from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
@@ -14,8 +15,8 @@ from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving
 from node.index.retaining import Retaining
 
-__all__ = ["DatabaseError", "Index", "NewInstance", "StoredSeries"]
+__all__ = ["Commitment", "DatabaseError", "HeldInstance", "Index", "NewInstance", "StoredSeries"]
 
 
-class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining):
+class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining, Committing):
     """The database of one node. Safe to use from several threads and processes at once."""

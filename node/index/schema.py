@@ -26,6 +26,8 @@ STEPS = (
         "ALTER TABLE cases ADD COLUMN originals_purged_at FLOAT",
         "ALTER TABLE cases ADD COLUMN results_purged_at FLOAT",
     ),
+    # 6: requests for storage commitment, a new table.
+    (),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

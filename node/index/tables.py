@@ -108,3 +108,18 @@ notifications = Table(
     UniqueConstraint("case_id", "target", "about", "subject"),
     TableIndex("notifications_due", "state", "target", "next_attempt_at"),
 )
+commitments = Table(
+    "commitments",
+    metadata,
+    Column("commitment_id", Integer, primary_key=True),
+    Column("transaction_uid", String(64), nullable=False, index=True),
+    Column("calling_ae_title", String(16), nullable=False),
+    Column("references", JSON, nullable=False),  # SOP Class and SOP Instance UID of each Instance
+    Column("is_duplicate", Integer, nullable=False),  # 1 if an earlier request had the transaction UID
+    Column("state", String(16), nullable=False),  # DeliveryState, of the report
+    Column("requested_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("next_attempt_at", Float, nullable=False),
+    Column("reason", String, nullable=False, default=""),
+    TableIndex("commitments_due", "state", "next_attempt_at"),
+)

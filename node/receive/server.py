@@ -16,6 +16,8 @@ from pynetdicom.sop_class import Verification
 from pynetdicom.transport import ThreadedAssociationServer
 from sqlalchemy.exc import SQLAlchemyError
 
+from node.commitment import SOP_CLASS as COMMITMENT
+from node.commitment import CommitmentScp
 from node.config import Config
 from node.implementation import make_ae
 from node.index import Index
@@ -130,6 +132,7 @@ def start_server(config: Config, index: Index) -> GuardedServer:
     receiver = Receiver(Store(config, index))
     ae = make_ae(config.receive.ae_title)
     ae.add_supported_context(Verification)
+    ae.add_supported_context(COMMITMENT, scu_role=True, scp_role=False)
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
         ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
@@ -145,6 +148,7 @@ def start_server(config: Config, index: Index) -> GuardedServer:
             (evt.EVT_ABORTED, receiver.on_lost),
             (evt.EVT_CONN_CLOSE, receiver.on_lost),
             (evt.EVT_C_STORE, receiver.on_c_store),
+            (evt.EVT_N_ACTION, CommitmentScp(index).on_n_action),
         ],
         server_class=GuardedServer,
         guard=guard,

@@ -28,6 +28,9 @@ from node.tls import client_context
 from tests.certificates import Authority, Files
 from tests.factories import make_ct_series
 
+# pynetdicom leaves the socket of a refused connection open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
+
 MakeConfig = Callable[..., Config]
 
 

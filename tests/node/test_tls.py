@@ -17,6 +17,9 @@ from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.ports import free_port
 
+# pynetdicom leaves the socket of a refused connection open.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
+
 needs_dcmtk = pytest.mark.skipif(
     not Path("/usr/bin/storescp").exists(), reason="dcmtk is not installed (apt-get install dcmtk)"
 )
