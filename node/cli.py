@@ -19,6 +19,7 @@ from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_o
 from node.commands.cases import cases, delete, pause, resume, retry
 from node.commands.notifications import notifications
 from node.commands.purge import purge
+from node.commands.rules import rules
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -247,3 +248,4 @@ for _command in (cases, pause, resume, retry, delete):
     main.add_command(_command)
 main.add_command(notifications)
 main.add_command(purge)
+main.add_command(rules)

@@ -39,7 +39,13 @@ def cases(config_path: Path | None, limit: int, states: tuple[str, ...], as_json
     show = print_json if as_json else print_table
     with open_index(config) as index:
         show(index.cases(limit, [CaseState(state) for state in states]), partial(priority_of, config=config.priority))
-        since = index.paused_since()
+        since, totals = index.paused_since(), index.totals()
+    if totals.num_cases and not as_json:
+        click.echo(
+            f"Won against the quiet time: {totals.won_s:.0f} s over {totals.num_cases} Series. "
+            f"Late Instances after a start: {totals.num_reopened}.",
+            err=True,
+        )
     if since is not None:
         click.echo(f"Paused since {_local(since)}: no case is analysed until `cspine resume`.", err=True)
 

@@ -214,3 +214,15 @@ class RulesConfig(_Settings):
         if twice:
             raise ValueError(f"two rules share the name {', '.join(twice)}; give each its own")
         return self
+
+
+def as_written(config: RulesConfig) -> dict[str, Any]:
+    """The section as an administrator would write it: `RulesConfig.model_validate` is its inverse."""
+    values = config.model_dump(mode="json", exclude_none=True)
+    for rule in values["series"]:
+        if not rule["unless"]:
+            del rule["unless"]
+        if not rule["reason"]:
+            del rule["reason"]
+    values["prefer"] = [item.get("order", item) for item in values["prefer"]]
+    return values

@@ -24,7 +24,7 @@ from tests.factories import make_ct_series
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
-COMMANDS = ["serve", "demo", "analyze", "send", "check", "cases", "pause", "resume", "retry", "delete"]
+COMMANDS = ["serve", "demo", "analyze", "send", "check", "cases", "pause", "resume", "retry", "delete", "rules"]
 HEAVY = (
     "torch",
     "numpy",

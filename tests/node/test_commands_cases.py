@@ -216,3 +216,14 @@ def test_result_folders_of_cases_that_are_no_more_go_at_the_start(index: Index) 
     stray.mkdir(parents=True)
     remove_strays(index)
     assert (kept.exists(), stray.parent.exists()) == (True, False)
+
+
+def test_what_was_won_against_the_quiet_time_is_told_of_each_case_and_in_total(cspine: Cspine, index: Index) -> None:
+    for number, won_s in ((1, 28.5), (2, 20.0)):
+        receive(index, f"1.{number}")
+        assert index.queue(the_case(index, f"1.{number}"), won_s=won_s)
+    receive(index, "1.3")
+    assert [(case["won_s"], case["num_reopened"]) for case in listed(cspine)] == [(None, 0), (20.0, 0), (28.5, 0)]
+    expected = "Won against the quiet time: 48 s over 2 Series. Late Instances after a start: 0."
+    assert expected in " ".join(cspine("cases").stderr.split())
+    assert expected not in cspine("cases", "--json").output
