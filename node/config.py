@@ -148,10 +148,13 @@ class ReceiveConfig(_Section):
     port: Port = 11112
     allow: Allow = "loopback"
     tls: ReceiveTls | None = None
+    processes: int = Field(default=2, ge=1, le=64)
+    backlog: int = Field(default=128, ge=1, le=65535)
     max_associations: int = Field(default=64, ge=1, le=1000)
     max_associations_per_address: int = Field(default=32, ge=1, le=1000)
     associate_timeout_s: Seconds = 5.0
     max_pdu_kb: int = Field(default=1024, ge=16, le=1024 * 1024)
+    max_instance_mb: int = Field(default=2048, ge=1, le=1024 * 1024)
     network_timeout_s: Seconds = 60.0
     min_free_disk_mb: int = Field(default=1024, ge=0)
 

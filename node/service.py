@@ -2,14 +2,13 @@
 
     receive -> complete -> analyse -> encode -> deliver
 
-The receiver is a process (`receive/`); completeness and delivery are jobs of APScheduler here; analysis and encoding
+Receivers are processes (`receive/`); completeness and delivery are jobs of APScheduler here; analysis and encoding
 happen in worker processes (`workers.py`). They meet in the database (`index/`) only, so any of them may die and be
 started again. This module is the composition root: read it first.
 """
 
 import fcntl
 import logging
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +20,6 @@ from typing import BinaryIO
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
-from node import receive
 from node.case import Case
 from node.commitment import report_due
 from node.complete import Sources, check_cases
@@ -30,6 +28,7 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
+from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
@@ -67,7 +66,7 @@ class Service:
         if not self._index.take():
             raise StartError("another node uses this database; give each node a database of its own")
         self._pool: WorkerPool | None = None
-        self._receiver: multiprocessing.process.BaseProcess | None = None
+        self._receivers: Receivers | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
         num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
@@ -88,7 +87,11 @@ class Service:
         remove_strays(index)
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
         finish_interrupted(index)  # before the receiver looks for files that nobody knows
-        self._start_receiver()
+        try:
+            self._receivers = Receivers(config, index)
+            self._receivers.start()
+        except ReceiverError as error:
+            raise StartError(str(error)) from error
         self._pool = WorkerPool(config)
         if problem := self._pool.wait_until_loaded():
             raise StartError(problem)
@@ -98,7 +101,7 @@ class Service:
         for source in config.complete.sources:
             self._every_tick(sources.answer_questions, source)
         self._every_tick(self._dispatch)
-        self._every_tick(self._watch_receiver)
+        self._every_tick(self._receivers.watch)
         self._scheduler.add_job(self._put_back_unheld, "interval", seconds=_PUT_BACK_S)
         for destination in config.deliver.destinations:
             self._every_tick(deliver_due, index, config, destination)
@@ -117,13 +120,12 @@ class Service:
         log.info("action=stopping")
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
-        if self._receiver is not None:
-            self._receiver.terminate()
+        if self._receivers is not None:
+            self._receivers.terminate()
         if self._pool is not None:
             self._pool.stop()
-        if self._receiver is not None:
-            self._receiver.join(5)
-            self._receiver.kill()
+        if self._receivers is not None:
+            self._receivers.join(5)
         self._index.put_back(held=())
         self._index.close()
         self._data_lock.close()
@@ -138,27 +140,6 @@ class Service:
             put_back = self._index.put_back(held=self._held)
         if put_back:
             log.warning("action=put-back cases=%d that no worker holds", put_back)
-
-    def _start_receiver(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        ready, far_end = context.Pipe(duplex=False)
-        self._receiver = context.Process(target=receive.run, args=(self._config, far_end), name="cspine-receiver")
-        self._receiver.start()
-        far_end.close()
-        try:
-            problem = ready.recv()
-        except EOFError:
-            problem = "the receiver died while starting"
-        if problem:
-            raise StartError(problem)
-
-    def _watch_receiver(self) -> None:
-        if self._receiver is not None and not self._receiver.is_alive():
-            log.error("action=receiver-died exitcode=%s; starting it again", self._receiver.exitcode)
-            try:
-                self._start_receiver()
-            except StartError as error:
-                log.error("action=receiver-not-started: %s; trying again", error)
 
     def _dispatch(self) -> None:
         """Gives queued cases to workers that are free."""

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from model.phantom import Fracture
 from node.case import CaseState
 from node.config import Config, DicomDestination, load_config
 from node.index import Index
-from node.receive import start_server
 from node.send import SendError, echo, send_files
 from tests.factories import make_ct_series, make_report, make_screen_save
 from tests.orthanc_server import ORTHANC_FOLDER, STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
+from tests.receiver import listening
 from tests.running_node import RunningNode, phantom_series
 
 
@@ -40,12 +41,10 @@ def orthanc(tmp_path: Path, config: Config) -> Iterator[OrthancServer]:
 
 
 @pytest.fixture
-def start_receiver(config: Config, index: Index) -> Iterator[Callable[[], None]]:
+def start_receiver(config: Config, index: Index) -> Iterator[Callable[[], object]]:
     """Starts the node's receiver alone: Instances come in and are counted, nothing is analysed."""
-    servers = []
-    yield lambda: servers.append(start_server(config, index))
-    for server in servers:
-        server.shutdown()
+    with ExitStack() as running:
+        yield lambda: running.enter_context(listening(config, index))
 
 
 def wait_until(condition: Callable[[], Any], what: str, log: Callable[[], str], timeout_s: float = 20.0) -> None:
@@ -56,7 +55,7 @@ def wait_until(condition: Callable[[], Any], what: str, log: Callable[[], str], 
 
 
 def test_only_the_ct_instances_of_a_stable_series_are_routed(
-    orthanc: OrthancServer, start_receiver: Callable[[], None], index: Index, tmp_path: Path
+    orthanc: OrthancServer, start_receiver: Callable[[], object], index: Index, tmp_path: Path
 ) -> None:
     start_receiver()
     paths = make_ct_series(tmp_path / "in", num_slices=8)
@@ -72,7 +71,7 @@ def test_only_the_ct_instances_of_a_stable_series_are_routed(
 
 
 def test_a_series_that_grows_is_sent_again_as_a_whole(
-    orthanc: OrthancServer, start_receiver: Callable[[], None], index: Index, tmp_path: Path
+    orthanc: OrthancServer, start_receiver: Callable[[], object], index: Index, tmp_path: Path
 ) -> None:
     start_receiver()
     *most, last = make_ct_series(tmp_path / "in", num_slices=8)
@@ -85,7 +84,7 @@ def test_a_series_that_grows_is_sent_again_as_a_whole(
 
 
 def test_a_node_that_does_not_answer_is_said_in_the_log_and_the_job_can_be_resubmitted(
-    orthanc: OrthancServer, start_receiver: Callable[[], None], index: Index, tmp_path: Path
+    orthanc: OrthancServer, start_receiver: Callable[[], object], index: Index, tmp_path: Path
 ) -> None:
     make_ct_series(tmp_path / "in", num_slices=8)
     orthanc.upload(tmp_path / "in")

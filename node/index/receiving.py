@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import bindparam, or_, select, update
+from sqlalchemy import bindparam, func, or_, select, update
 from sqlalchemy import case as sql_case
 from sqlalchemy.dialects.postgresql import Insert, insert
 
@@ -27,6 +27,7 @@ class NewInstance:
     association_id: int
     calling_ae_title: str
     path: Path
+    num_bytes: int | None = None
     headers: Sequence[dict[str, Any]]
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -42,9 +43,9 @@ class NewInstance:
 class Receiving(Cases):
     """Rows of what came."""
 
-    def open_association(self, calling_ae_title: str) -> int:
-        """Notes a new association; returns its id."""
-        row = _associations.insert().values(calling_ae_title=calling_ae_title, opened_at=self.now())
+    def open_association(self, calling_ae_title: str, receiver: str = "") -> int:
+        """Notes a new association that a run of a receiver process has; returns its id."""
+        row = _associations.insert().values(calling_ae_title=calling_ae_title, opened_at=self.now(), receiver=receiver)
         with self._writing() as connection:
             return int(connection.execute(row.returning(_associations.c.association_id)).scalar_one())
 
@@ -61,11 +62,13 @@ class Receiving(Cases):
             )
             connection.execute(update(_cases).where(touched).values(next_check_at=now))
 
-    def end_lost_associations(self) -> None:
-        """Closes what a receiver that died left open; nothing is open when one starts."""
+    def end_lost_associations(self, receiver: str | None = None) -> int:
+        """Closes what a run of a receiver left open when it died, or all of them (None); returns how many."""
         lost = update(_associations).where(_associations.c.ended_at.is_(None))
+        if receiver is not None:
+            lost = lost.where(_associations.c.receiver == receiver)
         with self._writing() as connection:
-            connection.execute(lost.values(ended_at=self.now(), released=0))
+            return connection.execute(lost.values(ended_at=self.now(), released=0)).rowcount
 
     def find_instance(self, sop_instance_uid: str) -> Path | None:
         """Path of a stored Instance, None if it is not here."""
@@ -99,6 +102,7 @@ class Receiving(Cases):
                 "series_instance_uid": instance.series_instance_uid,
                 "association_id": instance.association_id,
                 "path": str(instance.path.relative_to(self.data_dir)),
+                "num_bytes": instance.num_bytes,
                 "headers": list(instance.headers),
             }
             for uid, instance in first_with.items()
@@ -124,6 +128,43 @@ class Receiving(Cases):
         return [
             instance.sop_instance_uid in new and first_with[instance.sop_instance_uid] is instance for instance in batch
         ]
+
+    def paths_under(self, folder: Path) -> set[Path]:
+        """Files of stored Instances in a folder and all below it."""
+        below = _instances.c.path.startswith(f"{folder.relative_to(self.data_dir)}/", autoescape=True)
+        with self._engine.connect() as connection:
+            return {self.data_dir / path for path in connection.scalars(select(_instances.c.path).where(below))}
+
+    def needed_files(self) -> list[tuple[str, Path, int | None]]:
+        """SOPInstanceUID, file and its size of every Instance whose Series is still to be analysed."""
+        needed = (CaseState.RECEIVING, CaseState.QUEUED, CaseState.ANALYSING)
+        rows = (
+            select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.num_bytes)
+            .join(_cases, _cases.c.series_instance_uid == _instances.c.series_instance_uid)
+            .where(_cases.c.state.in_(needed))
+        )
+        with self._engine.connect() as connection:
+            return [(uid, self.data_dir / path, num_bytes) for uid, path, num_bytes in connection.execute(rows)]
+
+    def forget_instances(self, sop_instance_uids: Sequence[str]) -> dict[str, str]:
+        """Removes Instances whose files are gone; their cases wait for them to be sent again. Reasons, by Series."""
+        now, reasons = self.now(), {}
+        gone = _instances.c.sop_instance_uid.in_(sop_instance_uids)
+        num_gone = select(_instances.c.series_instance_uid, func.count()).where(gone).group_by("series_instance_uid")
+        with self._writing() as connection:
+            for uid, num in connection.execute(num_gone).all():
+                reasons[uid] = (
+                    f"{num} Instance{' was' if num == 1 else 's were'} lost from the disk; send the Series again"
+                )
+            connection.execute(_instances.delete().where(gone))
+            for uid, reason in reasons.items():
+                here = _instances.c.series_instance_uid == uid
+                num = connection.scalar(select(func.count()).select_from(_instances).where(here))
+                state = CaseState.RECEIVING if num else CaseState.REFUSED
+                values = {"state": state, "reason": reason, "num_instances": num, "next_check_at": now}
+                case = update(_cases).where(_cases.c.series_instance_uid == uid)
+                connection.execute(case.values(**values, changed_at=now))
+        return reasons
 
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)

@@ -28,6 +28,11 @@ STEPS = (
     ),
     # 6: requests for storage commitment, a new table.
     (),
+    # 7: what a dead receiver leaves is told apart; a file that lost bytes is found.
+    (
+        "ALTER TABLE associations ADD COLUMN receiver VARCHAR DEFAULT '' NOT NULL",
+        "ALTER TABLE instances ADD COLUMN num_bytes INTEGER",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

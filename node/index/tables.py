@@ -15,6 +15,7 @@ associations = Table(
     Column("opened_at", Float, nullable=False),
     Column("ended_at", Float),  # None while it is open
     Column("released", Integer),  # 1 released by the peer, 0 aborted, broken or lost with the receiver
+    Column("receiver", String, nullable=False, server_default=""),  # the run of a receiver process that has it
 )
 cases = Table(
     "cases",
@@ -57,6 +58,7 @@ instances = Table(
     ),
     Column("association_id", Integer, ForeignKey("associations.association_id"), nullable=False, index=True),
     Column("path", String, nullable=False),  # relative to the data folder
+    Column("num_bytes", Integer),  # of the file; None for what came before this was noted
     Column("headers", JSON, nullable=False),  # SliceHeader.to_dict() of every frame
 )
 results = Table(

@@ -1,12 +1,13 @@
-"""The receiver: a C-ECHO and C-STORE SCP for CT, in a process of its own.
+"""The receiver: a C-ECHO and C-STORE SCP for CT, in processes of its own.
 
-An Instance is written as it came, fsynced and indexed before the success status goes out. The receiver decides nothing
+An Instance is written as it comes, synced and indexed before the success status goes out. The receiver decides nothing
 about Series: that is `complete/`, which reads what is noted here. Started and watched by `service.py`.
 
-`contexts.py` says what is offered, `server.py` serves associations, `store.py` puts one Instance on disk and into the
-index, `reconcile.py` makes the two agree after a crash.
+From the outside in: `supervisor.py` runs the processes, `server.py` is one of them, `contexts.py` says what is offered,
+`lane.py` reads C-STORE from the socket and `command.py` its command sets, `store.py` takes one Instance with
+`headers.py`, `spool.py` and `commit.py`, `reconcile.py` makes disk and index agree after a crash.
 """
 
-from node.receive.server import run
+from node.receive.supervisor import ReceiverError, Receivers
 
-__all__ = ["run"]
+__all__ = ["ReceiverError", "Receivers"]

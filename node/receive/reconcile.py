@@ -1,15 +1,66 @@
-"""After a crash: what lies on disk and what the index says are made one again, before anything is received."""
+"""After a crash: what lies on disk and what the index says are made one again, both ways.
+
+A file without a row was never acknowledged: it is removed, and its sender sends it again. A row without its whole file
+should not be, since the file is synced before its row is written; where a disk lost it all the same, the row goes too,
+so that the Instance is taken when it is sent again, and its case says what happened.
+"""
+
+import logging
+from pathlib import Path
 
 from node.index import Index
+from node.process import sync
+
+log = logging.getLogger(__name__)
 
 
 def reconcile(index: Index) -> int:
-    """Removes files that no index row names, which a crash left before they were acknowledged; returns how many."""
-    strays = [
-        path
-        for folder in index.data_dir.glob("instances/*")
-        for path in set(folder.glob("*.dcm")) - set(index.instance_paths(folder.name))
-    ]
+    """For the start of the node, when no receiver runs; returns how many files were removed."""
+    root = index.data_dir / "instances"
+    root.mkdir(exist_ok=True)
+    sync(index.data_dir)
+    num_ended = index.end_lost_associations()
+    num_strays = sum(_remove_strays(index, folder) for folder in root.iterdir() if folder.is_dir())
+    lost = [uid for uid, path, num_bytes in index.needed_files() if _is_lost(path, num_bytes)]
+    if num_ended or num_strays:
+        log.warning(
+            "action=reconciled associations_ended=%d files_removed=%d that were never acknowledged",
+            num_ended,
+            num_strays,
+        )
+    if lost:
+        for series, reason in index.forget_instances(lost).items():
+            log.error("action=instances-lost series=%s: %s", series, reason)
+    return num_strays
+
+
+def reconcile_run(index: Index, run: str) -> None:
+    """For one run of a receiver that died, while others go on receiving."""
+    num_ended = index.end_lost_associations(run)
+    num_strays = _remove_strays(index, index.data_dir / "instances" / run)
+    if num_ended or num_strays:
+        log.warning(
+            "action=reconciled run=%s associations_ended=%d files_removed=%d that were never acknowledged",
+            run,
+            num_ended,
+            num_strays,
+        )
+
+
+def _remove_strays(index: Index, folder: Path) -> int:
+    """Removes files of a folder that no row names, and folders that are empty then; how many files had content."""
+    strays = set(folder.rglob("*.dcm")) - index.paths_under(folder)
+    num_with_content = sum(path.stat().st_size > 0 for path in strays)  # the others were made ahead
     for path in strays:
         path.unlink()
-    return len(strays)
+    for place in (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder):
+        if not any(place.iterdir()):
+            place.rmdir()
+    return num_with_content
+
+
+def _is_lost(path: Path, num_bytes: int | None) -> bool:
+    try:
+        return num_bytes is not None and path.stat().st_size != num_bytes
+    except FileNotFoundError:
+        return True

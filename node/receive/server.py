@@ -1,191 +1,141 @@
-"""The SCP: associations, their handlers, and the process they live in. What becomes of an Instance is `store.py`."""
+"""The SCP: what is offered, who answers what, and the process it lives in."""
 
 import logging
 import signal
 import socket
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
-from pydicom import Dataset
 from pynetdicom import evt
 from pynetdicom.pdu_primitives import A_RELEASE
 from pynetdicom.sop_class import Verification
-from pynetdicom.transport import ThreadedAssociationServer
-from sqlalchemy.exc import SQLAlchemyError
+from pynetdicom.transport import RequestHandler
 
 from node.commitment import SOP_CLASS as COMMITMENT
 from node.commitment import CommitmentScp
 from node.config import Config
 from node.implementation import make_ae
 from node.index import Index
-from node.process import be_child, describe_error, sync
+from node.process import be_child
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.guard import Guard, GuardedServer
-from node.receive.reconcile import reconcile
-from node.receive.store import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, SUCCESS, Received, RefusedError, Store
+from node.receive.lane import take_lane
+from node.receive.store import Store
 from node.tls import TlsError
 
 log = logging.getLogger(__name__)
 
+_ACCEPT_POLL_S = 0.2
 
-@dataclass
-class Receiver:
-    """The handlers of the SCP and what they share. One per process."""
 
-    store: Store
+class Server(GuardedServer):
+    """A guarded server that accepts from a socket that listens already and that other processes may share."""
 
-    def __post_init__(self) -> None:
-        self._association_ids: dict[int, int] = {}  # of open associations, by the identity of pynetdicom's object
+    def __init__(self, *args: Any, listener: socket.socket, store: Store, max_pdu_bytes: int, **values: Any) -> None:
+        self.socket: socket.socket
+        self._listener, self.store, self.max_pdu_bytes = listener, store, max_pdu_bytes
+        super().__init__(*args, **values)
 
-    def on_connect(self, event: evt.Event) -> None:
-        """Without TCP_NODELAY every image waits about 45 ms for a delayed acknowledgement."""
-        event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    def server_bind(self) -> None:
+        """In place of binding the socket that socketserver made."""
+        self.socket.close()
+        self.socket = self._listener
+        self.server_address = self._listener.getsockname()
 
-    def on_established(self, event: evt.Event) -> None:
+    def server_activate(self) -> None:
+        """It listens."""
+
+    def server_close(self) -> None:
+        """Lets go of the socket; a shutdown of it would end the listening of the others too."""
+        self.socket.close()
+
+
+class _Handler(RequestHandler):  # type: ignore[misc]
+    """A new connection: its association is served by the fast lane."""
+
+    def _create_association(self) -> Any:
+        assoc = super()._create_association()
+        take_lane(assoc, self.server.store, self.server.max_pdu_bytes)
+        return assoc
+
+
+def _on_connect(event: evt.Event) -> None:
+    """Without TCP_NODELAY every image waits about 45 ms for a delayed acknowledgement."""
+    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _on_established(event: evt.Event) -> None:
+    if not event.assoc.accepted_contexts:
+        offered = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
         calling = event.assoc.requestor.ae_title
-        if not event.assoc.accepted_contexts:
-            offered = sorted({context.abstract_syntax.name for context in event.assoc.rejected_contexts})
-            log.warning("action=nothing-accepted calling=%r offered=%s: only CT is taken", calling, offered[:5])
-
-    def on_acse(self, event: evt.Event) -> None:
-        """Notes a release when it is asked for; once granted, the close of the connection may be told of first."""
-        if isinstance(event.primitive, A_RELEASE):
-            self._end(event, released=True)
-
-    def on_lost(self, event: evt.Event) -> None:
-        """The association was aborted, or its connection closed; after a release this finds nothing to do."""
-        self._end(event, released=False)
-
-    def _association_id(self, event: evt.Event) -> int:
-        """The row of this association, made with its first Instance: one that only sends C-ECHO leaves none."""
-        key = id(event.assoc)
-        if key not in self._association_ids:
-            self._association_ids[key] = self.store.index.open_association(event.assoc.requestor.ae_title)
-        return self._association_ids[key]
-
-    def _end(self, event: evt.Event, *, released: bool) -> None:
-        association_id = self._association_ids.pop(id(event.assoc), None)
-        if association_id is not None:
-            self.store.index.end_association(association_id, released=released)
-
-    def on_c_store(self, event: evt.Event) -> Dataset:
-        """Stores one Instance; returns the status.
-
-        | status | when |
-        |---|---|
-        | 0x0000 | it is on disk and in the index, or was already, byte for byte |
-        | 0xA700 | the disk is full or cannot be written; send it again later |
-        | 0xA900 | it is not CT, its SOP Class or UID is not the announced one, or this node made it |
-        | 0xC000 | it cannot be parsed, or lacks a usable UID |
-        | 0xC111 | another Instance with this UID is here |
-        """
-        cause = ""  # for our log only
-        try:
-            self.store.put(
-                Received(
-                    encoded=event.encoded_dataset(),
-                    sop_class_uid=event.request.AffectedSOPClassUID,
-                    sop_instance_uid=event.request.AffectedSOPInstanceUID,
-                    calling_ae_title=event.assoc.requestor.ae_title,
-                    association_id=partial(self._association_id, event),
-                )
-            )
-            return _status(SUCCESS)
-        except RefusedError as refusal:
-            status, comment = refusal.status, str(refusal)
-        except (OSError, SQLAlchemyError) as error:
-            status, comment = OUT_OF_RESOURCES, "cannot be stored now; send it again later"
-            cause = f" ({describe_error(error)})"
-        except Exception as error:
-            # Anything may come over a network, and pydicom has no one error for what it cannot parse.
-            status, comment = CANNOT_UNDERSTAND, "the dataset cannot be parsed"
-            cause = f" ({describe_error(error)})"
-        log.warning(
-            "action=instance-refused calling=%r instance=%.64r status=0x%04X: %s%s",
-            event.assoc.requestor.ae_title,
-            event.request.AffectedSOPInstanceUID,
-            status,
-            comment,
-            cause,
-        )
-        return _status(status, comment)
+        log.warning("action=nothing-accepted calling=%r offered=%s: only CT is taken", calling, offered[:5])
 
 
-def _status(code: int, comment: str = "") -> Dataset:
-    status = Dataset()
-    status.Status = code
-    if comment:
-        status.ErrorComment = comment[:64]  # VR LO
-    return status
+def _on_acse(event: evt.Event) -> None:
+    """Notes a release when it is asked for, before it is granted; any other end is noted by the lane."""
+    if isinstance(event.primitive, A_RELEASE):
+        event.assoc.dul.sender.end(released=True)
 
 
-def start_server(config: Config, index: Index) -> GuardedServer:
-    """A server that listens and stores, in threads of this process.
+def start_server(config: Config, store: Store, listener: socket.socket) -> Server:
+    """A server that accepts from `listener` and stores, in threads of this process.
 
     Raises:
-        OSError: the address cannot be bound.
         TlsError: the files of receive.tls cannot be used.
     """
-    receiver = Receiver(Store(config, index))
     ae = make_ae(config.receive.ae_title)
     ae.add_supported_context(Verification)
     ae.add_supported_context(COMMITMENT, scu_role=True, scp_role=False)
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
         ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
-    guard = Guard(config.receive, index.data_dir)
+    guard = Guard(config.receive, store.index.data_dir)
     guard.prepare(ae)
-    server: GuardedServer = ae.make_server(
-        (config.receive.host, config.receive.port),
+    server: Server = ae.make_server(
+        listener.getsockname()[:2],
         evt_handlers=[
             *guard.handlers,
-            (evt.EVT_CONN_OPEN, receiver.on_connect),
-            (evt.EVT_ESTABLISHED, receiver.on_established),
-            (evt.EVT_ACSE_RECV, receiver.on_acse),
-            (evt.EVT_ABORTED, receiver.on_lost),
-            (evt.EVT_CONN_CLOSE, receiver.on_lost),
-            (evt.EVT_C_STORE, receiver.on_c_store),
-            (evt.EVT_N_ACTION, CommitmentScp(index).on_n_action),
+            (evt.EVT_CONN_OPEN, _on_connect),
+            (evt.EVT_ESTABLISHED, _on_established),
+            (evt.EVT_ACSE_RECV, _on_acse),
+            (evt.EVT_N_ACTION, CommitmentScp(store.index).on_n_action),
         ],
-        server_class=GuardedServer,
+        server_class=Server,
+        request_handler=_Handler,
         guard=guard,
+        listener=listener,
+        store=store,
+        max_pdu_bytes=ae.maximum_pdu_size,
     )
-    server.socket.listen(128)  # pynetdicom's backlog of 5 refuses a burst of senders
-    ae._servers.append(server)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    ae._servers.append(server)  # its shutdown removes it there
+    threading.Thread(target=partial(server.serve_forever, _ACCEPT_POLL_S), name="accept", daemon=True).start()
     return server
 
 
-def run(config: Config, ready: Connection) -> None:
-    """The receiver process: says over `ready` that it listens ("") or why it cannot, then serves until SIGTERM."""
+def run(config: Config, listener: socket.socket, run_name: str, ready: Connection) -> None:
+    """A receiver process: says over `ready` that it serves ("") or why it cannot, then does so until SIGTERM."""
     be_child(config.log_level)
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     index = Index(config.data_dir, config.database)
-    index.end_lost_associations()
-    (index.data_dir / "instances").mkdir(exist_ok=True)
-    sync(index.data_dir)
-    strays = reconcile(index)
-    if strays:
-        log.warning("action=reconciled removed=%d files that were never acknowledged", strays)
+    store = Store(config, index, run_name)
     try:
-        server = start_server(config, index)
-    except OSError as error:
-        ready.send(f"{config.receive.host}:{config.receive.port} cannot be listened on: {error.strerror}")
-        return
+        server = start_server(config, store, listener)
     except TlsError as error:
         ready.send(f"receive.tls: {error}")
         return
     ready.send("")
+    ready.close()
     stopping.wait()
     shut_down(server, grace_s=3.0)
+    store.close()
     index.close()
 
 
-def shut_down(server: ThreadedAssociationServer, grace_s: float) -> None:
+def shut_down(server: Server, grace_s: float) -> None:
     """Takes no more associations, lets those that run end within the grace time, then aborts them."""
     server.shutdown()
     deadline = time.monotonic() + grace_s

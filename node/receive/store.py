@@ -1,138 +1,142 @@
-"""One Instance to disk and index: checked, written as it came, fsynced, indexed; or refused with a status.
+"""One Instance to disk and index: written as it comes, checked, made durable, indexed; or refused with a status.
 
-Knows no association and no socket; `server.py` calls it and answers.
+Knows no association and no socket; `lane.py` brings the pieces and answers.
 """
 
+import errno
 import os
-import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from io import BytesIO
+import struct
 from pathlib import Path
-from typing import Any
 
-from pydicom import dcmread
+from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
-from model import HEADER_TAGS, slice_headers
 from node.config import Config
-from node.index import Index
-from node.process import sync
-from node.receive.attributes import SERIES_TAGS, series_attributes
+from node.index import Index, NewInstance
+from node.receive.commit import GroupCommit
+from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
+from node.receive.sender import Sender
+from node.receive.spool import Spool
+from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
-# C-STORE statuses (PS3.4 B.2.3)
-SUCCESS = 0x0000
-OUT_OF_RESOURCES = 0xA700
-MISMATCH = 0xA900
-CANNOT_UNDERSTAND = 0xC000
-CONFLICT = 0xC111
+_OUR_UIDS = "2.25."  # what all UIDs begin with that this node makes (node/encode/identity.py)
 
 
-class RefusedError(Exception):
-    """An Instance is not taken: the C-STORE status (PS3.4 B.2.3) and a sentence for the sender."""
-
-    def __init__(self, status: int, comment: str) -> None:
-        super().__init__(comment)
-        self.status = status
-
-
-@dataclass(frozen=True, kw_only=True)
-class Received:
-    """One Instance as it came.
-
-    encoded: File Meta Information and dataset. sop_class_uid, sop_instance_uid: as the C-STORE request announces them.
-    association_id: gives the row of the association, which the first Instance makes.
-    """
-
-    encoded: bytes
-    sop_class_uid: str
-    sop_instance_uid: str
-    calling_ae_title: str
-    association_id: Callable[[], int]
-
-
-@dataclass(frozen=True)
 class Store:
-    """Where Instances go. Safe to use from several threads."""
+    """Where the Instances of one run of a receiver process go. Safe to use from several threads."""
 
-    config: Config
-    index: Index
+    def __init__(self, config: Config, index: Index, run: str) -> None:
+        self.index, self.run = index, run
+        self.spool = Spool(index.data_dir / "instances" / run)
+        self.headers = HeaderReader()
+        self.commit = GroupCommit(index, config.complete.quiet_time_s)
+        self.max_bytes = config.receive.max_instance_mb * 2**20
+        self._min_free_mb = config.receive.min_free_disk_mb
 
-    def put(self, instance: Received) -> None:
+    def begin(self, announced: Announced, sender: Sender) -> "Arriving":
+        """An Instance that begins to arrive; to be ended by `finish` or `abandon`.
+
+        Raises:
+            RefusedError: it is not taken.
+            OSError: it cannot be stored now.
+        """
+        if not is_uid(announced.sop_instance_uid):
+            raise RefusedError(CANNOT_UNDERSTAND, "the announced SOPInstanceUID is not a UID (PS3.5 9.1)")
+        free_mb = shutil.disk_usage(self.index.data_dir).free // 2**20
+        if free_mb < self._min_free_mb:
+            raise RefusedError(OUT_OF_RESOURCES, f"{free_mb} MB free, min_free_disk_mb is {self._min_free_mb}")
+        return Arriving(self, announced, sender)
+
+    def close(self) -> None:
+        """Removes what was made ahead."""
+        self.spool.close()
+
+
+class Arriving:
+    """One Instance on its way to disk. After an error it is abandoned already: no part of it stays."""
+
+    def __init__(self, store: Store, announced: Announced, sender: Sender) -> None:
+        self._store, self._announced, self._sender = store, announced, sender
+        self._prefix = bytearray()
+        self._num_bytes = 0
+        self._path, self._file = store.spool.take()
+        meta = file_meta(announced)
+        self._start = len(meta)
+        self._write(memoryview(meta))
+
+    def write(self, piece: memoryview) -> None:
+        """Takes the next piece of the dataset.
+
+        Raises:
+            RefusedError: it grew larger than an Instance may be.
+            OSError: the disk is full or cannot be written.
+        """
+        self._num_bytes += len(piece)
+        if self._num_bytes > self._store.max_bytes:
+            self.abandon()
+            raise RefusedError(CANNOT_UNDERSTAND, f"larger than max_instance_mb ({self._store.max_bytes >> 20})")
+        if (num_wanted := NUM_PREFIX_BYTES - len(self._prefix)) > 0:
+            self._prefix += piece[:num_wanted]
+        self._write(piece)
+
+    def finish(self) -> None:
         """Returns once the Instance is safely on disk and in the index, or was already.
 
         Raises:
             RefusedError: it is not taken.
             OSError, SQLAlchemyError: it cannot be stored now.
+            Exception: it cannot be parsed.
         """
-        free_mb = shutil.disk_usage(self.index.data_dir).free // 2**20
-        if free_mb < self.config.receive.min_free_disk_mb:
-            raise RefusedError(
-                OUT_OF_RESOURCES, f"{free_mb} MB free, min_free_disk_mb is {self.config.receive.min_free_disk_mb}"
-            )
-        headers, attributes = _read(instance)
-        uid, series_uid = headers[0]["sop_instance_uid"], headers[0]["series_instance_uid"]
-        if self.index.is_result(uid):
-            raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
-        known = self.index.find_instance(uid)
-        if known is not None:
-            _check_same(known, instance.encoded)
-            return
-        path = self.index.data_dir / "instances" / series_uid / f"{uid}.dcm"
-        _write_durably(path, instance.encoded)
         try:
-            is_new = self.index.add_instance(
-                association_id=instance.association_id(),
-                calling_ae_title=instance.calling_ae_title,
-                path=path,
-                headers=headers,
-                attributes=attributes,
-                quiet_time_s=self.config.complete.quiet_time_s,
+            encoded = Encoded(prefix=bytes(self._prefix), num_bytes=self._num_bytes, path=self._path, start=self._start)
+            read = self._store.headers.read(encoded, self._announced)
+            uid = self._announced.sop_instance_uid
+            if uid.startswith(_OUR_UIDS) and self._store.index.is_result(uid):
+                raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
+            os.fdatasync(self._file.fileno())
+            if not os.fstat(self._file.fileno()).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "somebody removed the file", str(self._path))
+            self._file.close()
+            is_new = self._store.commit.add(
+                NewInstance(
+                    association_id=self._sender.association_id(),
+                    calling_ae_title=self._sender.ae_title,
+                    path=self._path,
+                    num_bytes=self._start + self._num_bytes,
+                    headers=read.headers,
+                    attributes=read.attributes,
+                )
             )
-            if not is_new:  # the same UID came in another Series at this moment
-                raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
+            if not is_new:
+                _check_same(self._store.index.find_instance(uid), self._path)
+                self.abandon()
         except BaseException:
-            path.unlink()
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Removes what has come of it."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write(self, piece: memoryview) -> None:
+        try:
+            while piece:
+                piece = piece[self._file.write(piece) :]
+        except BaseException:
+            self.abandon()
             raise
 
 
-def _read(instance: Received) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Headers and attributes as `NewInstance` has them."""
-    tags = [*HEADER_TAGS, *SERIES_TAGS.values()]
-    ds = dcmread(BytesIO(instance.encoded), stop_before_pixels=True, specific_tags=tags)
-    # RSNA's files lack SOPClassUID and Modality: what is missing comes from the request, what differs is refused.
-    for keyword, announced in (
-        ("SOPClassUID", instance.sop_class_uid),
-        ("SOPInstanceUID", instance.sop_instance_uid),
-    ):
-        if ds.get(keyword, announced) != announced:
-            raise RefusedError(MISMATCH, f"{keyword} in the dataset is not the announced one")
-        setattr(ds, keyword, announced)
-    modality = ds.get("Modality") or "CT"
-    if modality != "CT":
-        raise RefusedError(MISMATCH, f"Modality is {modality!r:.20}; only CT is taken")
-    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
-        if not is_uid(ds.get(keyword, "")):
-            raise RefusedError(CANNOT_UNDERSTAND, f"{keyword} is missing or not a UID (PS3.5 9.1)")
-    headers = slice_headers(ds)
-    if not headers:
-        raise RefusedError(CANNOT_UNDERSTAND, "the Instance has no frames")
-    return [header.to_dict() for header in headers], series_attributes(ds)
-
-
-def is_uid(value: object) -> bool:
-    """Whether the value has the form of a UID (PS3.5 9.1): safe as a file name. Leading zeros are let pass."""
-    return len(str(value)) <= 64 and re.fullmatch(r"[0-9]+(\.[0-9]+)*", str(value)) is not None
-
-
-def _check_same(known: Path, encoded: bytes) -> None:
+def _check_same(known: Path | None, received: Path) -> None:
     """Passes when the stored Instance is the received one; the group 2 header may differ.
 
     Raises:
-        RefusedError: it is another.
+        RefusedError: it is another, or went away at this moment.
     """
-    stored = known.read_bytes()
-    if _dataset_of(stored) != _dataset_of(encoded):
+    if known is None:
+        raise RefusedError(OUT_OF_RESOURCES, "the Instance here with this UID is just being removed")
+    if _dataset_of(known.read_bytes()) != _dataset_of(received.read_bytes()):
         raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
 
 
@@ -141,26 +145,21 @@ def _dataset_of(encoded: bytes) -> memoryview:
     return memoryview(encoded)[144 + int.from_bytes(encoded[140:144], "little") :]
 
 
-def _write_durably(path: Path, encoded: bytes) -> None:
-    """Writes a new file that survives a power cut; leaves nothing behind when it fails.
+def file_meta(announced: Announced) -> bytes:
+    """Preamble and File Meta Information as pynetdicom's `event.encoded_dataset()` writes them (PS3.10 7.1)."""
+    elements = b"\x02\0\x01\0OB\0\0\x02\0\0\0\0\x01" + b"".join(
+        struct.pack("<HH2sH", 2, number, vr, len(value)) + value
+        for number, vr, value in (
+            (0x0002, b"UI", _even(announced.sop_class_uid, b"\0")),
+            (0x0003, b"UI", _even(announced.sop_instance_uid, b"\0")),
+            (0x0010, b"UI", _even(announced.transfer_syntax_uid, b"\0")),
+            (0x0012, b"UI", _even(PYNETDICOM_IMPLEMENTATION_UID, b"\0")),
+            (0x0013, b"SH", _even(PYNETDICOM_IMPLEMENTATION_VERSION, b" ")),
+        )
+    )
+    return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(elements)) + elements
 
-    Raises:
-        RefusedError: the file is there already: another association is storing the same UID at this moment.
-    """
-    if not path.parent.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sync(path.parent.parent)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-    except FileExistsError as error:
-        raise RefusedError(OUT_OF_RESOURCES, "the same Instance is arriving on another association") from error
-    try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            view = memoryview(encoded)
-            while view:
-                view = view[file.write(view) :]
-            os.fsync(file.fileno())
-        sync(path.parent)
-    except BaseException:
-        path.unlink()
-        raise
+
+def _even(text: str, padding: bytes) -> bytes:
+    value = text.encode("ascii")
+    return value + padding * (len(value) % 2)

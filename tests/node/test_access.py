@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, suppress
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from node.implementation import IMPLEMENTATION_CLASS_UID, make_ae
 from node.index import Index
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places
-from node.receive.server import shut_down, start_server
 from node.tls import client_context
 from tests.certificates import Authority, Files
 from tests.factories import make_ct_series
+from tests.receiver import listening
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -34,20 +34,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
 MakeConfig = Callable[..., Config]
 
 
-@contextmanager
-def listening(config: Config, index: Index) -> Iterator[Config]:
-    server = start_server(config, index)
-    try:
-        yield config
-    finally:
-        shut_down(server, grace_s=0.2)
-
-
 @pytest.fixture
 def start(make_config: MakeConfig, index: Index) -> Iterator[Callable[..., Config]]:
     """Starts a receiver with these settings of `receive`; gives its configuration."""
     with ExitStack() as stack:
-        yield lambda **settings: stack.enter_context(listening(make_config(receive=settings), index))
+        yield lambda **settings: stack.enter_context(listening(make_config(receive=settings), index, grace_s=0.2))
 
 
 def associate(

@@ -23,8 +23,8 @@ from node.config import Config, DicomDestination, DicomPeer
 from node.index import Index
 from node.send import send_files
 from tests.factories import make_ct_series
-from tests.node.test_access import listening
 from tests.orthanc_server import OrthancServer
+from tests.receiver import listening
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")

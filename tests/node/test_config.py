@@ -78,6 +78,8 @@ def test_config_yaml_shows_every_setting_of_a_destination(kind: type[BaseModel])
 def test_numbers_in_settings_carry_their_unit() -> None:
     unitless = {
         "port",
+        "processes",
+        "backlog",
         "max_associations",
         "max_associations_per_address",
         "workers",

@@ -2,8 +2,8 @@
 
 import errno
 import io
-import multiprocessing
 import os
+import re
 import shutil
 import socket
 import struct
@@ -11,7 +11,6 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -41,23 +40,16 @@ from pynetdicom.sop_class import Verification
 
 from node.case import CaseState
 from node.config import Config
+from node.encode.identity import derive_uid
 from node.index import Index
-from node.receive import contexts, run, server, store
-from node.receive.reconcile import reconcile
+from node.receive import ReceiverError, Receivers, contexts, lane, spool, store
+from node.receive.reconcile import reconcile, reconcile_run
 from tests.factories import make_ct_series, make_enhanced_ct
+from tests.receiver import listening
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
 
 MakeConfig = Callable[..., Config]
-
-
-@contextmanager
-def listening(config: Config, index: Index) -> Iterator[Config]:
-    listener = server.start_server(config, index)
-    try:
-        yield config
-    finally:
-        server.shut_down(listener, grace_s=2)
 
 
 @pytest.fixture
@@ -135,7 +127,9 @@ def make_instance(folder: Path, edit: Callable[[Dataset], None] | None = None, *
 
 
 def files_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cspine."))
+    """Files with content: others are made ahead."""
+    found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cspine."))
+    return sorted(path for path in found if path.stat().st_size > 0)
 
 
 def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:
@@ -168,25 +162,31 @@ def test_c_store_keeps_the_dataset_as_it_came(receiver: Config, index: Index, tm
     assert (pydicom.dcmread(stored).pixel_array == pydicom.dcmread(sent).pixel_array).all()
 
 
-def test_success_is_answered_only_when_file_folder_and_row_are_safe(
+def test_success_is_answered_only_when_file_name_and_row_are_safe(
     receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power cut after the status must not cost the Instance."""
     happened: list[str] = []
-    fsync, add_instance, status = os.fsync, index.add_instance, server._status
+    fsync, fdatasync, add, response = os.fsync, os.fdatasync, index.add_instances, lane.c_store_response
 
-    def note_fsync(descriptor: int) -> None:
-        happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
+    def note(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def noted(descriptor: int) -> None:
+            sync(descriptor)
+            happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
 
-    monkeypatch.setattr(store.os, "fsync", note_fsync)
-    monkeypatch.setattr(index, "add_instance", lambda **values: (add_instance(**values), happened.append("row"))[0])
-    monkeypatch.setattr(server, "_status", lambda *args: (happened.append("status"), status(*args))[1])
+        return noted
+
+    monkeypatch.setattr(os, "fsync", note(fsync))
+    monkeypatch.setattr(os, "fdatasync", note(fdatasync))
+    monkeypatch.setattr(index, "add_instances", lambda *a, **k: (add(*a, **k), happened.append("row"))[0])
+    monkeypatch.setattr(lane, "c_store_response", lambda *a: (happened.append("status"), response(*a))[1])
     sent = make_instance(tmp_path / "sent")
     assert store_one(receiver, sent) == SUCCESS
-    ds = pydicom.dcmread(sent)
-    file, folder = f"{ds.SOPInstanceUID}.dcm", str(ds.SeriesInstanceUID)
-    assert happened == ["instances", file, folder, "row", "status"]
+    stored = index.find_instance(pydicom.dcmread(sent).SOPInstanceUID)
+    assert stored is not None
+    folder, run = stored.parent, stored.parent.parent
+    # The folder is synced with the names of a batch of files in it, before any of them is used.
+    assert happened == [run.name, folder.name, stored.name, "row", "status"]
 
 
 def test_a_case_holds_what_came_of_a_series(receiver: Config, index: Index, tmp_path: Path) -> None:
@@ -282,17 +282,27 @@ def test_another_instance_with_the_same_uid_is_refused_and_the_first_kept(
     assert len(index.cases()) == 1
 
 
-def test_two_series_that_claim_one_sop_instance_uid_at_the_same_moment_do_not_both_succeed(
-    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("same", "second_status"), [(True, SUCCESS), (False, CONFLICT)])
+def test_one_uid_over_two_associations_at_the_same_moment_is_one_instance(
+    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: bool, second_status: int
 ) -> None:
+    """Of different Instances one is refused, whichever; neither sees the other before it is written."""
     uid = generate_uid()
     first, second = (
         make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(2)
     )
-    assert store_one(receiver, first) == SUCCESS
-    monkeypatch.setattr(index, "find_instance", lambda _: None)  # as the second saw it, before the first was stored
-    assert store_one(receiver, second) == CONFLICT
-    assert len(files_under(index.data_dir)) == 1
+    both, statuses, fdatasync = threading.Barrier(2), [], os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (fdatasync(descriptor), both.wait(5)))
+    senders = [
+        threading.Thread(target=lambda path=path: statuses.append(store_one(receiver, path)))
+        for path in (first, first if same else second)
+    ]
+    for sender in senders:
+        sender.start()
+    for sender in senders:
+        sender.join()
+    assert sorted(statuses) == [SUCCESS, second_status]
+    assert len(files_under(index.data_dir)) == len(index.cases()) == 1
 
 
 # ---- what is refused ----
@@ -364,7 +374,6 @@ def with_uid(encoded: bytes, keyword: str, value: str) -> bytes:
 def test_a_uid_that_is_none_is_refused_and_becomes_no_path(
     receiver: Config, index: Index, tmp_path: Path, keyword: str
 ) -> None:
-    before = {path for path in tmp_path.rglob("*") if not path.name.startswith("cspine.")}
     ds = pydicom.dcmread(make_instance(tmp_path / "sent"))
     for uid in HOSTILE_UIDS:
         announced = uid if keyword == "SOPInstanceUID" else str(ds.SOPInstanceUID)
@@ -377,8 +386,9 @@ def test_a_uid_that_is_none_is_refused_and_becomes_no_path(
         association.release() if "Status" in status else association.abort()
         assert files_under(index.data_dir) == [], uid
     assert index.cases() == []
-    after = {path for path in tmp_path.rglob("*") if not path.name.startswith("cspine.")}
-    assert after - before == {tmp_path / "sent", tmp_path / "sent" / "0000.dcm"}
+    named_as_we_do = re.compile(r"data|data/cspine.*|data/instances(/run0(/0000(/000-\d\d.dcm)?)?)?|sent|sent/0000.dcm")
+    names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
+    assert [name for name in names if not named_as_we_do.fullmatch(name)] == []
 
 
 @pytest.mark.parametrize("keyword", ["StudyInstanceUID", "SeriesInstanceUID"])
@@ -394,7 +404,7 @@ def test_below_the_watermark_of_free_disk_everything_is_refused_with_0xa700(
         assert refused(config, index, make_instance(tmp_path / "sent")) == OUT_OF_RESOURCES
 
 
-def no_space(*_: object) -> None:
+def no_space(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -408,20 +418,25 @@ class FullDisk(io.FileIO):
 
 
 def test_c_store_on_a_full_disk_returns_0xa700_and_leaves_no_file(
-    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_config: MakeConfig,
+    index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sent = make_instance(tmp_path / "sent")
-    with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fdopen", lambda descriptor, *_, **__: FullDisk(descriptor, "wb"))
-        assert refused(receiver, index, sent) == OUT_OF_RESOURCES
-    with monkeypatch.context() as patch:
-        patch.setattr(store.os, "fsync", no_space)
-        assert refused(receiver, index, sent) == OUT_OF_RESOURCES
-    with monkeypatch.context() as patch:
-        patch.setattr(index, "add_instance", lambda **_: no_space())
-        assert refused(receiver, index, sent) == OUT_OF_RESOURCES
-    assert caplog.text.count("No space left on device") == 3
-    assert store_one(receiver, sent) == SUCCESS
+    with listening(make_config(), index) as config, monkeypatch.context() as patch:
+        patch.setattr(spool, "FileIO", FullDisk)
+        assert refused(config, index, sent) == OUT_OF_RESOURCES
+    with listening(make_config(), index) as config:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", no_space)
+            assert refused(config, index, sent) == OUT_OF_RESOURCES
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "add_instances", no_space)
+            assert refused(config, index, sent) == OUT_OF_RESOURCES
+        assert caplog.text.count("No space left on device") == 3
+        assert store_one(config, sent) == SUCCESS
 
 
 def test_a_database_that_fails_is_answered_with_0xa700_so_that_the_sender_tries_again(
@@ -436,8 +451,9 @@ def test_a_database_that_fails_is_answered_with_0xa700_so_that_the_sender_tries_
 def test_what_this_node_made_is_refused_with_0xa900(
     receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sent = make_instance(tmp_path / "sent")
-    monkeypatch.setattr(index, "is_result", lambda uid: uid == pydicom.dcmread(sent).SOPInstanceUID)
+    uid = derive_uid("a result")
+    sent = make_instance(tmp_path / "sent", lambda ds: setattr(ds, "SOPInstanceUID", uid))
+    monkeypatch.setattr(index, "is_result", lambda asked: asked == uid)
     assert refused(receiver, index, sent) == MISMATCH
 
 
@@ -459,8 +475,13 @@ def test_a_refusal_says_why_in_64_characters_and_names_no_patient(
 def carried(index: Index) -> tuple[int, int, int]:
     """Open, released and broken associations of the only case."""
     (case,) = index.cases()
-    stored = index.stored_series(case.series_instance_uid)
-    return stored.num_open, stored.num_released, stored.num_broken
+    return carried_by(index, case.series_instance_uid)
+
+
+def carried_by(index: Index, series_instance_uid: str) -> tuple[int, int, int]:
+    carriers = index.stored_series(series_instance_uid).carriers
+    ended = [carrier.released for carrier in carriers if carrier.ended_at is not None]
+    return len(carriers) - len(ended), ended.count(True), ended.count(False)
 
 
 def test_an_association_is_open_until_it_is_released(receiver: Config, index: Index, tmp_path: Path) -> None:
@@ -548,58 +569,126 @@ def test_files_without_a_row_are_removed_at_start_and_no_others(receiver: Config
     sent = make_instance(tmp_path / "sent")
     assert store_one(receiver, sent) == SUCCESS
     (stored,) = files_under(index.data_dir)
-    beside = stored.with_name("1.2.3.dcm")
-    elsewhere = index.data_dir / "instances" / "1.2.4" / stored.name
-    elsewhere.parent.mkdir()
+    beside = stored.with_name("stray.dcm")
+    elsewhere = index.data_dir / "instances" / "run9" / "0000" / stored.name
+    elsewhere.parent.mkdir(parents=True)
     for stray in (beside, elsewhere):
         stray.write_bytes(b"half an Instance")
-    assert reconcile(index) == 2
-    assert files_under(index.data_dir) == [stored]
-    assert reconcile(index) == 0
+    reconcile(index)
+    assert list((index.data_dir / "instances").rglob("*.dcm")) == [stored]
+    assert not elsewhere.parent.parent.exists()
+    assert [case.num_instances for case in index.cases()] == [1]
+
+
+def test_what_a_dead_receiver_left_is_removed_while_another_is_receiving(
+    receiver: Config, index: Index, tmp_path: Path
+) -> None:
+    association = associate(receiver)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    (kept,) = files_under(index.data_dir)
+    half = kept.with_name("half.dcm")
+    half.write_bytes(b"just arriving")
+    dead = store.Store(receiver, index, "dead")
+    path, file = dead.spool.take()
+    file.write(b"half an Instance")
+    file.close()
+    index.open_association("GONE", "dead")
+    reconcile_run(index, "dead")
+    assert files_under(index.data_dir) == sorted([kept, half])
+    assert not path.exists()
+    assert carried(index) == (1, 0, 0)  # the other receiver's
+    association.release()
+    dead.close()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 500)])
+def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_it(
+    make_config: MakeConfig,
+    index: Index,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sent = make_ct_series(tmp_path / "sent", num_slices=3)
+    with listening(make_config(), index) as config:
+        assert [store_one(config, path) for path in sent] == [SUCCESS] * 3
+    (case,) = index.cases()
+    index.queue(case)
+    uid = pydicom.dcmread(sent[1]).SOPInstanceUID
+    stored = index.find_instance(uid)
+    assert stored is not None
+    damage(stored)
+    reconcile(index)
+    (case,) = index.cases()
+    assert (case.state, case.num_instances) == (CaseState.RECEIVING, 2)
+    assert case.reason == "1 Instance was lost from the disk; send the Series again"
+    assert case.series_instance_uid in caplog.text
+    assert index.find_instance(uid) is None
+    with listening(make_config(), index) as config:
+        assert store_one(config, sent[1]) == SUCCESS
+    assert [case.num_instances for case in index.cases()] == [3]
+    stored = index.find_instance(uid)
+    assert stored is not None
+    assert encoded_dataset(stored) == encoded_dataset(sent[1])
+
+
+# ---- the processes ----
 
 
 @pytest.fixture
-def receiver_process(make_config: MakeConfig) -> Iterator[tuple[Config, Any, str]]:
-    """The receiver as the node runs it: configuration, process, and what it said at start."""
-    config = make_config()
-    context = multiprocessing.get_context("spawn")
-    ready, far_end = context.Pipe(duplex=False)
-    process = context.Process(target=run, args=(config, far_end))
-    process.start()
-    far_end.close()
-    yield config, process, ready.recv()
-    process.kill()
-    process.join()
-    ready.close()
+def receivers(make_config: MakeConfig, index: Index) -> Iterator[tuple[Config, Receivers]]:
+    """The receiver processes as the node runs them."""
+    config = make_config(receive={"processes": 2})
+    running = Receivers(config, index)
+    running.start()
+    yield config, running
+    running.terminate()
+    running.join(5)
 
 
-def test_the_process_stops_cleanly_on_sigterm_while_an_association_is_open(
-    receiver_process: tuple[Config, Any, str], tmp_path: Path
+def test_the_processes_stop_cleanly_while_an_association_is_open(
+    receivers: tuple[Config, Receivers], index: Index, tmp_path: Path
 ) -> None:
-    config, process, problem = receiver_process
-    assert problem == ""
+    config, running = receivers
     association = associate(config)
     assert association.send_c_store(make_instance(tmp_path / "sent")).Status == SUCCESS
-    process.terminate()
-    process.join(8)
-    assert process.exitcode == 0
+    processes = list(running._processes.values())
+    running.terminate()
+    for process in processes:
+        process.join(8)
+    assert [process.exitcode for process in processes] == [0, 0]
     wait_until(lambda: association.is_aborted)
-    index = Index(config.data_dir)
     assert carried(index) == (0, 0, 1)
-    index.close()
+    assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
 
 
-def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config) -> None:
-    ready, far_end = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=run, args=(receiver, far_end))
-    process.start()
-    problem = ready.recv()
-    process.join(10)
-    assert problem == f"127.0.0.1:{receiver.receive.port} cannot be listened on: Address already in use"
-    assert process.exitcode == 0
-    ready.close()
-    far_end.close()
+def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
+    receivers: tuple[Config, Receivers], index: Index, tmp_path: Path
+) -> None:
+    config, running = receivers
+    association = associate(config)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    killed = list(running._processes.values())
+    for process in killed:
+        process.kill()
+        process.join()
+    wait_until(lambda: association.is_aborted)
+    later = threading.Thread(target=store_one, args=(config, make_instance(tmp_path / "later")))
+    later.start()  # waits in the queue of the port, which outlives the processes
+    time.sleep(0.2)
+    running.watch()
+    later.join(20)
+    assert not later.is_alive()
+    assert len(index.cases()) == 2
+    assert carried_by(index, index.cases()[-1].series_instance_uid) == (0, 0, 1)
+    assert len(running._processes) == 2
+    assert not set(killed) & set(running._processes.values())
+
+
+def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config, index: Index) -> None:
+    with pytest.raises(ReceiverError) as raised:
+        Receivers(receiver, index)
+    assert str(raised.value) == f"127.0.0.1:{receiver.receive.port} cannot be listened on: Address already in use"
 
 
 # ---- dcmtk ----

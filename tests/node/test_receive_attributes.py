@@ -1,22 +1,25 @@
 """What of a received Instance is kept for its whole Series."""
 
 import json
-from io import BytesIO
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import Tag
 
-from node.config import Config
+from node.config import Config, DicomDestination
 from node.index import Index
 from node.receive.attributes import SERIES_TAGS, series_attributes
-from node.receive.store import Received, Store
+from node.send import send_files
 from tests.factories import make_ct_series
+from tests.receiver import listening
 
 
-def test_a_received_series_has_the_attributes_of_its_first_instance(index: Index, tmp_path: Path) -> None:
+def test_a_received_series_has_the_attributes_of_its_first_instance(
+    make_config: Callable[..., Config], index: Index, tmp_path: Path
+) -> None:
     def edit(number: int, ds: Dataset) -> None:
         ds.PatientName = "Doe^Jane"
         ds.RequestedProcedurePriority = "STAT"
@@ -25,17 +28,11 @@ def test_a_received_series_has_the_attributes_of_its_first_instance(index: Index
         ds.SliceThickness = "1.0"
         ds.StationName = ""
 
-    for path in make_ct_series(tmp_path / "sent", num_slices=2, edit=edit):
-        encoded = path.read_bytes()
-        ds = dcmread(BytesIO(encoded))
-        received = Received(
-            encoded=encoded,
-            sop_class_uid=ds.SOPClassUID,
-            sop_instance_uid=ds.SOPInstanceUID,
-            calling_ae_title="SCANNER",
-            association_id=lambda: index.open_association("SCANNER"),
-        )
-        Store(Config(), index).put(received)
+    sent = make_ct_series(tmp_path / "sent", num_slices=2, edit=edit)
+    with listening(make_config(), index) as config:
+        receive = config.receive
+        node = DicomDestination(type="dicom", name="node", host=receive.host, port=receive.port, ae_title="CSPINE")
+        assert send_files(sent, node, calling_ae_title="SCANNER") == []
     (case,) = index.cases()
     expected = {"RequestedProcedurePriority": "STAT", "ConvolutionKernel": ["Br64", "3"], "KVP": 120.0}
     assert {key: case.attributes.get(key) for key in expected} == expected

@@ -1,0 +1,196 @@
+"""What the node needs to know of an Instance, read from the beginning of its dataset; what is no CT is refused.
+
+Most attributes are the same in all slices of a Series, and turning bytes into values is what costs: the values of the
+last slice are taken again for the bytes that have not changed.
+"""
+
+import math
+import re
+import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag, Tag
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+from model import HEADER_TAGS, slice_headers
+from node.receive.attributes import SERIES_TAGS, series_attributes
+from node.receive.status import CANNOT_UNDERSTAND, MISMATCH, RefusedError
+
+NUM_PREFIX_BYTES = 128 * 1024
+"""How much of a dataset is kept in memory to be read here; longer headers are read from the file."""
+
+_TAGS: list[BaseTag | int] = [*HEADER_TAGS, *SERIES_TAGS.values()]
+_SINGLE_SLICE_TAGS = tuple(Tag(k) for k in ("SOPInstanceUID", "ImagePositionPatient", "InstanceNumber"))
+_SERIES_WIDE_TAGS = tuple(tag for tag in _TAGS if tag not in _SINGLE_SLICE_TAGS)
+_PIXEL_GROUP = 0x7FE0
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+_SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
+_MAX_INFLATED_BYTES = 16 * 2**20
+_NUM_SERIES_KEPT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announced:
+    """What the C-STORE request and its presentation context say of the dataset that follows."""
+
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A dataset on disk. prefix: its first `NUM_PREFIX_BYTES`. path: its file, from offset `start` in it."""
+
+    prefix: bytes
+    num_bytes: int
+    path: Path
+    start: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headers:
+    """headers: `SliceHeader.to_dict()` of every frame. attributes: what counts for the whole Series."""
+
+    headers: list[dict[str, Any]]
+    attributes: dict[str, Any]
+
+
+class HeaderReader:
+    """Reads headers; remembers those of the last Series. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[tuple[Any, ...], Headers] = OrderedDict()  # by the bytes of what is Series-wide
+
+    def read(self, encoded: Encoded, announced: Announced) -> Headers:
+        """The headers of the Instance.
+
+        Raises:
+            RefusedError: it is not CT, not what was announced, incomplete, or lacks a UID.
+            Exception: the dataset cannot be parsed; pydicom has no one error for that.
+        """
+        ds = _read(encoded, announced.transfer_syntax_uid)
+        key = _series_wide(ds, announced)
+        known = self._known.get(key) if key else None
+        if known is not None and (like := _like(known, ds, announced)) is not None:
+            return like
+        _check(ds, announced)
+        headers = slice_headers(ds)
+        if not headers:
+            raise RefusedError(CANNOT_UNDERSTAND, "the Instance has no frames")
+        read = Headers(headers=[header.to_dict() for header in headers], attributes=series_attributes(ds))
+        if key:
+            self._known[key] = read
+            if len(self._known) > _NUM_SERIES_KEPT:
+                self._known.popitem(last=False)
+        return read
+
+
+def is_uid(value: object) -> bool:
+    """Whether the value has the form of a UID (PS3.5 9.1): safe as a file name. Leading zeros are let pass."""
+    return len(str(value)) <= 64 and re.fullmatch(r"[0-9]+(\.[0-9]+)*", str(value)) is not None
+
+
+def _series_wide(ds: Dataset, announced: Announced) -> tuple[Any, ...] | None:
+    """The bytes of what a whole Series shares; None if there is more to it than plain values (Enhanced CT)."""
+    elements = [ds.get_item(tag) for tag in _SERIES_WIDE_TAGS if tag in ds]
+    if not all(isinstance(element, RawDataElement) and element.VR != "SQ" for element in elements):
+        return None
+    return (announced.sop_class_uid, *((element.tag, element.VR, element.value) for element in elements))
+
+
+def _like(known: Headers, ds: Dataset, announced: Announced) -> Headers | None:
+    """The headers of an Instance that shares with a known one all but what a slice has for itself.
+
+    None if that is not plainly written: then the whole is read, which knows what to make of it.
+    """
+    uid, position, number = (_text(ds, tag) for tag in _SINGLE_SLICE_TAGS)
+    try:
+        position_lps_mm = tuple(float(value) for value in position.split("\\"))
+        instance_number = int(number)
+    except ValueError:
+        return None
+    if uid != announced.sop_instance_uid or len(position_lps_mm) != 3 or not all(map(math.isfinite, position_lps_mm)):
+        return None
+    single = {"sop_instance_uid": uid, "position_lps_mm": position_lps_mm, "instance_number": instance_number}
+    return Headers(headers=[known.headers[0] | single], attributes=known.attributes)
+
+
+def _text(ds: Dataset, tag: BaseTag) -> str:
+    """The value as it was written, without its padding; "" if there is none."""
+    element = ds.get_item(tag) if tag in ds else None
+    return element.value.decode("ascii", "replace").rstrip("\0 ") if isinstance(element, RawDataElement) else ""
+
+
+def _check(ds: Dataset, announced: Announced) -> None:
+    # RSNA's files lack SOPClassUID and Modality: what is missing comes from the request, what differs is refused.
+    _check_announced(ds, "SOPClassUID", announced.sop_class_uid)
+    _check_announced(ds, "SOPInstanceUID", announced.sop_instance_uid)
+    modality = ds.get("Modality") or "CT"
+    if modality != "CT":
+        raise RefusedError(MISMATCH, f"Modality is {modality!r:.20}; only CT is taken")
+    for keyword in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
+        if not is_uid(ds.get(keyword, "")):
+            raise RefusedError(CANNOT_UNDERSTAND, f"{keyword} is missing or not a UID (PS3.5 9.1)")
+
+
+def _check_announced(ds: Dataset, keyword: str, announced: str) -> None:
+    if ds.get(keyword, announced) != announced:
+        raise RefusedError(MISMATCH, f"{keyword} in the dataset is not the announced one")
+    setattr(ds, keyword, announced)
+
+
+def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
+    """The attributes we need of a dataset that is all there.
+
+    Raises:
+        RefusedError: it ends before its pixel data do.
+    """
+    prefix, is_deflated = encoded.prefix, transfer_syntax_uid == DeflatedExplicitVRLittleEndian
+    if is_deflated:
+        prefix = zlib.decompressobj(-zlib.MAX_WBITS).decompress(prefix, _MAX_INFLATED_BYTES)
+    is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
+    length = None
+
+    def is_pixel_data(tag: BaseTag, _: str | None, value_length: int) -> bool:
+        nonlocal length
+        length = value_length
+        return (int(tag) >> 16) >= _PIXEL_GROUP
+
+    file = BytesIO(prefix)
+    is_little_endian = transfer_syntax_uid != ExplicitVRBigEndian
+    ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+    at = file.tell()
+    if length is None or at + 8 > len(prefix):  # the pixel data begin further back, if there are any
+        return _read_long(encoded)
+    if not is_deflated:
+        _check_whole(encoded, at + (8 if is_implicit else 12), length)
+    return ds
+
+
+def _read_long(encoded: Encoded) -> Dataset:
+    """The same, of a dataset whose header is longer than the prefix, or which has no pixel data."""
+    with encoded.path.open("rb") as file:
+        ds = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
+        if file.tell() >= encoded.start + encoded.num_bytes:
+            raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
+    return ds
+
+
+def _check_whole(encoded: Encoded, value_at: int, length: int) -> None:
+    """Refuses pixel data that are shorter than they say, or of undefined length and without an end."""
+    if length != _UNDEFINED_LENGTH:
+        is_whole = value_at + length <= encoded.num_bytes
+    else:
+        with encoded.path.open("rb") as file:
+            file.seek(max(encoded.start + encoded.num_bytes - 512, encoded.start))
+            is_whole = _SEQUENCE_DELIMITER in file.read()  # padding or signatures may follow
+    if not is_whole:
+        raise RefusedError(CANNOT_UNDERSTAND, "the pixel data are shorter than they say")

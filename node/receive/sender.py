@@ -1,0 +1,44 @@
+"""Who is at the other end of an association, and the association's row in the index."""
+
+import logging
+import threading
+
+from pynetdicom.association import Association
+from sqlalchemy.exc import SQLAlchemyError
+
+from node.index import Index
+from node.process import describe_error
+
+log = logging.getLogger(__name__)
+
+
+class Sender:
+    """Of one association. run: of the receiver process that has it."""
+
+    def __init__(self, assoc: Association, index: Index, run: str) -> None:
+        self._assoc, self._index, self._run = assoc, index, run
+        self._id: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def ae_title(self) -> str:
+        """As it calls itself."""
+        return str(self._assoc.requestor.ae_title)
+
+    def association_id(self) -> int:
+        """The row of the association, made with its first Instance: one that only sends C-ECHO leaves none."""
+        with self._lock:
+            if self._id is None:
+                self._id = self._index.open_association(self.ae_title, self._run)
+            return self._id
+
+    def end(self, *, released: bool) -> None:
+        """Notes that the association ended; when it has been noted, nothing."""
+        with self._lock:
+            ended, self._id = self._id, None
+            if ended is None:
+                return
+            try:
+                self._index.end_association(ended, released=released)
+            except (OSError, SQLAlchemyError) as error:
+                log.error("action=end-not-noted association=%d: %s", ended, describe_error(error))

@@ -1,0 +1,109 @@
+"""The receiver processes: started, watched, started again, stopped. Lives in the main process.
+
+All of them accept from one listening socket, which is made here and never closed before the node stops. So whichever
+process is free takes the next connection, and while one is being started again the connections that wait are taken by
+the others, or keep waiting: none is refused, as those in the queue of a dead process with SO_REUSEPORT would be.
+"""
+
+import logging
+import multiprocessing
+import os
+import socket
+import time
+from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from node.config import Config
+from node.index import Index
+from node.receive.reconcile import reconcile, reconcile_run
+from node.receive.server import run
+
+log = logging.getLogger(__name__)
+
+
+class ReceiverError(Exception):
+    """The receivers cannot be started; the message says why."""
+
+
+class Receivers:
+    """`receive.processes` processes that receive.
+
+    Raises:
+        ReceiverError: the address cannot be listened on.
+    """
+
+    def __init__(self, config: Config, index: Index) -> None:
+        self._config, self._index = config, index
+        self._context = multiprocessing.get_context("spawn")
+        self._processes: dict[str, BaseProcess] = {}  # by the name of the run
+        self._numbers = count()
+        try:
+            self._listener = listen(config)
+        except OSError as error:
+            where = f"{config.receive.host}:{config.receive.port}"
+            raise ReceiverError(f"{where} cannot be listened on: {os.strerror(error.errno or 0)}") from error
+
+    def start(self) -> None:
+        """Makes disk and index agree, then starts all; returns when they serve.
+
+        Raises:
+            ReceiverError: one of them does not.
+        """
+        reconcile(self._index)
+        started = [self._start() for _ in range(self._config.receive.processes)]
+        for ready in started:
+            try:
+                problem = ready.recv()
+            except EOFError:
+                problem = "a receiver died while starting"
+            if problem:
+                raise ReceiverError(problem)
+
+    def watch(self) -> None:
+        """Replaces those that died; what they had not acknowledged is removed."""
+        for name, process in list(self._processes.items()):
+            if not process.is_alive():
+                log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
+                reconcile_run(self._index, name)
+                del self._processes[name]
+                process.close()
+                self._start()
+
+    def terminate(self) -> None:
+        """Has them end: they take no more associations."""
+        for process in self._processes.values():
+            process.terminate()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for their end, and makes it."""
+        deadline = time.monotonic() + timeout_s
+        for process in self._processes.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._listener.close()
+
+    def _start(self) -> Connection:
+        ready, far_end = self._context.Pipe(duplex=False)
+        name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{next(self._numbers)}"
+        process = self._context.Process(
+            target=run, args=(self._config, self._listener, name, far_end), name="cspine-receiver"
+        )
+        process.start()
+        self._processes[name] = process
+        far_end.close()
+        return ready
+
+
+def listen(config: Config) -> socket.socket:
+    """A socket that listens at the configured address.
+
+    Raises:
+        OSError: it cannot.
+    """
+    host, port = config.receive.host, config.receive.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, port), family=family, backlog=config.receive.backlog)
+    listener.setblocking(False)  # another process may be faster
+    return listener
