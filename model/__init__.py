@@ -22,7 +22,7 @@ from model.findings import (
 )
 from model.geometry import Grid
 from model.levels import LEVELS
-from model.measure import BodyHeights, Midline, find_midline
+from model.measure import BodyHeights, Midline, body_heights, find_midline
 from model.series import (
     HEADER_TAGS,
     IncompleteSeries,
@@ -61,6 +61,7 @@ __all__ = [
     "SliceSource",
     "SliceWeight",
     "Volume",
+    "body_heights",
     "check_series",
     "find_midline",
     "load_pipeline",

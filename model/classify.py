@@ -171,12 +171,9 @@ def draw_regions(
     """
     first, last = index_range(grid, *_box(verdict.grid), margin=0)
     part = np.s_[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
-    affine = grid.affine.copy()
-    affine[:3, 3] = grid.to_lps_mm(first.astype(float))
-    z, y, x = fractures[part].shape
     share = torch.from_numpy(verdict.attention / verdict.attention.max())[:, None, None]
     channels = torch.stack([verdict.regions, verdict.regions * share])
-    probabilities, salient = sample(channels, verdict.grid, Grid(shape=(z, y, x), affine=affine))
+    probabilities, salient = sample(channels, verdict.grid, grid.part(first, fractures[part].shape))
     np.maximum(saliency[part], (salient * 255).round().to(torch.uint8).numpy(), out=saliency[part])
     mask = (probabilities >= threshold).numpy()
     pixel_mm2 = grid.spacing_mm[1] * grid.spacing_mm[2]

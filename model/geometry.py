@@ -43,6 +43,13 @@ class Grid:
         """Fractional voxel indices `(..., 3)`, `(z, y, x)`, of LPS points `(..., 3)` in mm."""
         return (np.asarray(points_lps_mm, float) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
+    def part(self, first_zyx: NDArray[np.int64], shape: tuple[int, ...]) -> "Grid":
+        """The grid of a box of voxels inside this one, whose first voxel has these indices."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.to_lps_mm(np.asarray(first_zyx, float))
+        z, y, x = shape
+        return Grid(shape=(z, y, x), affine=affine)
+
     @classmethod
     def axial(
         cls,

@@ -55,7 +55,7 @@ HEIGHT = codes.DCM.Height
 MILLIMETER = codes.UCUM.Millimeter
 RATIO = codes.UCUM.Ratio
 # No dictionary has it; our own scheme, as PS3.16 8.2 provides for.
-BODY_HEIGHT_RATIO = Code("BODY-HEIGHT-RATIO", "99CSPINE", "Ratio of anterior to posterior height")
+BODY_HEIGHT_RATIO = Code("BODY-HT-RATIO", "99CSPINE", "Ratio of anterior to posterior height")
 
 # CID 6047: what became of the analysis.
 FINDINGS_SUMMARY = codes.DCM.CADProcessingAndFindingsSummary

@@ -5,16 +5,17 @@ the source Instances and writes files; it sends nothing and does not write findi
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from model import Analysis, Volume
+from model import LEVELS, Analysis, BodyHeights, Finding, Findings, Grid, Volume, body_heights
 from node.encode import keyslices, saliency, sr
-from node.encode.frames import marked_part
+from node.encode.frames import Marked, marked_part
 from node.encode.identity import NodeIdentity, ResultUids
 from node.encode.keyslices import make_key_objects
 from node.encode.maker import Maker
@@ -86,28 +87,38 @@ def _encode(
     if fractures:
         marked, regions = find_regions(fractures, vertebrae, volume.grid)
         masks[Kind.FRACTURES_SEG] = Mask(kind=FRACTURES, marked=marked, segments=regions)
-    made: dict[str, Dataset] = {}  # by file name
-
-    def write(file_name: str, ds: Dataset) -> ResultObject:
-        made[file_name] = ds
-        return _result(file_name.removesuffix(".dcm"), ds, save(ds, out_dir, file_name))
-
     parts_of = {profile: _parts(profile, masks, maker.source) for profile in profiles}
+    segs: dict[str, Dataset] = {}  # by file name
     for profile, parts in parts_of.items():
         for part in parts:
-            if part.file_name not in made:
-                yield write(part.file_name, make_segmentation(part, profile, maker))
-                del made[part.file_name].PixelData  # the reports need the rest
+            if part.file_name not in segs:
+                seg = segs[part.file_name] = make_segmentation(part, profile, maker)
+                yield _write(seg, out_dir, part.file_name)
+                del seg.PixelData  # the reports need the rest
     wanted = {kind for profile in profiles for kind in profile.objects}
     for file_name, ds in _explanations(analysis, volume, wanted, maker):
-        yield write(file_name, ds)
-    content = sr.Content(findings=analysis.findings, regions=regions)
+        yield _write(ds, out_dir, file_name)
+    heights = _heights(vertebrae, analysis.findings, volume.grid)
+    content = sr.Content(findings=analysis.findings, regions=regions, heights=heights)
+    yield from _reports(content, parts_of, segs, out_dir, maker)
+
+
+def _reports(
+    content: sr.Content,
+    parts_of: Mapping[Profile, Sequence[SegPart]],
+    segs: Mapping[str, Dataset],
+    out_dir: Path,
+    maker: Maker,
+) -> Iterator[ResultObject]:
+    """A report for each profile that asks for one and differs in form, referring to the Segmentations it gets."""
+    written = set()
     for profile, parts in parts_of.items():
         names = object_names(profile, Kind.REPORT_SR)
         file_name = names[0] if any(part.is_split for part in parts) else names[-1]
-        if Kind.REPORT_SR in profile.objects and file_name not in made:
-            segs = [made[part.file_name] for part in parts]
-            yield write(file_name, sr.make_report(content, segs, file_name, profile, maker))
+        if Kind.REPORT_SR in profile.objects and file_name not in written:
+            written.add(file_name)
+            report = sr.make_report(content, [segs[part.file_name] for part in parts], file_name, profile, maker)
+            yield _write(report, out_dir, file_name)
 
 
 def _explanations(
@@ -136,10 +147,25 @@ def _parts(profile: Profile, masks: dict[Kind, Mask], source: Source) -> list[Se
     return [part for kind in profile.segmentations if kind in masks for part in plan(masks[kind], profile, source)]
 
 
-def _result(kind: str, ds: Dataset, path: Path) -> ResultObject:
+def _heights(vertebrae: Marked | None, findings: Findings, grid: Grid) -> dict[str, BodyHeights]:
+    """Heights of the bodies of C3..C7 that are not cut: C1 has none, and the dens leaves that of C2 no upper end."""
+    heights = {}
+    for label, level in enumerate(LEVELS, start=1):
+        if vertebrae is None or level in ("C1", "C2") or findings.levels[level].finding is Finding.UNDETERMINED:
+            continue
+        box = marked_part((vertebrae.labels == label).view(np.uint8))
+        if box is None:
+            continue
+        corner = np.add(vertebrae.corner, box.corner)
+        if (measured := body_heights(box.labels > 0, grid.part(corner, box.labels.shape))) is not None:
+            heights[level] = measured
+    return heights
+
+
+def _write(ds: Dataset, out_dir: Path, file_name: str) -> ResultObject:
     return ResultObject(
-        kind=kind,
-        path=path,
+        kind=file_name.removesuffix(".dcm"),
+        path=save(ds, out_dir, file_name),
         sop_class_uid=str(ds.SOPClassUID),
         sop_instance_uid=str(ds.SOPInstanceUID),
         series_instance_uid=str(ds.SeriesInstanceUID),

@@ -18,8 +18,8 @@ MAX_GAP_MM = 3.0
 MAX_FINDINGS = 30
 """Findings of a level that are told apart; the smallest beyond share the last number."""
 
-CLEAR_OF_MIDLINE_MM = 2.0
-"""How far from the midline 95 % of a finding must lie for it to have a side."""
+CLEAR_OF_MIDLINE_MM = 4.0
+"""How far from the midline 95 % of a finding must lie for it to have a side; the midline itself is known to 3 mm."""
 
 
 @dataclass(frozen=True, kw_only=True)
