@@ -22,7 +22,7 @@ COPY training training
 RUN /opt/cspine/bin/pip install --constraint constraints.txt .
 
 FROM python:3.11-slim
-ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 COPY --from=build /opt/cspine /opt/cspine
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent cspine \
     && install --directory --owner=cspine --group=cspine --mode=0750 /data

@@ -22,6 +22,7 @@ from pathlib import Path
 import highdicom as hd
 import numpy as np
 import pydicom
+from numpy.typing import NDArray
 
 from model import (
     LEVELS,
@@ -31,6 +32,7 @@ from model import (
     LevelFinding,
     ModelInfo,
     PatientFinding,
+    SliceWeight,
     Volume,
     read_series,
 )
@@ -41,7 +43,7 @@ from node.encode.identity import ResultUids
 from node.encode.maker import Maker
 from node.encode.seg import VERTEBRA_SEGMENTS, VERTEBRAE, Mask, make_segmentation, plan, save
 from node.encode.source import read_source
-from node.profiles import PRESETS, Profile
+from node.profiles import PRESETS, Kind, Profile
 
 MODEL = ModelInfo(name="benchmark", version="1", trained_on="Nothing.", operating_point=0.5)
 NODE = NodeIdentity()
@@ -89,6 +91,10 @@ def _run(folder: Path, num_slices: int, num_rounds: int) -> None:
 def _ways(folder: Path, volume: Volume, analysis: Analysis) -> dict[str, Callable[[], object]]:
     """What is measured; each writes its files."""
     everything = [PRESETS["everything"]]
+
+    def only(*objects: Kind) -> object:
+        return encode_results(analysis, volume, folder, node=NODE, profiles=[Profile(objects=objects)])
+
     return {
         "SEG, highdicom alone": lambda: _by_highdicom(volume, analysis, folder),
         "SEG, node": lambda: _by_node(volume, analysis, folder, Profile()),
@@ -99,6 +105,11 @@ def _ways(folder: Path, volume: Volume, analysis: Analysis) -> dict[str, Callabl
             volume, analysis, folder, Profile(segmentation="labelmap", transfer_syntax="jpeg-ls")
         ),
         "default: SEG, SEG, SR": lambda: encode_results(analysis, volume, folder, node=NODE),
+        "saliency map": lambda: only(Kind.SALIENCY_MAP),
+        "key objects": lambda: only(Kind.KEY_OBJECTS),
+        "pages as pictures": lambda: only(Kind.SUMMARY_IMAGES),
+        "pages as a PDF": lambda: only(Kind.SUMMARY_PDF),
+        "pages as both": lambda: only(Kind.SUMMARY_IMAGES, Kind.SUMMARY_PDF),
         "everything": lambda: encode_results(analysis, volume, folder, node=NODE, profiles=everything),
     }
 
@@ -150,12 +161,7 @@ def _load_case(folder: Path) -> tuple[Volume, Analysis]:
     vertebrae = np.where(masks["vertebrae"] > len(LEVELS), 0, masks["vertebrae"]).astype(np.uint8)
     fractures = np.where(masks["fractures"] > 0, vertebrae, 0).astype(np.uint8)
     levels = {
-        level: LevelFinding(
-            in_field_of_view=True,
-            probability=0.9 if (fractures == label).any() else 0.1,
-            finding=Finding.PRESENT if (fractures == label).any() else Finding.ABSENT,
-        )
-        for label, level in enumerate(LEVELS, start=1)
+        level: _level(volume, vertebrae == label, fractures == label) for label, level in enumerate(LEVELS, start=1)
     }
     findings = Findings(
         study_instance_uid=volume.study_instance_uid,
@@ -166,6 +172,20 @@ def _load_case(folder: Path) -> tuple[Volume, Analysis]:
     )
     saliency = np.where(fractures > 0, 255, 0).astype(np.uint8)
     return volume, Analysis(findings=findings, vertebrae=vertebrae, fractures=fractures, saliency=saliency)
+
+
+def _level(volume: Volume, vertebra: NDArray[np.bool_], fracture: NDArray[np.bool_]) -> LevelFinding:
+    """As a model would say it that knows the truth, its attention even over the vertebra's slices."""
+    x, y, z = volume.grid.to_lps_mm(np.argwhere(vertebra).mean(axis=0)).tolist()
+    planes = np.flatnonzero((fracture if fracture.any() else vertebra).any(axis=(1, 2))).tolist()
+    uids = [volume.slices[plane].sop_instance_uid for plane in planes]
+    return LevelFinding(
+        in_field_of_view=True,
+        probability=0.9 if fracture.any() else 0.1,
+        finding=Finding.PRESENT if fracture.any() else Finding.ABSENT,
+        centroid_lps_mm=(x, y, z),
+        attention=tuple(SliceWeight(sop_instance_uid=uid, weight=1 / len(uids)) for uid in uids),
+    )
 
 
 def _peak_mb(folder: Path, name: str) -> float:

@@ -20,7 +20,8 @@ def set_up_logging(level: str) -> None:
     # remains is that one of our own handlers broke. pydicom's warnings quote values, which may name a patient.
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL)
     logging.getLogger("pynetdicom.events").setLevel(logging.ERROR)
-    logging.getLogger("highdicom").setLevel(logging.WARNING)
+    for library in ("highdicom", "matplotlib", "PIL"):
+        logging.getLogger(library).setLevel(logging.WARNING)
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -49,7 +49,7 @@ def plain_settings() -> Iterator[None]:
     """matplotlib's own defaults, whatever a user's matplotlibrc says."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"pdf.compression": 3, "path.simplify": False})
+        matplotlib.rcParams.update({"pdf.compression": 3, "path.simplify": False, "text.hinting": "no_hinting"})
         yield
 
 
@@ -110,22 +110,17 @@ class Canvas:
         self._add(shown)
 
     def tag(self, x: float, y: float, said: str, pixels: float, edge: Colour | None = None) -> None:
-        """A few bold letters around a point on a dark ground, to be read over a picture."""
+        """A few bold letters around a point, on a dark ground over a picture.
+
+        They are drawn as shapes: much faster than text, but a search in the PDF does not find them.
+        """
         width, height = (0.85 * len(said) + 0.3) * pixels, 1.3 * pixels
         ground = Rectangle((x - width / 2, y - height / 2), width, height, facecolor=(0, 0, 0, 0.65), zorder=4)
         ground.set_edgecolor(edge or "none")
         self._add(ground)
-        self.letters(x, y + 0.36 * pixels, said, pixels)
-
-    def letters(self, x: float, y: float, said: str, pixels: float) -> None:
-        """A few bold letters as shapes, centred at x, standing on y: much faster than text, but not to be found."""
-        shape = (
-            Affine2D()
-            .scale(pixels / _SHAPE_PIXELS, -pixels / _SHAPE_PIXELS)
-            .translate(x, y)
-            .transform_path(_shape(said))
-        )
-        self._add(PathPatch(shape, facecolor=INK, edgecolor="none", zorder=5))
+        scale = pixels / _SHAPE_PIXELS
+        place = Affine2D().scale(scale, -scale).translate(x, y + 0.36 * pixels)
+        self._add(PathPatch(place.transform_path(_shape(said)), facecolor=INK, edgecolor="none", zorder=5))
 
     def fill(self, box: Box, colour: Colour) -> None:
         """A filled rectangle."""

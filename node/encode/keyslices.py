@@ -1,4 +1,4 @@
-"""The slices that carry the answer: which they are, and a Key Object Selection of them."""
+"""The slices that carry the answer: which they are, for pages and reports too, and a Key Object Selection of them."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ FILE_NAME = "key-slices.kos.dcm"
 SERIES_NUMBER = 9007
 
 MAX_KEY_SLICES = 3
-"""Slices shown and named for a level; the first is where to look."""
+"""Slices shown, selected and referred to for a level; the first is where to look."""
 
 
 def key_planes(level: LevelFinding, slices: Sequence[SliceSource]) -> list[int]:

@@ -79,7 +79,7 @@ def draw_view(
                 canvas.tag(x + across, y + down, name, _NAME, level_colour(name))
     _draw_regions(canvas, x, y, view.fractures, focus)
     canvas.fill((x + columns - length - 8, y + rows - 10, length, 3), INK)
-    canvas.letters(x + columns - 8 - length / 2, y + rows - 15, f"{_SCALE_MM / 10:g} cm", 13)
+    canvas.tag(x + columns - 8 - length / 2, y + rows - 21, f"{_SCALE_MM / 10:g} cm", 13)
 
 
 def _free_places(mask: NDArray[np.bool_], side: str, occupied: list[tuple[int, int]]) -> list[tuple[int, int]]:

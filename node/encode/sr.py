@@ -37,6 +37,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from model import BodyHeights, Finding, Findings, LevelFinding
 from node import codes
 from node.encode.equipment import algorithm_template, device_observer, processing_equipment
+from node.encode.keyslices import MAX_KEY_SLICES, key_planes
 from node.encode.maker import Maker
 from node.encode.regions import FractureRegion
 from node.encode.seg import segment_numbers
@@ -49,9 +50,6 @@ LIMITS_OF_USE = (
     "Research use only, not a medical device. Found by software and not reviewed by a person; must not be used for "
     "diagnosis."
 )
-
-MAX_KEY_SLICES = 3
-"""Instances a level refers to; the first is where to look."""
 
 _Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
 
@@ -285,16 +283,10 @@ def _answer(finding: Finding) -> QualitativeEvaluation:
 
 
 def _key_slices(context: _Context, level: LevelFinding) -> list[SourceImageForMeasurement]:
-    """The Frames to look at: those with the largest suspicious regions, or else the most attended."""
-    weights: dict[tuple[str, int], float] = {}
-    for region in level.regions:
-        frame = (region.sop_instance_uid, region.frame_number)
-        weights[frame] = weights.get(frame, 0) + region.width * region.height
-    if not weights:
-        weights = {(item.sop_instance_uid, item.frame_number): item.weight for item in level.attention}
-    known = {(item.sop_instance_uid, item.frame_number) for item in context.maker.source.slices}
-    frames = sorted(weights.keys() & known, key=lambda frame: (-weights[frame], frame))
-    return _images(context, frames[:MAX_KEY_SLICES])
+    """The Frames to look at."""
+    slices = context.maker.source.slices
+    chosen = [slices[z] for z in key_planes(level, slices)]
+    return _images(context, [(item.sop_instance_uid, item.frame_number) for item in chosen])
 
 
 def _images(context: _Context, frames: Sequence[tuple[str, int]]) -> list[SourceImageForMeasurement]:
