@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround decode viewer clean
+.PHONY: install run test lint train-phantom turnaround decode viewer conformance clean
 
 
 install: .venv/.installed
@@ -49,6 +49,10 @@ viewer: .viewer/index.html
 # Reading a Series in each transfer syntax, in one process and in several.
 decode: install
 	$(BIN)/python -m benchmarks.decode
+
+# The conformance statement, from the code.
+conformance: install
+	$(BIN)/cspine conformance > docs/conformance.md
 
 clean:
 	rm -rf .venv .viewer build *.egg-info

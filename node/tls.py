@@ -29,7 +29,7 @@ def server_context(tls: ReceiveTls) -> ssl.SSLContext:
         TlsError: a file cannot be read, is not what it should be, or key and certificate do not match.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _restrict(context)
+    restrict(context)
     context.verify_mode = {
         "required": ssl.CERT_REQUIRED,
         "optional": ssl.CERT_OPTIONAL,
@@ -48,7 +48,7 @@ def client_context(tls: ClientTls) -> ssl.SSLContext:
         TlsError: a file cannot be read, is not what it should be, or key and certificate do not match.
     """
     context = _ExplainingContext(ssl.PROTOCOL_TLS_CLIENT)
-    _restrict(context)
+    restrict(context)
     if tls.certificate is not None and tls.key is not None:
         _load_own(context, tls.certificate, tls.key)
     if tls.ca is None:
@@ -89,7 +89,8 @@ class _ExplainingContext(ssl.SSLContext):
     error: OSError | None = None
 
 
-def _restrict(context: ssl.SSLContext) -> None:
+def restrict(context: ssl.SSLContext) -> None:
+    """Leaves the versions and cipher suites of BCP 195."""
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(CIPHERS_TLS_1_2)
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION

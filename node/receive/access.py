@@ -3,11 +3,25 @@
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from node.config import Peer, ReceiveConfig
+from node.config import ReceiveConfig
 
 Address = IPv4Address | IPv6Address
 
 APPLICATION_CONTEXT = "1.2.840.10008.3.1.1.1"  # PS3.7 A.2.1, the only one there is
+
+
+WRONG_APPLICATION_CONTEXT = (1, 1, 2)
+CALLING_NOT_RECOGNIZED = (1, 1, 3)
+CALLED_NOT_RECOGNIZED = (1, 1, 7)
+LOCAL_LIMIT_EXCEEDED = (2, 3, 2)
+REJECTIONS = {
+    WRONG_APPLICATION_CONTEXT: "the application context is not that of DICOM",
+    CALLING_NOT_RECOGNIZED: "no entry of `receive.allow` has the calling AE title and the address",
+    CALLED_NOT_RECOGNIZED: "one has, and names another called AE title",
+    (1, 2, 2): "the protocol version is not 1",
+    LOCAL_LIMIT_EXCEEDED: "all associations are taken, or all that one address may have; try again",
+}
+"""Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 9.3.4), and when each is sent; the fourth by pynetdicom."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,11 +36,9 @@ class Caller:
 
 @dataclass(frozen=True)
 class Rejection:
-    """Result, source and reason of an A-ASSOCIATE-RJ (PS3.8 9.3.4), and a sentence for the log."""
+    """One of `REJECTIONS`, and a sentence for the log."""
 
-    result: int
-    source: int
-    reason: int
+    code: tuple[int, int, int]
     message: str
 
 
@@ -40,7 +52,9 @@ def parse_address(text: str) -> Address:
 def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
     """Why the association must be rejected, None if it may be opened."""
     if caller.application_context != APPLICATION_CONTEXT:
-        return Rejection(1, 1, 2, f"application context {caller.application_context:.64} is not that of DICOM")
+        return Rejection(
+            WRONG_APPLICATION_CONTEXT, f"application context {caller.application_context:.64} is not that of DICOM"
+        )
     if config.allow == "any":
         return None
     if config.allow == "loopback":
@@ -58,7 +72,7 @@ def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
     if not any(p.called_ae_title in (None, caller.called_ae_title) for p in calling):
         expected = sorted({p.called_ae_title for p in calling if p.called_ae_title})
         return Rejection(
-            1, 1, 7,
+            CALLED_NOT_RECOGNIZED,
             f"it calls us {caller.called_ae_title!r}, and receive.allow expects {' or '.join(map(repr, expected))}; "
             "change either",
         )  # fmt: skip
@@ -67,11 +81,4 @@ def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
 
 def _unknown(caller: Caller, why: str) -> Rejection:
     entry = f"- {{ae_title: {caller.calling_ae_title}, address: {caller.address}}}"
-    return Rejection(1, 1, 3, f"{why}; to let it in, add there: {entry}")
-
-
-def is_open_to_others(config: ReceiveConfig) -> bool:
-    """Whether any peer on another machine may open associations."""
-    if isinstance(config.allow, str):
-        return config.allow == "any"
-    return any(not (p.address and p.address.is_loopback) for p in config.allow if isinstance(p, Peer))
+    return Rejection(CALLING_NOT_RECOGNIZED, f"{why}; to let it in, add there: {entry}")

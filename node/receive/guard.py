@@ -20,7 +20,7 @@ from pynetdicom.association import Association
 from pynetdicom.transport import ThreadedAssociationServer
 
 from node.config import ReceiveConfig
-from node.receive.access import Address, Caller, Rejection, judge, parse_address
+from node.receive.access import LOCAL_LIMIT_EXCEEDED, Address, Caller, Rejection, judge, parse_address
 from node.receive.places import NoPlaceError, Places
 from node.tls import ServerTls, describe_tls_error
 
@@ -183,17 +183,17 @@ class Guard:
             ),
         )
         if rejection is None and known.place is None:
-            rejection = Rejection(2, 3, 2, known.problem)
+            rejection = Rejection(LOCAL_LIMIT_EXCEEDED, known.problem)
         if rejection is None:
             return
         self._say(
-            ("rejected", known.address, calling, called, rejection.reason),
+            ("rejected", known.address, calling, called, rejection.code),
             "action=association-rejected calling=%r address=%s: %s",
             calling,
             known.address,
             rejection.message,
         )
-        event.assoc.acse.send_reject(rejection.result, rejection.source, rejection.reason)
+        event.assoc.acse.send_reject(*rejection.code)
         evt.trigger(event.assoc, evt.EVT_REJECTED, {})
         self._free_place(known)
         event.assoc.kill()

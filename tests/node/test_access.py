@@ -124,7 +124,7 @@ def test_a_peer_is_let_in_when_all_that_one_entry_names_fits(
 ) -> None:
     caller = Caller(calling_ae_title=calling, called_ae_title=called, address=parse_address(address))
     rejection = judge(ReceiveConfig(allow=ALLOW), caller)
-    assert (rejection and rejection.reason) == reason
+    assert (rejection and rejection.code[2]) == reason
 
 
 def test_off_the_shelf_only_this_machine_is_let_in() -> None:
