@@ -17,7 +17,7 @@ class Archive:
     def __init__(self, folder: Path, port: int, ae_title: str = "ARCHIVE") -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.destination = DicomDestination(
-            type="dicom", name=ae_title.lower(), host="127.0.0.1", port=port, ae_title=ae_title
+            type="dicom", name=ae_title.lower(), host="127.0.0.1", port=port, ae_title=ae_title, verify="none"
         )
         self.files: list[tuple[Path, float]] = []
         self._folder = folder

@@ -11,6 +11,7 @@ A late Instance takes a case from any state back to RECEIVING; what was made of 
 state lives in the database only (`index/`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -37,9 +38,27 @@ FINISHED = frozenset({CaseState.DONE, CaseState.SKIPPED, CaseState.REFUSED, Case
 class DeliveryState(StrEnum):
     """Where the delivery of one result set to one destination stands."""
 
-    PENDING = "pending"  # to be tried at next_attempt_at
-    DONE = "done"  # the destination accepted every object
+    PENDING = "pending"  # objects are to be sent at next_attempt_at
+    VERIFYING = "verifying"  # every object was taken; the destination is asked again at next_attempt_at
+    DONE = "done"  # the destination has every object
     FAILED = "failed"  # given up; the reason says why
+
+
+class ObjectState(StrEnum):
+    """Where one object of a delivery stands."""
+
+    WAITING = "waiting"  # to be sent
+    TAKEN = "taken"  # the destination took it; where it is not to be verified, that is the end
+    VERIFIED = "verified"  # the destination was asked afterwards, and has it
+    REFUSED = "refused"  # the destination will not take it
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectProgress:
+    """How far one object is. reason: why not further, or what the destination remarked when it took it."""
+
+    state: ObjectState
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +106,13 @@ class Carrier:
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """One result set on its way to one destination."""
+    """A snapshot of one result set on its way to one destination. Times are seconds since the epoch.
+
+    attempts: begun since the results were made, or since it was retried by hand. objects: how far each is, by SOP
+    Instance UID (file name where there is none); empty before the first attempt. sent_at: when the last object was
+    taken. transaction_uid: of the storage commitment that is awaited, "" if none is. superseded: UIDs of objects of
+    earlier results that the destination took. unreachable: the last attempt did not get through to the destination.
+    """
 
     delivery_id: int
     case_id: int
@@ -95,7 +120,16 @@ class Delivery:
     study_instance_uid: str
     result_dir: Path
     destination: str
+    state: DeliveryState
+    reason: str
     attempts: int
+    next_attempt_at: float
+    changed_at: float
+    objects: Mapping[str, ObjectProgress]
+    sent_at: float
+    transaction_uid: str
+    superseded: tuple[str, ...]
+    unreachable: bool
 
 
 class About(StrEnum):

@@ -1,18 +1,18 @@
 """What `cspine check` looks at before an administrator trusts a night to the node."""
 
-import os
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 from model import BundleError, load_pipeline
-from node.config import Config, DicomDestination, FolderDestination
+from node.config import Config, Destination, FolderDestination
+from node.deliver import open_courier
 from node.index import DatabaseError, Index
-from node.send import SendError, echo
+from node.process import try_write
+from node.send import SendError
 from node.tls import TlsError, check_dates, client_context, server_context
 
 Check = tuple[str, str, str]
@@ -59,7 +59,7 @@ def check_certificates(config: Config) -> Iterator[Check]:
     if (ours := config.receive.tls) is not None:
         contexts.append(("receive.tls", partial(server_context, ours), [ours.certificate]))
     for destination in config.deliver.destinations:
-        if isinstance(destination, DicomDestination) and (tls := destination.tls) is not None:
+        if not isinstance(destination, FolderDestination) and (tls := destination.tls) is not None:
             paths = [tls.certificate] if tls.certificate else []
             contexts.append((f"destination {destination.name}", partial(client_context, tls), paths))
     for name, make, paths in contexts:
@@ -73,7 +73,7 @@ def check_certificates(config: Config) -> Iterator[Check]:
 
 def _check_disk(config: Config) -> Check:
     try:
-        _try_write(config.data_dir)
+        try_write(config.data_dir)
     except OSError as error:
         return "disk", f"{config.data_dir} cannot be written: {error.strerror}", ""
     free_mb = shutil.disk_usage(config.data_dir).free // 2**20
@@ -99,22 +99,15 @@ def _check_model(config: Config) -> Check:
     return "model", "", f"{info.name} {info.version}: {info.trained_on}"
 
 
-def _check_destination(config: Config, destination: DicomDestination | FolderDestination) -> Check:
+def _check_destination(config: Config, destination: Destination) -> Check:
     name = f"destination {destination.name}"
     try:
-        if isinstance(destination, DicomDestination):
-            echo(destination, calling_ae_title=config.receive.ae_title)
-            return name, "", f"{destination.ae_title} answers C-ECHO"
-        _try_write(destination.path)
-        return name, "", f"{destination.path} can be written"
+        courier = open_courier(destination, config.receive.ae_title)
+        try:
+            return name, "", f"{destination.where} {courier.check()}"
+        finally:
+            courier.close()
     except SendError as error:
         return name, str(error), ""
     except OSError as error:
         return name, f"{error.filename or destination.name}: {error.strerror}", ""
-
-
-def _try_write(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"probe")
-        os.fsync(file.fileno())

@@ -62,19 +62,12 @@ def serve(config_path: Path | None) -> None:
 
 
 def _say_how_to_use(config: "Config") -> None:
-    from node.config import FolderDestination
-
     receive = config.receive
     click.echo(f"\nC-Spine Node is ready. {NOTICE}\n")
     click.echo(f"  Send CT Series to  AE title {receive.ae_title}, {receive.host}:{receive.port}")
     click.echo(f"  for example        cspine send DIR --to {receive.host}:{receive.port} --aet {receive.ae_title}")
     for destination in config.deliver.destinations:
-        where = (
-            destination.path
-            if isinstance(destination, FolderDestination)
-            else (f"{destination.ae_title} at {destination.host}:{destination.port}")
-        )
-        click.echo(f"  Results go to      {where}")
+        click.echo(f"  Results go to      {destination.where}")
     click.echo("  What is going on   cspine cases\n  Stop               Ctrl-C\n")
 
 

@@ -7,7 +7,8 @@ a test keeps the two equal. Unknown keys and impossible values are all reported 
 import re
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -23,8 +24,10 @@ from pydantic import (
     model_validator,
 )
 
+from node.config_faults import describe, lines_of
 from node.profiles import Profile, ProfileSetting
 from node.rules.settings import RulesConfig, listed
+from node.secret import WithSecret
 from node.targets import NotifyConfig
 
 
@@ -178,6 +181,11 @@ class DicomPeer(_Section):
     timeout_s: Seconds = 30.0
     tls: ClientTls | None = None
 
+    @property
+    def where(self) -> str:
+        """The peer as messages call it."""
+        return f"{self.ae_title} at {self.host}:{self.port}"
+
 
 class Source(DicomPeer):
     """A sender that can be asked by C-FIND how many Instances a Series has. sends_as: its calling AE titles."""
@@ -248,7 +256,64 @@ class DicomDestination(DicomPeer):
     """A Storage SCP that gets the results by C-STORE."""
 
     type: Literal["dicom"]
+    verify: Literal["query", "storage-commitment", "none"] = "query"
+    verify_timeout_s: Seconds = 300.0
     profile: ProfileSetting = Profile()
+
+
+class HttpAuth(WithSecret):
+    """How we say who we are over HTTP: the secret is a password or a token."""
+
+    type: Literal["basic", "bearer"]
+    user: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.has_secret:
+            raise ValueError("give the password or token by secret_file or by secret_env")
+        if (self.type == "basic") != bool(self.user):
+            raise ValueError("type basic needs a user, and type bearer has none")
+        return self
+
+
+class _HttpDestination(_Section):
+    name: str = Field(min_length=1)
+    url: str
+    auth: HttpAuth | None = None
+    tls: ClientTls | None = None
+    timeout_s: Seconds = 30.0
+    verify: Literal["query", "none"] = "query"
+    verify_timeout_s: Seconds = 300.0
+    profile: ProfileSetting = Profile()
+
+    @property
+    def where(self) -> str:
+        """The destination as messages call it."""
+        return self.url
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        # Of the whole section, so that a password in the URL is not quoted in the message.
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("url must be http(s)://HOST[:PORT][/PATH], without anything after the path")
+        if parts.username is not None:
+            raise ValueError("url must not hold a user or password; give them under auth")
+        return self
+
+
+class DicomWebDestination(_HttpDestination):
+    """A DICOMweb server that gets the results by STOW-RS."""
+
+    type: Literal["dicomweb"]
+
+
+class OrthancDestination(_HttpDestination):
+    """An Orthanc that gets the results over its REST API."""
+
+    type: Literal["orthanc"]
+    source_metadata: int | None = Field(default=None, ge=1024, le=65535)
+    replace: bool = False
 
 
 class FolderDestination(_Section):
@@ -257,19 +322,25 @@ class FolderDestination(_Section):
     type: Literal["folder"]
     name: str = Field(min_length=1)
     path: Path
+    verify: Literal["read-back", "none"] = "read-back"
     profile: ProfileSetting = Profile()
 
+    @property
+    def where(self) -> str:
+        """The destination as messages call it."""
+        return str(self.path)
 
-Destination = Annotated[DicomDestination | FolderDestination, Field(discriminator="type")]
+
+Destination = DicomDestination | DicomWebDestination | OrthancDestination | FolderDestination
 
 
 class DeliverConfig(_Section):
     """Where results go, and how patiently."""
 
     retry_first_s: Seconds = 10.0
-    retry_max_s: Seconds = 3600.0
-    max_attempts: int = Field(default=48, ge=1)
-    destinations: tuple[Destination, ...] = (
+    retry_max_s: Seconds = 86400.0
+    max_attempts: int = Field(default=30, ge=1)
+    destinations: tuple[Annotated[Destination, Field(discriminator="type")], ...] = (
         FolderDestination(type="folder", name="results", path=Path("data/results")),
     )
 
@@ -330,7 +401,7 @@ def load_config(path: Path | None = None) -> Config:
         raise ConfigError(f"The configuration {path} cannot be read: {error}.") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines, faults = _lines_of(root)
+        lines, faults = lines_of(root)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
@@ -343,7 +414,7 @@ def load_config(path: Path | None = None) -> Config:
         # A section with nothing in it, say because all of it is commented out, is a section left out.
         config = Config.model_validate({key: value for key, value in (values or {}).items() if value is not None})
     except ValidationError as error:
-        faults += [_describe(item, lines) for item in error.errors()]
+        faults += [describe(item, lines) for item in error.errors()]
     if config is None or faults:
         listed = "".join(f"\n  line {line}: {message}" for line, message in sorted(faults))
         raise ConfigError(f"The configuration {path} has {len(faults)} fault(s):{listed}")
@@ -352,99 +423,17 @@ def load_config(path: Path | None = None) -> Config:
 
 def _anchored(config: Config, folder: Path) -> Config:
     """The configuration with every relative path made absolute from `folder`."""
-    destinations = tuple(
-        _anchor(d, folder, "path") if isinstance(d, FolderDestination) else _anchor_tls(d, folder)
-        for d in config.deliver.destinations
-    )
-    bundle = config.analyse.bundle
-    return config.model_copy(
-        update={
-            "data_dir": folder / config.data_dir,
-            "receive": _anchor_tls(config.receive, folder),
-            "commitment": CommitmentConfig(peers=tuple(_anchor_tls(peer, folder) for peer in config.commitment.peers)),
-            "complete": config.complete.model_copy(
-                update={"sources": tuple(_anchor_tls(source, folder) for source in config.complete.sources)}
-            ),
-            "analyse": config.analyse.model_copy(update={"bundle": folder / bundle if bundle else None}),
-            "deliver": config.deliver.model_copy(update={"destinations": destinations}),
-            "notify": NotifyConfig(targets=tuple(target.anchored(folder) for target in config.notify.targets)),
-        }
-    )
+    anchored: Config = _anchor(config, folder)
+    return anchored
 
 
-_S = TypeVar("_S", bound=_Section)
-
-
-def _anchor(section: _S, folder: Path, *names: str) -> _S:
-    """The section with these paths of it, where they are set, made absolute from `folder`."""
-    paths = {name: getattr(section, name) for name in names}
-    return section.model_copy(update={name: folder / path for name, path in paths.items() if path is not None})
-
-
-def _anchor_tls(section: _S, folder: Path) -> _S:
-    """The section with the paths of its `tls` made absolute."""
-    tls: ReceiveTls | ClientTls | None = getattr(section, "tls", None)
-    if tls is None:
-        return section
-    names = ("certificate", "key", "client_ca") if isinstance(tls, ReceiveTls) else ("certificate", "key", "ca")
-    return section.model_copy(update={"tls": _anchor(tls, folder, *names)})
-
-
-Location = tuple[str | int, ...]
-
-
-def _lines_of(root: yaml.Node | None) -> tuple[dict[Location, int], list[tuple[int, str]]]:
-    """The 1-based line of every key and list item, and a fault for every key given twice."""
-    lines: dict[Location, int] = {(): 1}
-    faults: list[tuple[int, str]] = []
-
-    def walk(node: yaml.Node | None, location: Location) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                here = (*location, str(key.value))
-                if here in lines:
-                    faults.append((key.start_mark.line + 1, f"{_dotted(here)} is given twice"))
-                lines[here] = key.start_mark.line + 1
-                walk(value, here)
-        elif isinstance(node, yaml.SequenceNode):
-            for number, value in enumerate(node.value):
-                lines[*location, number] = value.start_mark.line + 1
-                walk(value, (*location, number))
-
-    walk(root, ())
-    return lines, faults
-
-
-# What pydantic calls the branches of a union.
-_BRANCHES = {"dicom", "folder", "webhook", "mail", "hl7", "fhir", "word", "list", "IPv4Network", "IPv6Network"}
-
-
-def _describe(item: Any, lines: dict[Location, int]) -> tuple[int, str]:
-    """Line and sentence for one pydantic error."""
-    # A union adds the name of its branch ("dicom") to the location; the file has no such level.
-    location: Location = ()
-    for part in item["loc"]:
-        if part not in _BRANCHES or (*location, part) in lines:
-            location = (*location, part)
-    if item["type"].startswith("union_tag"):
-        location = (*location, "type")
-    known = location
-    while known not in lines:
-        known = known[:-1]
-    if item["type"] == "extra_forbidden":
-        return lines[known], f"{_dotted(location)} is not a setting"
-    if item["type"] in ("missing", "union_tag_not_found"):
-        return lines[known], f"{_dotted(location)} is missing"
-    value, message = item["input"], item["msg"].removeprefix("Value error, ")
-    if item["type"] == "union_tag_invalid":
-        tags = item["ctx"]["expected_tags"].replace("'", "").replace(", ", " or ")
-        value, message = item["ctx"]["tag"], f"must be {tags}"
-    elif item["type"] == "model_type":
-        message = "must be a group of settings"
-    is_secret = location == ("database",)  # it may hold a password
-    shown = "" if is_secret or isinstance(value, dict | list) else f" (it is {value!r})"
-    return lines[known], f"{_dotted(location)}: {message[0].lower()}{message[1:]}{shown}"
-
-
-def _dotted(location: Location) -> str:
-    return ".".join(str(part) for part in location)
+def _anchor(value: Any, folder: Path) -> Any:
+    """The value, with every relative path in it made absolute from `folder`."""
+    if isinstance(value, Path):
+        return folder / value
+    if isinstance(value, tuple):
+        return tuple(_anchor(item, folder) for item in value)
+    if isinstance(value, BaseModel):
+        fields = {name: getattr(value, name) for name in type(value).model_fields}
+        return value.model_copy(update={name: _anchor(item, folder) for name, item in fields.items()})
+    return value

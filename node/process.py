@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -55,6 +56,18 @@ def describe_error(error: BaseException) -> str:
     # What the system says, such as "No space left on device", quotes nobody.
     system_says = error.strerror if isinstance(error, OSError) else None
     return f"{system_says or f'unexpected {type(error).__name__}'}{place}"
+
+
+def try_write(folder: Path) -> None:
+    """Returns if files can be written in the folder, which is made if it is not there.
+
+    Raises:
+        OSError: they cannot.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"probe")
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

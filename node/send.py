@@ -99,13 +99,13 @@ def _send_as_accepted(
     if instead is None or syntax == ExplicitVRBigEndian:
         what = f"{UID(sop_class).name} as {UID(syntax).name}"
         return Answer(
-            path=path, taken=False, reason=f"{peer_name(peer)} does not take {what}; allow it there", permanent=True
+            path=path, taken=False, reason=f"{peer.where} does not take {what}; allow it there", permanent=True
         )
     try:
         with transcoded(path, instead) as rewritten:
             return replace(_send(association, rewritten, path.name, peer), path=path)
     except TranscodeError as error:
-        reason = f"{peer_name(peer)} does not take {path.name} as it is, and {error}"
+        reason = f"{peer.where} does not take {path.name} as it is, and {error}"
         return Answer(path=path, taken=False, reason=reason, permanent=True)
 
 
@@ -118,20 +118,20 @@ def _send(association: Association, path: Path, name: str, peer: DicomPeer) -> A
     try:
         status = association.send_c_store(path)
     except RuntimeError as error:  # the association ended since the last file
-        raise SendError(f"{peer_name(peer)} ended the association before {name} was sent") from error
+        raise SendError(f"{peer.where} ended the association before {name} was sent") from error
     if "Status" not in status:
-        raise SendError(f"{peer_name(peer)} broke the connection while {name} was sent")
+        raise SendError(f"{peer.where} broke the connection while {name} was sent")
     found = meaning_of(status.Status)
     if found.outcome is Outcome.TAKEN:
         return Answer(path=path, taken=True)
     comment = f"; it says: {status.ErrorComment}" if status.get("ErrorComment") else ""
     said = f"status 0x{status.Status:04X} ({found.meaning}{comment})"
     if found.outcome is Outcome.REMARKED:
-        return Answer(path=path, taken=True, reason=f"{peer_name(peer)} took {name} with {said}")
+        return Answer(path=path, taken=True, reason=f"{peer.where} took {name} with {said}")
     return Answer(
         path=path,
         taken=False,
-        reason=f"{peer_name(peer)} refused {name} with {said}",
+        reason=f"{peer.where} refused {name} with {said}",
         permanent=found.outcome is Outcome.NEVER,
     )
 
@@ -144,7 +144,7 @@ def echo(peer: DicomPeer, *, calling_ae_title: str) -> None:
     """
     with associated(peer, [(Verification, [ImplicitVRLittleEndian])], calling_ae_title=calling_ae_title) as association:
         if association.send_c_echo().get("Status") != 0:
-            raise SendError(f"{peer_name(peer)} does not answer C-ECHO")
+            raise SendError(f"{peer.where} does not answer C-ECHO")
 
 
 @contextmanager
@@ -195,11 +195,6 @@ def _kind(path: Path) -> tuple[str, str]:
     return kind
 
 
-def peer_name(peer: DicomPeer) -> str:
-    """The peer as messages call it."""
-    return f"{peer.ae_title} at {peer.host}:{peer.port}"
-
-
 def _client(calling_ae_title: str, peer: DicomPeer) -> AE:
     ae = make_ae(calling_ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
@@ -221,7 +216,7 @@ def _associate(
     try:
         context = None if peer.tls is None else client_context(peer.tls)
     except TlsError as error:
-        raise SendError(f"{peer_name(peer)} cannot be spoken to under TLS: {error}") from error
+        raise SendError(f"{peer.where} cannot be spoken to under TLS: {error}") from error
     server_name = (peer.tls and peer.tls.server_name) or peer.host
     try:
         association = ae.associate(
@@ -233,23 +228,22 @@ def _associate(
             evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers],
         )
     except OSError as error:  # the name cannot be resolved
-        raise SendError(f"{peer_name(peer)} cannot be reached: {error.strerror}; check the host") from error
+        raise SendError(f"{peer.where} cannot be reached: {error.strerror}; check the host") from error
     if association.is_established:
         return association
     if context is not None and (reason := last_error(context)):
-        raise SendError(f"{peer_name(peer)} cannot be spoken to under TLS: {reason}")
+        raise SendError(f"{peer.where} cannot be spoken to under TLS: {reason}")
     if association.is_rejected:
         answer = association.acceptor.primitive
         raise SendError(
-            f"{peer_name(peer)} rejected the association from {ae.ae_title}: {answer.reason_str}; "
-            "check AE titles there",
+            f"{peer.where} rejected the association from {ae.ae_title}: {answer.reason_str}; check AE titles there",
             permanent=answer.result == 1,
         )
     if association.acceptor.primitive is not None:
         raise SendError(
-            f"{peer_name(peer)} takes nothing of what was offered; check what it is set to store", permanent=True
+            f"{peer.where} takes nothing of what was offered; check what it is set to store", permanent=True
         )
-    raise SendError(f"{peer_name(peer)} cannot be reached; check host and port, and that it runs")
+    raise SendError(f"{peer.where} cannot be reached; check host and port, and that it runs")
 
 
 def _set_no_delay(event: evt.Event) -> None:

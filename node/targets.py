@@ -3,7 +3,6 @@
 Settings only, read by `node/config.py`; `node/notify` sends.
 """
 
-import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,6 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from node.notify.notice import Event, Notice, suspected_levels
+from node.secret import WithSecret
 
 Level = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
 
@@ -56,41 +56,9 @@ class _Target(BaseModel):
     patient_data: bool = False
     timeout_s: float = Field(default=15.0, gt=0, le=300)
 
-    def anchored(self, folder: Path) -> Self:
-        """The target with every relative path made absolute from `folder`."""
-        paths = {name: folder / value for name, value in self if isinstance(value, Path)}
-        return self.model_copy(update=paths)
 
-
-class _WithSecret(_Target):
-    """A target that is told who we are: the secret is in a file or an environment variable, never in the settings."""
-
-    secret_file: Path | None = None
-    secret_env: str | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _check_secret(self) -> Self:
-        if self.secret_file is not None and self.secret_env is not None:
-            raise ValueError("give the secret by secret_file or by secret_env, not by both")
-        return self
-
-    @property
-    def has_secret(self) -> bool:
-        return self.secret_file is not None or self.secret_env is not None
-
-    def read_secret(self) -> str:
-        """The secret as it is now; "" when none is configured.
-
-        Raises:
-            OSError: the file or the variable is not there.
-        """
-        if self.secret_file is not None:
-            return self.secret_file.read_text(encoding="utf-8").strip()
-        if self.secret_env is not None:
-            if not os.environ.get(self.secret_env):
-                raise OSError(f"the environment variable {self.secret_env} is not set")
-            return os.environ[self.secret_env]
-        return ""
+class _WithSecret(_Target, WithSecret):
+    """A target that is told who we are."""
 
 
 WebAddress = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]

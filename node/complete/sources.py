@@ -16,7 +16,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from node.case import Case
 from node.config import Config, Source
 from node.index import Index
-from node.send import SendError, associated, peer_name
+from node.send import SendError, associated
 
 log = logging.getLogger(__name__)
 
@@ -113,16 +113,16 @@ def count_instances(case: Case, source: Source, calling_ae_title: str) -> int:
     with associated(source, [(model, syntaxes)], calling_ae_title=calling_ae_title) as association:
         for number, (status, found) in enumerate(association.send_c_find(query, model)):
             if "Status" not in status:
-                raise SendError(f"{peer_name(source)} broke off the query")
+                raise SendError(f"{source.where} broke off the query")
             if status.Status not in (0x0000, 0xFF00, 0xFF01):
-                raise SendError(f"{peer_name(source)} refused the query with status 0x{status.Status:04X}")
+                raise SendError(f"{source.where} refused the query with status 0x{status.Status:04X}")
             if number > _MAX_ANSWERS or time.monotonic() > deadline:
                 association.abort()
-                raise SendError(f"{peer_name(source)} came to no end with its answer")
+                raise SendError(f"{source.where} came to no end with its answer")
             if found is not None and str(found.get("SeriesInstanceUID", "")) == case.series_instance_uid:
                 count = _count(found)
     if count is None:
-        raise SendError(f"{peer_name(source)} does not tell how many Instances the Series has")
+        raise SendError(f"{source.where} does not tell how many Instances the Series has")
     return count
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
-from node.case import Case, CaseState, DeliveryState
+from node.case import Case, CaseState
 from node.index import tables
 from node.index.cases import unmoved
+from node.index.deliveries import replace_deliveries
 from node.index.operating import Operating
 
-_cases, _deliveries, _instances, _results = tables.cases, tables.deliveries, tables.instances, tables.results
+_cases, _instances, _results = tables.cases, tables.instances, tables.results
 _removals = tables.removals
 
 
@@ -71,16 +72,7 @@ class Analysing(Operating):
             for uid in sop_instance_uids:
                 made = insert(_results).values(sop_instance_uid=uid, case_id=case.case_id)
                 connection.execute(made.on_conflict_do_nothing())
-            for destination in destinations:
-                due = {
-                    "result_dir": relative,
-                    "state": DeliveryState.PENDING,
-                    "attempts": 0,
-                    "next_attempt_at": now,
-                    "reason": "",
-                }
-                row = insert(_deliveries).values(case_id=case.case_id, destination=destination, **due)
-                connection.execute(row.on_conflict_do_update(index_elements=["case_id", "destination"], set_=due))
+            replace_deliveries(connection, case.case_id, relative, destinations, now)
             return True
 
     def fail_attempt(self, case: Case, reason: str, max_attempts: int) -> CaseState:

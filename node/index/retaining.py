@@ -73,7 +73,8 @@ class Retaining(Cases):
 
 def _nothing_pending() -> Any:
     mine = _deliveries.c.case_id == _cases.c.case_id
-    return ~select(_deliveries.c.delivery_id).where(mine, _deliveries.c.state == DeliveryState.PENDING).exists()
+    unsettled = _deliveries.c.state.in_((DeliveryState.PENDING, DeliveryState.VERIFYING))
+    return ~select(_deliveries.c.delivery_id).where(mine, unsettled).exists()
 
 
 def _mark(connection: Connection, case: Case, marked: Update, paths: Sequence[str]) -> None:

@@ -33,6 +33,15 @@ STEPS = (
         "ALTER TABLE associations ADD COLUMN receiver VARCHAR DEFAULT '' NOT NULL",
         "ALTER TABLE instances ADD COLUMN num_bytes INTEGER",
     ),
+    # 8: how far each object of a delivery is, and what a destination has of earlier results.
+    (
+        "ALTER TABLE deliveries ADD COLUMN changed_at FLOAT DEFAULT 0 NOT NULL",
+        "ALTER TABLE deliveries ADD COLUMN objects JSON DEFAULT '{}' NOT NULL",
+        "ALTER TABLE deliveries ADD COLUMN sent_at FLOAT DEFAULT 0 NOT NULL",
+        "ALTER TABLE deliveries ADD COLUMN transaction_uid VARCHAR(64) DEFAULT '' NOT NULL",
+        "ALTER TABLE deliveries ADD COLUMN superseded JSON DEFAULT '[]' NOT NULL",
+        "ALTER TABLE deliveries ADD COLUMN unreachable INTEGER DEFAULT 0 NOT NULL",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -84,6 +84,12 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False, default=0),
     Column("next_attempt_at", Float, nullable=False),
     Column("reason", String, nullable=False, default=""),
+    Column("changed_at", Float, nullable=False, server_default="0"),
+    Column("objects", JSON, nullable=False, server_default="{}"),  # ObjectProgress by SOP Instance UID
+    Column("sent_at", Float, nullable=False, server_default="0"),  # when the last object was taken
+    Column("transaction_uid", String(64), nullable=False, server_default=""),  # of an awaited storage commitment
+    Column("superseded", JSON, nullable=False, server_default="[]"),  # UIDs of earlier results that are there
+    Column("unreachable", Integer, nullable=False, server_default="0"),  # 1: the last attempt did not get through
     UniqueConstraint("case_id", "destination"),
     TableIndex("deliveries_due", "state", "destination", "next_attempt_at"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 from pydicom import dcmread
 
 from node.case import About, Notification, NotificationState
-from node.deliver.retry import retry_wait_s
+from node.deliver.retry import describe_wait, retry_wait_s
 from node.index import Index
 from node.notify import fhir, mail, webhook
 from node.notify.errors import NotifyError
@@ -60,7 +60,7 @@ def _note_failure(index: Index, notification: Notification, error: NotifyError |
         index.settle_notification(notification, NotificationState.FAILED, reason)
     else:
         wait_s = retry_wait_s(attempts, _RETRY_FIRST_S, _RETRY_MAX_S)
-        reason = f"attempt {attempts} failed, next in {wait_s:g} s: {error}"
+        reason = f"attempt {attempts} failed, next in {describe_wait(wait_s)}: {error}"
         index.settle_notification(notification, NotificationState.PENDING, reason, now + wait_s)
     log.warning("action=not-notified %s: %s", where, reason)
 

@@ -363,7 +363,8 @@ def test_serve_stops_within_10_s_while_a_destination_hangs(
     index = Index(tmp_path / "data")
     folder = index.data_dir / "cases" / "1.2.3" / "results"
     folder.mkdir(parents=True)
-    make_ct_series(folder, num_slices=1)
+    (image,) = make_ct_series(folder, num_slices=1)
+    image.rename(folder / "vertebrae.seg.dcm")
     index.add_instance(
         association_id=index.open_association("SCANNER"),
         calling_ae_title="SCANNER",

@@ -3,12 +3,26 @@
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from node.config import ClientTls, Config, ConfigError, DicomDestination, FolderDestination, Peer, Source, load_config
+from node.config import (
+    ClientTls,
+    Config,
+    ConfigError,
+    Destination,
+    DicomDestination,
+    DicomWebDestination,
+    FolderDestination,
+    HttpAuth,
+    OrthancDestination,
+    Peer,
+    Source,
+    load_config,
+)
 
 ROOT = Path(__file__).parents[2]
 CONFIG_YAML = ROOT / "config.yaml"
@@ -69,7 +83,7 @@ def test_config_yaml_holds_every_setting_with_a_comment_directly_above_it() -> N
     assert commented == found
 
 
-@pytest.mark.parametrize("kind", [DicomDestination, FolderDestination])
+@pytest.mark.parametrize("kind", [DicomDestination, DicomWebDestination, OrthancDestination, FolderDestination])
 def test_config_yaml_shows_every_setting_of_a_destination(kind: type[BaseModel]) -> None:
     shown = set(re.findall(r"(\w+): ", CONFIG_YAML.read_text(encoding="utf-8")))
     assert set(kind.model_fields) <= shown
@@ -198,8 +212,8 @@ def test_a_setting_given_twice_is_a_fault(load: Load) -> None:
 
 
 def test_an_unknown_type_of_destination_names_the_known_ones(load: Load) -> None:
-    (line,) = faults(load, "deliver:\n  destinations:\n    - name: web\n      type: dicomweb\n      url: http://x\n")
-    assert line == "line 4: deliver.destinations.0.type: must be dicom or folder (it is 'dicomweb')"
+    (line,) = faults(load, "deliver:\n  destinations:\n    - name: web\n      type: ftp\n      url: http://x\n")
+    assert line == "line 4: deliver.destinations.0.type: must be dicom or dicomweb or orthanc or folder (it is 'ftp')"
 
 
 def test_a_destination_without_type_is_told_so(load: Load) -> None:
@@ -281,16 +295,52 @@ def test_every_error_is_a_config_error(load: Load) -> None:
             continue
 
 
-def test_the_example_of_a_pacs_in_config_yaml_is_valid(load: Load) -> None:
+def test_the_examples_of_destinations_in_config_yaml_are_valid_and_whole(load: Load) -> None:
     text = CONFIG_YAML.read_text(encoding="utf-8")
     text = text.partition("Any number of destinations.")[2].partition("# The settings of a profile;")[0]
-    example = re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE)
-    listed = "\n".join(f"    {line}" for line in example)
-    (pacs,) = load(f"deliver:\n  destinations:\n{listed}\n").deliver.destinations
-    assert isinstance(pacs, DicomDestination)
-    (settings,) = yaml.safe_load("\n".join(example))
-    assert set(DicomDestination.model_fields) == set(settings)
-    assert set(ClientTls.model_fields) == set(settings["tls"])
+    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    config = load(f"deliver:\n  destinations:\n{listed}\n")
+    shown = yaml.safe_load(listed)
+    assert [type(destination) for destination in config.deliver.destinations] == list(get_args(Destination))
+    for destination, settings in zip(config.deliver.destinations, shown, strict=True):
+        assert set(type(destination).model_fields) == set(settings), settings["type"]
+    assert set(ClientTls.model_fields) == set(shown[0]["tls"])
+    assert set(HttpAuth.model_fields) == set(shown[1]["auth"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("url: ftp://pacs", "url must be http(s)://HOST[:PORT][/PATH]"),
+        ("url: 'https://me:hunter2@pacs'", "url must not hold a user or password; give them under auth"),
+        (
+            "url: 'https://pacs', auth: {type: basic, user: me}",
+            "give the password or token by secret_file",
+        ),
+        ("url: 'https://pacs', auth: {type: basic, user: me, password: hunter2}", "auth.password is not a setting"),
+        ("url: 'https://pacs', auth: {type: basic, secret_env: X}", "type basic needs a user"),
+        ("url: 'https://pacs', auth: {type: bearer, user: me, secret_env: X}", "type bearer has none"),
+    ],
+)
+def test_faults_of_a_url_or_of_credentials_are_told_without_quoting_a_secret(
+    load: Load, settings: str, told: str
+) -> None:
+    lines = "\n".join(faults(load, f"deliver:\n  destinations:\n    - {{name: web, type: dicomweb, {settings}}}\n"))
+    assert told in lines
+    assert "hunter2" not in lines
+
+
+def test_the_files_that_destinations_name_start_at_the_folder_of_the_file_too(load: Load, tmp_path: Path) -> None:
+    config = load(
+        "deliver:\n  destinations:\n"
+        "    - {name: web, type: dicomweb, url: 'https://pacs', tls: {ca: ca.pem},"
+        " auth: {type: bearer, secret_file: token}}\n"
+    )
+    (web,) = config.deliver.destinations
+    assert isinstance(web, DicomWebDestination)
+    assert web.tls is not None
+    assert web.auth is not None
+    assert (web.tls.ca, web.auth.secret_file) == (tmp_path / "ca.pem", tmp_path / "token")
 
 
 def test_the_example_of_a_source_in_config_yaml_is_valid(load: Load) -> None:

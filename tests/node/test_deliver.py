@@ -1,275 +1,116 @@
-"""Delivery to real Storage SCPs, willing and unwilling, and to folders; only time is made up."""
+"""Delivery in general: the database's side of it, what becomes of an attempt, and several destinations."""
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from pydicom.uid import CTImageStorage
-from pynetdicom import AE, evt
-from pynetdicom.sop_class import ComprehensiveSRStorage
 
 from node import service
-from node.case import Case, CaseState
-from node.config import Config, DicomDestination, FolderDestination
-from node.deliver import copy_results, deliver_due
-from node.deliver.retry import retry_wait_s
+from node.case import CaseState, DeliveryState, ObjectProgress, ObjectState
+from node.config import Config, DeliverConfig, DicomDestination, FolderDestination
+from node.deliver import copy_results
+from node.deliver.policy import Verdict, after_answers, after_error, next_question_s
+from node.deliver.retry import describe_wait, retry_wait_s
 from node.index import Index
-from tests.factories import make_ct_series, make_report
+from node.profiles import PRESETS
+from tests.node.handed_over import (
+    SERIES,
+    STUDY,
+    Clock,
+    add_instance,
+    deliver,
+    hand_over,
+    make_results,
+    the_case,
+    the_delivery,
+)
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
-SERIES, STUDY = "1.2.3", "1.2"
-
 MakeConfig = Callable[..., Config]
+PATIENCE = DeliverConfig(destinations=())
+
+WAITING = ObjectProgress(state=ObjectState.WAITING, reason="refused a.dcm for now")
+TAKEN = ObjectProgress(state=ObjectState.TAKEN)
+VERIFIED = ObjectProgress(state=ObjectState.VERIFIED)
+REFUSED = ObjectProgress(state=ObjectState.REFUSED, reason="does not take SR")
 
 
-class Clock:
-    """Stands in for the `time` module."""
-
-    def __init__(self) -> None:
-        self.now_s = 1_000_000.0
-
-    def time(self) -> float:
-        return self.now_s
+# ---- what becomes of an attempt ----
 
 
-@pytest.fixture
-def clock(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The node's clock; it stands still until moved."""
-    clock = Clock()
-    monkeypatch.setattr(index, "now", clock.time)
-    monkeypatch.setattr("node.deliver.clock.time", clock)
-    return clock
-
-
-@pytest.fixture
-def results(index: Index) -> Path:
-    """A result folder: findings.json and two Instances of different SOP Class, as SEG and SR are."""
-    folder = index.data_dir / "cases" / SERIES / "0123456789abcdef"
-    folder.mkdir(parents=True)
-    make_report(folder / "report.sr.dcm")
-    (image,) = make_ct_series(folder, num_slices=1)
-    image.rename(folder / "vertebrae.seg.dcm")
-    (folder / "findings.json").write_text("{}", encoding="utf-8")
-    return folder
-
-
-def hand_over(index: Index, results: Path, *destinations: str) -> None:
-    """Takes a case to DELIVERING."""
-    if index.case(SERIES) is None:
-        index.add_instance(
-            association_id=index.open_association("SCANNER"),
-            calling_ae_title="SCANNER",
-            path=index.data_dir / "instances" / SERIES / "1.2.3.1.dcm",
-            headers=[{"sop_instance_uid": "1.2.3.1", "series_instance_uid": SERIES, "study_instance_uid": STUDY}],
-            quiet_time_s=0,
-        )
-    assert index.queue(the_case(index))
-    case = index.claim_next()
-    assert case is not None
-    assert index.finish(case, results, summary="", sop_instance_uids=(), destinations=destinations)
-
-
-def the_case(index: Index) -> Case:
-    case = index.case(SERIES)
-    assert case is not None
-    return case
-
-
-@pytest.fixture
-def pacs(free_port: Callable[[], int]) -> DicomDestination:
-    """A destination; nothing listens there."""
-    return DicomDestination(type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=5)
-
-
-@contextmanager
-def listening(
-    destination: DicomDestination,
-    *,
-    sop_classes: tuple[str, ...] = (CTImageStorage, ComprehensiveSRStorage),
-    on_store: Callable[[evt.Event], int] = lambda event: 0x0000,
-    **settings: Any,
-) -> Iterator[list[bytes]]:
-    """A Storage SCP at the destination; gives the datasets it accepts, encoded. settings: attributes of the AE."""
-    stored: list[bytes] = []
-
-    def handle(event: evt.Event) -> int:
-        status = on_store(event)
-        if status == 0:
-            stored.append(event.encoded_dataset(include_meta=False))
-        return status
-
-    ae = AE(ae_title=destination.ae_title)
-    for sop_class in sop_classes:
-        ae.add_supported_context(sop_class)
-    for name, value in settings.items():
-        setattr(ae, name, value)
-    server = ae.start_server(
-        (destination.host, destination.port), block=False, evt_handlers=[(evt.EVT_C_STORE, handle)]
+@pytest.mark.parametrize(
+    ("objects", "verified", "state", "reason"),
+    [
+        ((TAKEN, TAKEN), False, DeliveryState.DONE, ""),
+        ((TAKEN, VERIFIED), True, DeliveryState.VERIFYING, "taken, and not yet found there"),
+        ((VERIFIED, VERIFIED), True, DeliveryState.DONE, ""),
+        ((VERIFIED, REFUSED), True, DeliveryState.FAILED, "1 of 2 objects are there; does not take SR"),
+        ((TAKEN, REFUSED), True, DeliveryState.VERIFYING, "taken, and not yet found there"),
+        ((REFUSED, WAITING), True, DeliveryState.PENDING, "attempt 2 failed, next in 20 s: refused a.dcm for now"),
+        (
+            (VERIFIED, ObjectProgress(state=ObjectState.VERIFIED, reason="took a.dcm with status 0xB000")),
+            True,
+            DeliveryState.DONE,
+            "took a.dcm with status 0xB000",
+        ),
+    ],
+)
+def test_answers_lead_to_a_state_and_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    objects: tuple[ObjectProgress, ...],
+    verified: bool,
+    state: DeliveryState,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda low, high: high)
+    by_uid = dict(enumerate(objects))
+    verdict = after_answers(
+        {str(uid): item for uid, item in by_uid.items()}, attempts=2, verified=verified, patience=PATIENCE
     )
-    try:
-        yield stored
-    finally:
-        server.shutdown()
+    assert (verdict.state, verdict.reason) == (state, reason)
 
 
-def deliver(index: Index, config: Config, destination: DicomDestination | FolderDestination) -> Case:
-    deliver_due(index, config, destination)
-    return the_case(index)
+def test_a_permanent_error_or_the_last_attempt_ends_a_delivery() -> None:
+    def verdict(attempts: int, *, permanent: bool) -> Verdict:
+        state = DeliveryState.PENDING
+        return after_error("no", permanent=permanent, state=state, attempts=attempts, patience=PATIENCE)
+
+    assert verdict(1, permanent=True).reason == "given up after 1 attempt(s): no"
+    assert verdict(PATIENCE.max_attempts, permanent=False).state is DeliveryState.FAILED
+    assert verdict(PATIENCE.max_attempts - 1, permanent=False).state is DeliveryState.PENDING
 
 
-# ---- DICOM ----
+@pytest.mark.parametrize(
+    ("attempts", "wait_s"), [(1, 10), (2, 20), (5, 160), (9, 2560), (14, 81920), (15, 86400), (10**6, 86400)]
+)
+def test_waits_double_up_to_a_day(attempts: int, wait_s: float) -> None:
+    waits = {retry_wait_s(attempts, PATIENCE.retry_first_s, PATIENCE.retry_max_s) for _ in range(20)}
+    assert all(0.9 * wait_s <= wait <= wait_s for wait in waits)
+    assert len(waits) > 1  # what failed together is not all tried again at the same moment
 
 
-def test_every_object_is_stored_and_the_case_is_done(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    callers: set[str] = set()
-
-    def note_caller(event: evt.Event) -> int:
-        callers.add(event.assoc.requestor.ae_title)
-        return 0x0000
-
-    with listening(pacs, on_store=note_caller) as stored:
-        case = deliver(index, make_config(receive={"ae_title": "NECKS"}), pacs)
-    assert (case.state, case.reason) == (CaseState.DONE, "")
-    assert callers == {"NECKS"}
-    assert [
-        path.read_bytes()[-len(data) :] for path, data in zip(sorted(results.glob("*.dcm")), stored, strict=True)
-    ] == stored
+@pytest.mark.parametrize(
+    ("since_sent_s", "wait_s"), [(0, 1), (1, 1), (8, 8), (200, 100), (299.5, 0.5), (300, None), (9000, None)]
+)
+def test_a_destination_is_asked_again_after_as_long_as_it_has_had(since_sent_s: float, wait_s: float | None) -> None:
+    assert next_question_s(since_sent_s, 300) == wait_s
 
 
-def test_a_rejected_ae_title_is_given_up_at_once_with_the_reason(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    """Nodes that retry for ever because an AE title was never configured are a plague."""
-    hand_over(index, results, "pacs")
-    with listening(pacs, require_calling_aet=["SOMEONE-ELSE"]):
-        case = deliver(index, make_config(), pacs)
-    assert case.state is CaseState.FAILED
-    assert "given up after 1 attempt(s)" in case.reason
-    assert "rejected the association from CSPINE" in case.reason
-    assert "check AE titles there" in case.reason
-
-
-def test_a_peer_that_does_not_take_one_sop_class_gets_the_others(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    with listening(pacs, sop_classes=(CTImageStorage,)) as stored:
-        case = deliver(index, make_config(), pacs)
-    assert len(stored) == 1
-    assert case.state is CaseState.FAILED
-    assert "does not take Comprehensive SR Storage as Explicit VR Little Endian; allow it there" in case.reason
-
-
-def test_a_peer_that_takes_nothing_is_given_up_with_the_reason(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    with listening(pacs, sop_classes=("1.2.840.10008.1.1",)) as stored:
-        case = deliver(index, make_config(), pacs)
-    assert stored == []
-    assert case.state is CaseState.FAILED
-    assert "PACS at 127.0.0.1" in case.reason
-    assert "check what it is set to store" in case.reason or "does not take" in case.reason
-
-
-def test_a_failure_status_is_tried_again(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination, clock: Clock
-) -> None:
-    hand_over(index, results, "pacs")
-    config = make_config()
-    with listening(pacs, on_store=lambda event: 0xA700):
-        case = deliver(index, config, pacs)
-    assert case.state is CaseState.DELIVERING
-    assert "attempt 1 failed, next in 10 s" in case.reason
-    assert "refused report.sr.dcm with status 0xA700" in case.reason
-    with listening(pacs) as stored:
-        assert deliver(index, config, pacs).state is CaseState.DELIVERING  # not yet due
-        clock.now_s += 10
-        case = deliver(index, config, pacs)
-    assert (case.state, case.reason, len(stored)) == (CaseState.DONE, "", 2)
-
-
-def test_a_warning_status_counts_as_stored(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    with listening(pacs, on_store=lambda event: 0xB000):
-        assert deliver(index, make_config(), pacs).state is CaseState.DONE
-
-
-def test_a_peer_that_is_not_there_is_tried_at_doubling_intervals_and_then_given_up(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination, clock: Clock
-) -> None:
-    hand_over(index, results, "pacs")
-    config = make_config(deliver={"max_attempts": 5, "retry_first_s": 10, "retry_max_s": 60, "destinations": ()})
-    waits = []
-    while deliver(index, config, pacs).state is CaseState.DELIVERING:
-        assert "cannot be reached; check host and port" in the_case(index).reason
-        before_s = clock.now_s
-        while index.next_delivery("pacs") is None:
-            clock.now_s += 1
-        waits.append(clock.now_s - before_s)
-    assert waits == [10, 20, 40, 60]
-    assert "given up after 5 attempt(s)" in the_case(index).reason
-
-
-def test_a_peer_that_breaks_off_is_tried_again(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination, clock: Clock
-) -> None:
-    def abort(event: evt.Event) -> int:
-        event.assoc.abort()
-        return 0x0000
-
-    hand_over(index, results, "pacs")
-    config = make_config()
-    with listening(pacs, on_store=abort):
-        case = deliver(index, config, pacs)
-    assert case.state is CaseState.DELIVERING
-    assert "broke the connection" in case.reason
-    clock.now_s += 10
-    with listening(pacs):
-        assert deliver(index, config, pacs).state is CaseState.DONE
-
-
-def test_a_peer_that_is_busy_is_tried_again(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    with listening(pacs, maximum_associations=1):
-        ae = AE()
-        ae.add_requested_context(CTImageStorage)
-        other = ae.associate(pacs.host, pacs.port)
-        case = deliver(index, make_config(), pacs)
-        other.release()
-    assert case.state is CaseState.DELIVERING
-    assert "rejected the association" in case.reason
-
-
-def test_results_that_are_gone_are_given_up_and_not_tried_for_ever(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination
-) -> None:
-    hand_over(index, results, "pacs")
-    for path in results.iterdir():
-        path.unlink()
-    with listening(pacs):
-        case = deliver(index, make_config(), pacs)
-    assert case.state is CaseState.FAILED
-    assert f"{results} holds no results" in case.reason
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(10, "10 s"), (119, "119 s"), (120, "2 min"), (7200, "2 h"), (172800, "2 days")]
+)
+def test_waits_are_said_as_people_say_them(seconds: float, said: str) -> None:
+    assert describe_wait(seconds) == said
 
 
 # ---- folders ----
 
 
-def folder_destination(path: Path) -> FolderDestination:
-    return FolderDestination(type="folder", name="folder", path=path)
+def folder_destination(path: Path, **settings: object) -> FolderDestination:
+    return FolderDestination.model_validate({"type": "folder", "name": "folder", "path": path, **settings})
 
 
 def test_a_folder_gets_the_files_under_study_and_series(
@@ -277,11 +118,47 @@ def test_a_folder_gets_the_files_under_study_and_series(
 ) -> None:
     hand_over(index, results, "folder")
     case = deliver(index, make_config(), folder_destination(tmp_path / "out"))
-    assert case.state is CaseState.DONE
+    assert (case.state, case.reason) == (CaseState.DONE, "")
     written = tmp_path / "out" / STUDY / SERIES
     assert {path.name: path.read_bytes() for path in written.iterdir()} == {
         path.name: path.read_bytes() for path in results.iterdir()
     }
+    objects = the_delivery(index, "folder").objects.values()
+    assert [item.state for item in objects] == [ObjectState.VERIFIED] * 3
+
+
+def test_a_folder_gets_what_its_profile_names_and_no_more(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    deliver(index, make_config(), folder_destination(tmp_path / "out", profile={"objects": ["vertebrae_seg"]}))
+    assert [path.name for path in (tmp_path / "out" / STUDY / SERIES).iterdir()] == ["vertebrae.seg.dcm"]
+
+
+def test_results_made_for_other_profiles_are_given_up_with_what_to_do(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    case = deliver(index, make_config(), folder_destination(tmp_path / "out", profile=PRESETS["plain-pacs"]))
+    assert case.state is CaseState.FAILED
+    assert "analyse the Series again" in case.reason
+
+
+def test_a_file_that_does_not_read_back_as_it_was_written_is_written_again(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over(index, results, "folder")
+    destination = folder_destination(tmp_path / "out")
+    spoilt = tmp_path / "out" / STUDY / SERIES / "report.sr.dcm"
+    with monkeypatch.context() as patch:
+        patch.setattr("node.deliver.folder.sync", lambda path: spoilt.exists() and spoilt.write_bytes(b"spoilt"))
+        case = deliver(index, make_config(), destination)
+    assert case.state is CaseState.DELIVERING
+    assert "folder took report.sr.dcm, and 0 s later lacks it" in case.reason
+    clock.now_s += 10
+    assert deliver(index, make_config(), destination).state is CaseState.DONE
+    assert spoilt.read_bytes() == (results / "report.sr.dcm").read_bytes()
+    assert len(list(spoilt.parent.iterdir())) == 3  # the others are still there
 
 
 def test_new_results_replace_the_old_ones(tmp_path: Path) -> None:
@@ -317,15 +194,44 @@ def test_a_folder_that_cannot_be_written_is_tried_again_with_the_reason(
     assert deliver(index, make_config(), folder_destination(blocked / "out")).state is CaseState.DONE
 
 
-# ---- several destinations ----
+def test_a_folder_has_the_names_safely_before_the_copy_counts_as_delivered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "made", tmp_path / "share"
+    source.mkdir()
+    (source / "report.sr.dcm").write_bytes(b"report")
+    synced: list[Path] = []
+    monkeypatch.setattr("node.deliver.folder.sync", lambda path: synced.append(path))
+    copy_results(source, target)
+    assert synced == [target / ".report.sr.dcm.draft", target]
+
+
+def test_results_that_are_gone_are_given_up_and_not_tried_for_ever(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    for path in results.iterdir():
+        path.unlink()
+    case = deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    assert case.state is CaseState.FAILED
+    assert f"{results} holds nothing for this destination; analyse the Series again" in case.reason
+
+
+# ---- several destinations, and by hand ----
+
+
+@pytest.fixture
+def dead(free_port: Callable[[], int]) -> DicomDestination:
+    """A PACS where nothing listens."""
+    return DicomDestination(type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=5)
 
 
 def test_a_dead_destination_does_not_keep_results_from_another(
-    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination, tmp_path: Path
+    index: Index, make_config: MakeConfig, results: Path, dead: DicomDestination, tmp_path: Path
 ) -> None:
     hand_over(index, results, "pacs", "folder")
     config, folder = make_config(), folder_destination(tmp_path / "out")
-    assert deliver(index, config, pacs).state is CaseState.DELIVERING
+    assert deliver(index, config, dead).state is CaseState.DELIVERING
     case = deliver(index, config, folder)
     assert (tmp_path / "out" / STUDY / SERIES / "findings.json").exists()
     assert case.state is CaseState.DELIVERING
@@ -348,7 +254,7 @@ def test_many_destinations_that_hang_hold_up_no_other(
     destinations = tuple(FolderDestination(type="folder", name=name, path=tmp_path / name) for name in names)
     monkeypatch.setattr(service, "deliver_due", deliver_due_or_hang)
     monkeypatch.setattr(service, "check_cases", lambda *_: checked.release())
-    monkeypatch.setattr(service.Service, "_start_receiver", lambda _: None)
+    monkeypatch.setattr(service, "Receivers", _NoReceivers)
     monkeypatch.setattr(service, "WorkerPool", _NoWorkers)
     node = service.Service(make_config(deliver={"destinations": destinations}))
     try:
@@ -359,6 +265,21 @@ def test_many_destinations_that_hang_hold_up_no_other(
     finally:
         released.set()
         node.stop()
+
+
+class _NoReceivers:
+    """Nothing listens."""
+
+    def __init__(self, _config: Config, _index: Index) -> None:
+        pass
+
+    def start(self) -> None:
+        pass
+
+    watch = terminate = start
+
+    def join(self, _timeout_s: float) -> None:
+        pass
 
 
 class _NoWorkers:
@@ -374,20 +295,77 @@ class _NoWorkers:
         pass
 
 
-@pytest.mark.parametrize(
-    ("attempts", "wait_s"), [(1, 10), (2, 20), (5, 160), (9, 2560), (10, 3600), (48, 3600), (10**6, 3600)]
-)
-def test_waits_double_up_to_the_longest(attempts: int, wait_s: float) -> None:
-    assert retry_wait_s(attempts, 10, 3600) == wait_s
-
-
-def test_a_folder_has_the_names_safely_before_the_copy_counts_as_delivered(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_failed_delivery_that_is_retried_by_hand_reopens_the_case_and_has_all_attempts(
+    index: Index, make_config: MakeConfig, results: Path, dead: DicomDestination, clock: Clock
 ) -> None:
-    source, target = tmp_path / "made", tmp_path / "share"
-    source.mkdir()
-    (source / "report.sr.dcm").write_bytes(b"report")
-    synced: list[Path] = []
-    monkeypatch.setattr("node.deliver.folder.sync", lambda path: synced.append(path))
-    copy_results(source, target)
-    assert synced == [target / ".report.sr.dcm.draft", target]
+    hand_over(index, results, "pacs")
+    config = make_config(deliver={"max_attempts": 1, "destinations": ()})
+    assert deliver(index, config, dead).state is CaseState.FAILED
+    assert index.retry_delivery(the_delivery(index, "pacs"))
+    assert (the_case(index).state, the_case(index).reason) == (CaseState.DELIVERING, "")
+    assert the_delivery(index, "pacs").attempts == 0
+    assert index.next_delivery("pacs") is not None
+
+
+def test_a_retry_of_a_snapshot_that_has_moved_on_does_nothing(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, clock: Clock
+) -> None:
+    hand_over(index, results, "folder")
+    seen = the_delivery(index, "folder")
+    clock.now_s += 1
+    deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    assert not index.retry_delivery(seen)
+    assert the_delivery(index, "folder").state is DeliveryState.DONE
+
+
+def test_a_done_delivery_that_is_retried_by_hand_is_sent_again_as_a_whole(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    folder = folder_destination(tmp_path / "out")
+    deliver(index, make_config(), folder)
+    lost = tmp_path / "out" / STUDY / SERIES / "report.sr.dcm"
+    lost.unlink()
+    assert index.retry_delivery(the_delivery(index, "folder"))
+    assert deliver(index, make_config(), folder).state is CaseState.DONE
+    assert lost.exists()
+
+
+def test_a_delivery_given_up_by_hand_ends_the_case_and_stays_ended_whatever_the_running_attempt_finds(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over(index, results, "folder")
+
+    def give_up_meanwhile(_path: Path) -> None:
+        index.give_up_delivery(the_delivery(index, "folder"))
+
+    monkeypatch.setattr("node.deliver.folder.sync", give_up_meanwhile)
+    case = deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    assert (case.state, case.reason) == (CaseState.FAILED, "delivery to folder: given up by hand")
+    assert not index.give_up_delivery(the_delivery(index, "folder"))
+
+
+def test_a_retry_does_not_hide_that_a_later_analysis_failed(
+    index: Index, make_config: MakeConfig, results: Path, dead: DicomDestination
+) -> None:
+    hand_over(index, results, "pacs")
+    deliver(index, make_config(deliver={"max_attempts": 1, "destinations": ()}), dead)
+    add_instance(index, 2)
+    assert index.queue(the_case(index))
+    case = index.claim_next()
+    assert case is not None
+    index.fail_attempt(case, "the worker died", max_attempts=1)
+    assert index.retry_delivery(the_delivery(index, "pacs"))
+    assert (the_case(index).state, the_case(index).reason) == (CaseState.FAILED, "the worker died")
+
+
+def test_what_a_destination_has_of_replaced_results_is_known(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder", "pacs")
+    deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    there = set(the_delivery(index, "folder").objects)
+    add_instance(index, 2)
+    hand_over(index, make_results(index, "fedcba9876543210"), "folder", "pacs")
+    assert set(the_delivery(index, "folder").superseded) == there
+    assert the_delivery(index, "pacs").superseded == ()

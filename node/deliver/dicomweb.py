@@ -1,0 +1,154 @@
+"""A DICOMweb server as a destination: STOW-RS, asked back by QIDO-RS.
+
+Reference: PS3.18 10.5 (Store), 10.6 (Search).
+"""
+
+import json
+import uuid
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from requests import Response
+
+from node.case import ObjectProgress, ObjectState
+from node.config import DicomWebDestination
+from node.deliver.courier import Note
+from node.deliver.files import ResultFile
+from node.deliver.http import HttpPeer
+from node.send import SendError
+from node.status import Outcome, meaning_of
+
+_BLOCK_BYTES = 256 * 1024
+_JSON = "application/dicom+json"
+
+_REFERENCED_SOP, _FAILED_SOP, _OTHER_FAILURES = "00081199", "00081198", "0008119A"
+_SOP_INSTANCE_UID, _REFERENCED_UID, _FAILURE_REASON, _WARNING_REASON = "00080018", "00081155", "00081197", "00081196"
+
+
+class DicomWebCourier:
+    """All files go in one request; only where that is too large for the server, in one each."""
+
+    def __init__(self, destination: DicomWebDestination) -> None:
+        self._peer = HttpPeer(destination)
+
+    def send(self, files: Sequence[ResultFile], note: Note) -> None:
+        study = files[0].study_instance_uid
+        body = MultipartBody([file.path for file in files])
+        headers = {"Content-Type": body.content_type, "Accept": _JSON}
+        # 202: some were not stored, or with a remark. 409: none was. Both say which and why.
+        response = self._peer.request("POST", f"studies/{study}", body=body, headers=headers, also=(409, 413))
+        if response.status_code == 413 and len(files) > 1:
+            for file in files:
+                self.send([file], note)
+        elif response.status_code == 413:
+            note(files[0], ObjectProgress(state=ObjectState.REFUSED, reason=str(self._peer.refusal(response))))
+        else:
+            for file, progress in self._answers(response, files):
+                note(file, progress)
+
+    def find(self, files: Sequence[ResultFile]) -> set[str]:
+        return {file.key for file in files if self._has(file)}
+
+    def remove(self, keys: Collection[str]) -> None:
+        """Nothing: DICOMweb has no service for it."""
+
+    def close(self) -> None:
+        self._peer.close()
+
+    def check(self) -> str:
+        self._peer.request("GET", "studies", query={"limit": "1"}, headers={"Accept": _JSON})
+        return "answers QIDO-RS"
+
+    def _has(self, file: ResultFile) -> bool:
+        path = f"studies/{file.study_instance_uid}/series/{file.series_instance_uid}/instances"
+        query = {"SOPInstanceUID": file.key}
+        response = self._peer.request("GET", path, query=query, headers={"Accept": _JSON}, also=(404,))
+        if response.status_code in (204, 404):
+            return False
+        return any(_first(item, _SOP_INSTANCE_UID) == file.key for item in _items(response))
+
+    def _answers(self, response: Response, files: Sequence[ResultFile]) -> Iterator[tuple[ResultFile, ObjectProgress]]:
+        """What the answer to a store says of each file.
+
+        Raises:
+            SendError: it says that not all were stored, and not which.
+        """
+        answer = next(iter(_items(response)), {})
+        stored = {_first(item, _REFERENCED_UID): item for item in _sequence(answer, _REFERENCED_SOP)}
+        failed = {_first(item, _REFERENCED_UID): item for item in _sequence(answer, _FAILED_SOP)}
+        others = [reason for item in _sequence(answer, _OTHER_FAILURES) if (reason := _first(item, _FAILURE_REASON))]
+        for file in files:
+            if file.key in failed:
+                yield file, self._judge(file, int(_first(failed[file.key], _FAILURE_REASON) or 0x0110))
+            elif file.key in stored:
+                remark = _first(stored[file.key], _WARNING_REASON)
+                yield file, self._judge(file, int(remark) if remark else 0)
+            elif response.status_code == 200:  # some servers answer nothing more
+                yield file, ObjectProgress(state=ObjectState.TAKEN)
+            elif others:
+                yield file, self._judge(file, int(others[0]))
+            else:
+                raise SendError(
+                    f"{self._peer.name} answered {response.status_code} and did not say what it did not store"
+                )
+
+    def _judge(self, file: ResultFile, status: int) -> ObjectProgress:
+        found = meaning_of(status)
+        said = f"status 0x{status:04X} ({found.meaning})"
+        if found.outcome is Outcome.TAKEN:
+            return ObjectProgress(state=ObjectState.TAKEN)
+        if found.outcome is Outcome.REMARKED:
+            return ObjectProgress(
+                state=ObjectState.TAKEN, reason=f"{self._peer.name} took {file.path.name} with {said}"
+            )
+        state = ObjectState.WAITING if found.outcome is Outcome.LATER else ObjectState.REFUSED
+        return ObjectProgress(state=state, reason=f"{self._peer.name} refused {file.path.name} with {said}")
+
+
+class MultipartBody:
+    """Files as `multipart/related`, read while they are sent. The length goes first: not every server takes chunks."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+        self._boundary = uuid.uuid4().hex
+        self._head = f"--{self._boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+        self._end = f"--{self._boundary}--\r\n".encode()
+
+    @property
+    def content_type(self) -> str:
+        return f'multipart/related; type="application/dicom"; boundary={self._boundary}'
+
+    def __len__(self) -> int:
+        return sum(len(self._head) + path.stat().st_size + 2 for path in self._paths) + len(self._end)
+
+    def __iter__(self) -> Iterator[bytes]:
+        for path in self._paths:
+            yield self._head
+            with path.open("rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    yield block
+            yield b"\r\n"
+        yield self._end
+
+
+def _items(response: Response) -> list[dict[str, Any]]:
+    """The datasets of an answer in the DICOM JSON Model; none where it is anything else."""
+    try:
+        content = json.loads(response.content)
+    except ValueError:
+        return []
+    listed = content if isinstance(content, list) else [content]
+    return [item for item in listed if isinstance(item, dict)]
+
+
+def _sequence(item: dict[str, Any], tag: str) -> list[dict[str, Any]]:
+    value = item.get(tag, {})
+    found = value.get("Value", []) if isinstance(value, dict) else []
+    return [inner for inner in found if isinstance(inner, dict)]
+
+
+def _first(item: dict[str, Any], tag: str) -> Any:
+    value = item.get(tag, {})
+    found = value.get("Value", []) if isinstance(value, dict) else []
+    return found[0] if found else None

@@ -1,0 +1,96 @@
+"""An Orthanc as a destination, over its REST API.
+
+By `requests` as DICOMweb is, since `orthanc-api-client` has no timeouts, calls an untrusted certificate a failed
+connection, and retries on its own.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from requests import Response
+
+from node.case import ObjectProgress, ObjectState
+from node.config import OrthancDestination
+from node.deliver.courier import Note
+from node.deliver.files import ResultFile
+from node.deliver.http import HttpPeer
+from node.send import SendError
+
+
+class OrthancCourier:
+    """Uploads one Instance after the other. source_series_instance_uid: of the Series that was analysed."""
+
+    def __init__(self, destination: OrthancDestination, source_series_instance_uid: str) -> None:
+        self._peer = HttpPeer(destination)
+        self._destination = destination
+        self._source_series_instance_uid = source_series_instance_uid
+
+    def send(self, files: Sequence[ResultFile], note: Note) -> None:
+        for file in files:
+            note(file, self._upload(file))
+
+    def find(self, files: Sequence[ResultFile]) -> set[str]:
+        return {file.key for file in files if self._look_up(file.key)}
+
+    def remove(self, keys: Collection[str]) -> None:
+        if not self._destination.replace:
+            return
+        for orthanc_id in (found for key in keys if (found := self._look_up(key))):
+            self._peer.request("DELETE", f"instances/{orthanc_id}", also=(404,))
+
+    def close(self) -> None:
+        self._peer.close()
+
+    def check(self) -> str:
+        system = _json(self._peer.request("GET", "system"))
+        return f"is Orthanc {system.get('Version', 'of unknown version')}"
+
+    def _upload(self, file: ResultFile) -> ObjectProgress:
+        # 400: it cannot read the object. 413: a proxy on the way finds it too large. Others may still be taken.
+        with file.path.open("rb") as body:
+            response = self._peer.request(
+                "POST", "instances", body=body, headers={"Content-Type": "application/dicom"}, also=(400, 413)
+            )
+        if response.status_code >= 400:
+            return ObjectProgress(state=ObjectState.REFUSED, reason=f"{file.path.name}: {self._peer.refusal(response)}")
+        answer = _json(response)
+        if answer.get("Status") == "FilteredOut":
+            reason = f"{self._peer.name} filtered out {file.path.name}; let it pass ReceivedInstanceFilter there"
+            return ObjectProgress(state=ObjectState.REFUSED, reason=reason)
+        return ObjectProgress(state=ObjectState.TAKEN, reason=self._link_to_source(answer.get("ParentSeries")))
+
+    def _link_to_source(self, orthanc_series_id: Any) -> str:
+        """Notes the source Series in the metadata of the result's Series; returns why that was not possible.
+
+        A delivery does not fail by it: older versions and restricted users may not write metadata.
+        """
+        number = self._destination.source_metadata
+        if number is None or not orthanc_series_id:
+            return ""
+        path = f"series/{orthanc_series_id}/metadata/{number}"
+        try:
+            self._peer.request("PUT", path, body=self._source_series_instance_uid.encode())
+        except SendError as error:
+            if not error.permanent:
+                raise
+            return f"metadata {number} was not set: {error}"
+        return ""
+
+    def _look_up(self, sop_instance_uid: str) -> str:
+        """Orthanc's id of an Instance, "" if it is not there."""
+        found = _json(self._peer.request("POST", "tools/lookup", body=sop_instance_uid.encode()))
+        ids = [item["ID"] for item in found if item.get("Type") == "Instance"]
+        return str(ids[0]) if ids else ""
+
+
+def _json(response: Response) -> Any:
+    """The content of an answer.
+
+    Raises:
+        SendError: it is no JSON, so this is no Orthanc.
+    """
+    try:
+        return json.loads(response.content)
+    except ValueError as error:
+        raise SendError(f"{response.url} does not answer like an Orthanc; check url", permanent=True) from error

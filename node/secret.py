@@ -1,0 +1,40 @@
+"""Settings that name where a secret is: in a file or an environment variable, never in the configuration itself."""
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class WithSecret(BaseModel):
+    """A section that may have one secret."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    secret_file: Path | None = None
+    secret_env: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_secret(self) -> Self:
+        if self.secret_file is not None and self.secret_env is not None:
+            raise ValueError("give the secret by secret_file or by secret_env, not by both")
+        return self
+
+    @property
+    def has_secret(self) -> bool:
+        return self.secret_file is not None or self.secret_env is not None
+
+    def read_secret(self) -> str:
+        """The secret as it is now; "" when none is configured.
+
+        Raises:
+            OSError: the file or the variable is not there.
+        """
+        if self.secret_file is not None:
+            return self.secret_file.read_text(encoding="utf-8").strip()
+        if self.secret_env is not None:
+            if not os.environ.get(self.secret_env):
+                raise OSError(f"the environment variable {self.secret_env} is not set")
+            return os.environ[self.secret_env]
+        return ""
