@@ -70,6 +70,7 @@ class Case:
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
     latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
     quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
+    is_asked_for: somebody had it started again, so it is analysed whatever the rules say.
     originals_purged_at, results_purged_at: when retention removed what was received, what was made; None while it is
     kept.
     """
@@ -91,6 +92,7 @@ class Case:
     summary: str
     won_s: float | None
     num_reopened: int
+    is_asked_for: bool
     originals_purged_at: float | None
     results_purged_at: float | None
 

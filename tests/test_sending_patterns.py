@@ -30,6 +30,10 @@ def node(tmp_path_factory: pytest.TempPathFactory, untrained_bundle: Path) -> It
         complete={"quiet_time_s": QUIET_S},
         analyse={"bundle": str(untrained_bundle), "threads": 1},
     )
+    deadline = time.monotonic() + 90
+    while "action=started" not in running.log():  # it takes Instances before its model is loaded
+        assert time.monotonic() < deadline, running.log()
+        time.sleep(0.1)
     yield running
     running.stop()
 

@@ -16,7 +16,8 @@ from node.rules.traits import Traits, describe_series
 
 log = logging.getLogger(__name__)
 
-_NUM_EARLIER = 5  # Series by which the habit of a sender is known
+# Series by which the habit of a sender is known: so many, of so many Instances at least; a scout has one or two.
+_NUM_EARLIER, _MIN_INSTANCES = 5, 10
 _UNDECIDED = Decision(outcome=Outcome.OPEN, reason="", trials=())
 
 
@@ -58,7 +59,9 @@ class _Study:
         whole: list[_Judged] = []
         is_awaited = False
         for item in judged:
-            if item.decision.outcome is Outcome.SKIP:
+            if item.case.is_asked_for and item.verdict.answer is Answer.ANALYSE:
+                self._queue(item)
+            elif item.decision.outcome is Outcome.SKIP and not item.case.is_asked_for:
                 self._skip(item.case, item.decision.reason)
             elif item.verdict.answer is Answer.REFUSE:
                 self._refuse(item)
@@ -89,7 +92,7 @@ class _Study:
             carriers=stored.carriers,
             last_received_at=case.last_received_at,
             num_instances=case.num_instances,
-            habit_s=habit_s(self._index.earlier_carriers(case, _NUM_EARLIER), quiet_time_s),
+            habit_s=habit_s(self._index.earlier_carriers(case, _NUM_EARLIER, _MIN_INSTANCES), quiet_time_s),
             is_source_asked=is_asked,
             num_at_source=num_at_source,
         )
@@ -133,6 +136,8 @@ class _Study:
     def _queue(self, item: _Judged) -> None:
         case = item.case
         won_s = max(0.0, case.last_received_at + self._config.complete.quiet_time_s - self._now)
+        if case.is_asked_for:  # it was started again, and its Instances came long ago
+            won_s = max(won_s, case.won_s or 0.0)
         if not self._index.queue(case, won_s=won_s):
             return
         where = f"case={case.case_id} series={case.series_instance_uid} instances={case.num_instances}"

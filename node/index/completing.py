@@ -53,13 +53,14 @@ class Completing(Cases):
             carriers=self._carriers([series_instance_uid])[series_instance_uid],
         )
 
-    def earlier_carriers(self, case: Case, limit: int) -> list[list[Carrier]]:
-        """The associations that carried each of the sender's latest other Series, as far as those are settled."""
+    def earlier_carriers(self, case: Case, limit: int, min_instances: int) -> list[list[Carrier]]:
+        """The associations that carried each of the sender's latest other Series that are settled and not too small."""
         latest = (
             select(_cases.c.series_instance_uid)
             .where(
                 _cases.c.calling_ae_title == case.calling_ae_title,
                 _cases.c.case_id != case.case_id,
+                _cases.c.num_instances >= min_instances,
                 _cases.c.state != CaseState.RECEIVING,
             )
             .order_by(_cases.c.last_received_at.desc())

@@ -41,8 +41,11 @@ class Operating(Cases):
         return self.case(name)
 
     def retry(self, case: Case) -> bool:
-        """Starts an ended case again: it is judged, analysed and delivered as if its last Instance had just come."""
-        return self._move(case, CaseState.RECEIVING, attempts=0, next_check_at=self.now())
+        """Starts an ended case again: it is judged, analysed and delivered as if its last Instance had just come.
+
+        Somebody asked for this one: no rule and no preference holds it back any more.
+        """
+        return self._move(case, CaseState.RECEIVING, attempts=0, next_check_at=self.now(), is_asked_for=1)
 
     def delete_case(self, case: Case) -> list[Path] | None:
         """Forgets a case and everything about it; the files of its Instances. None if it changed since the snapshot.

@@ -42,6 +42,8 @@ STEPS = (
         "ALTER TABLE deliveries ADD COLUMN superseded JSON DEFAULT '[]' NOT NULL",
         "ALTER TABLE deliveries ADD COLUMN unreachable INTEGER DEFAULT 0 NOT NULL",
     ),
+    # 9: a Series that somebody asks for is analysed whatever the rules say.
+    ("ALTER TABLE cases ADD COLUMN is_asked_for INTEGER DEFAULT '0' NOT NULL",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -39,6 +39,7 @@ cases = Table(
     Column("won_s", Float),  # against the quiet time, when it was found whole
     Column("num_reopened", Integer, nullable=False, server_default="0"),
     Column("skipped_for", String(64)),  # SeriesInstanceUID of the one that was preferred
+    Column("is_asked_for", Integer, nullable=False, server_default="0"),  # 1 once somebody had it started again
     Column("originals_purged_at", Float),  # None while the Instances are kept
     Column("results_purged_at", Float),  # None while the results are kept, or if there were none
     TableIndex("cases_by_study", "study_instance_uid"),

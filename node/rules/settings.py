@@ -181,7 +181,7 @@ _DEFAULT_RULES: tuple[dict[str, Any], ...] = (
     },
     {
         "name": "processed images",
-        "when": {"image_type": ["SECONDARY", "*MPR*", "*REFORMATTED*"]},
+        "when": {"image_type": ["SECONDARY", r"/\bMPR|_MPR/", "*REFORMATTED*"]},
         "outcome": "skip",
         "reason": "made from other images, not by the scanner's reconstruction",
     },

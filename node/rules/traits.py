@@ -31,15 +31,10 @@ _KEYWORDS = (
     "ManufacturerModelName",
     "StationName",
 )
-_READ_TAGS = [
-    Tag(keyword)
-    for keyword in (
-        "SpecificCharacterSet",
-        *_KEYWORDS,
-        "SharedFunctionalGroupsSequence",
-        "PerFrameFunctionalGroupsSequence",
-    )
-]
+# Where Enhanced CT has some of them.
+_FRAME_SEQUENCES = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_FUNCTIONAL_GROUPS = ("PixelMeasuresSequence", "CTReconstructionSequence", "CTXRayDetailsSequence")
+_READ_TAGS = [Tag(keyword) for keyword in ("SpecificCharacterSet", *_KEYWORDS, *_FRAME_SEQUENCES)]
 # Gantries tilt by up to 30 degrees; beyond, it is a reformat.
 _TILT_DEG = 31.0
 _MAX_TEXT = 128  # characters; LO has 64, and a pattern must not meet a novel
@@ -149,12 +144,15 @@ def _read(path: Path | None) -> dict[str, Any]:
 def _places(ds: Dataset) -> Iterator[Dataset]:
     """The dataset, then the functional groups shared by all frames, then those of the first frame (PS3.3 A.38.1.4)."""
     yield ds
-    for keyword in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        groups = _value(ds, keyword)
-        if isinstance(groups, DicomSequence) and groups:
-            for element in groups[0]:
-                if isinstance(element.value, DicomSequence):
-                    yield from element.value[:1]
+    for keyword in _FRAME_SEQUENCES:
+        for group in _FUNCTIONAL_GROUPS:
+            for item in _items(ds, keyword)[:1]:
+                yield from _items(item, group)[:1]
+
+
+def _items(ds: Dataset, keyword: str) -> list[Dataset]:
+    value = _value(ds, keyword)
+    return list(value) if isinstance(value, DicomSequence) else []
 
 
 def _value(ds: Dataset, keyword: str) -> Any:

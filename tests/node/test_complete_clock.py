@@ -242,6 +242,25 @@ def test_a_rule_on_the_number_of_slices_waits_for_all_of_them(make_node: Callabl
     assert node.case().state is CaseState.QUEUED
 
 
+def test_a_skipped_series_is_analysed_when_somebody_asks_for_it(node: Node) -> None:
+    by_rule = [replace(header, image_type=("DERIVED", "SECONDARY", "AXIAL")) for header in WHOLE]
+    node.send(by_rule, "1.2.4")
+    node.send(WHOLE, "1.2.5")
+    node.send(THIN, "1.2.6")
+    node.check()
+    assert node.states() == {
+        "1.2.4": CaseState.SKIPPED,
+        "1.2.5": CaseState.SKIPPED,
+        "1.2.6": CaseState.QUEUED,
+    }
+    won_s = node.case("1.2.6").won_s
+    for series in ("1.2.4", "1.2.5"):
+        assert node.index.retry(node.case(series))
+    node.check(60)
+    assert set(node.states().values()) == {CaseState.QUEUED}
+    assert node.case("1.2.6").won_s == won_s
+
+
 # ---- which one of a Study ----
 
 

@@ -207,6 +207,7 @@ def test_two_rules_need_two_names(tmp_path: Path) -> None:
         ("ORIGINAL\\PRIMARY\\AXIAL\\CT_SOM5 SPI", "axial", Outcome.ANALYSE),
         ("ORIGINAL\\PRIMARY\\VOLUME\\NONE", "axial", Outcome.ANALYSE),
         ("DERIVED\\PRIMARY\\AXIAL", "axial", Outcome.ANALYSE),  # a thin reconstruction, or only compressed
+        ("DERIVED\\PRIMARY\\AXIAL\\COMPRESSED", "axial", Outcome.ANALYSE),  # holds MPR
         ("", "axial", Outcome.ANALYSE),  # RSNA 2022
         ("", "unknown", Outcome.ANALYSE),
         ("ORIGINAL\\PRIMARY\\AXIAL", "oblique", Outcome.ANALYSE),  # whether it can be is for the model to say
@@ -218,6 +219,9 @@ def test_two_rules_need_two_names(tmp_path: Path) -> None:
         ("DERIVED\\PRIMARY\\AXIAL\\MIP", "axial", Outcome.SKIP),
         ("DERIVED\\SECONDARY\\PROJECTION IMAGE", "axial", Outcome.SKIP),
         ("DERIVED\\SECONDARY\\MPR", "axial", Outcome.SKIP),
+        ("DERIVED\\PRIMARY\\AXIAL_MPR", "axial", Outcome.SKIP),
+        ("DERIVED\\PRIMARY\\CT_SOM5 MPR", "axial", Outcome.SKIP),
+        ("DERIVED\\PRIMARY\\AXIAL\\MINIP", "axial", Outcome.SKIP),
         ("DERIVED\\SECONDARY\\AXIAL\\CT_SOM5 MPR", "axial", Outcome.SKIP),
         ("DERIVED\\SECONDARY\\REFORMATTED\\AVERAGE", "axial", Outcome.SKIP),
         ("ORIGINAL\\PRIMARY\\AXIAL", "sagittal", Outcome.SKIP),
