@@ -1,8 +1,8 @@
 """The door of the receiver: limits, TLS and the list of peers, from the accepted connection to the answered request.
 
 A connection takes a place at once, or will be told that there is none. It has `associate_timeout_s` for the TLS
-handshake and its whole A-ASSOCIATE-RQ, and `network_timeout_s` for each PDU after that; `judge` says who is let in. One
-thread looks after all connections of the process, since pynetdicom waits for the rest of a PDU without end.
+handshake and its whole A-ASSOCIATE-RQ; `judge` says who is let in. One thread looks after all connections of the
+process. How long and how large later PDUs may be, `lane.py` sees to.
 """
 
 import contextlib
@@ -31,7 +31,6 @@ _GRACE_S = 1.0  # what pynetdicom has to end an association by itself
 _NUM_TOLD = 32  # connections without a place that are answered at a time; more are closed unanswered
 _SAY_AGAIN_S = 60.0
 _TLS_HANDSHAKE = b"\x16"  # the first byte of a connection under TLS (RFC 8446 5.1)
-_LONGEST_REQUEST_BYTES = 2**20  # of an A-ASSOCIATE-RQ; 128 contexts with all transfer syntaxes need a quarter
 
 
 @dataclass(eq=False)
@@ -77,6 +76,7 @@ class Guard:
         return [
             (evt.EVT_CONN_OPEN, self.on_connect),
             (evt.EVT_REQUESTED, self.on_requested),
+            (evt.EVT_ESTABLISHED, self.on_established),
             (evt.EVT_ASYNC_OPS, lambda _: (1, 1)),  # is answered: one operation at a time
         ]
 
@@ -141,29 +141,10 @@ class Guard:
     # ---- pynetdicom's events ----
 
     def on_connect(self, event: evt.Event) -> None:
-        """Binds the association to its connection, and what it reads to the limits."""
-        association_socket = event.assoc.dul.socket
-        known = self._connections.get(association_socket.socket.fileno())
-        if known is None:
-            return
-        known.assoc = event.assoc
-        recv, longest = association_socket.recv, max(self._config.max_pdu_kb * 1024, _LONGEST_REQUEST_BYTES)
-
-        def recv_bounded(num_bytes: int) -> bytearray:
-            """pynetdicom asks for as many bytes as the header of a PDU says, up to 4 GB, and keeps them in memory."""
-            if num_bytes > longest:
-                self._say(
-                    ("pdu", known.address),
-                    "action=connection-closed address=%s: a PDU of %d bytes; receive.max_pdu_kb is %d",
-                    known.address,
-                    num_bytes,
-                    self._config.max_pdu_kb,
-                )
-                raise ConnectionError("PDU too long")
-            received: bytearray = recv(num_bytes)
-            return received
-
-        association_socket.recv = recv_bounded
+        """Binds the association to its connection."""
+        known = self._connections.get(event.assoc.dul.socket.socket.fileno())
+        if known is not None:
+            known.assoc = event.assoc
 
     def on_requested(self, event: evt.Event) -> None:
         """Rejects an association that may not be."""
@@ -198,6 +179,10 @@ class Guard:
         self._free_place(known)
         event.assoc.kill()
 
+    def on_established(self, event: evt.Event) -> None:
+        """From here on a read may wait as long as for a PDU, no longer as for the request."""
+        event.assoc.dul.socket.socket.settimeout(self._config.network_timeout_s)
+
     # ---- watched ----
 
     def _watch(self) -> None:
@@ -216,7 +201,7 @@ class Guard:
                 self.forget(known)
                 return
             known.ending_since = known.ending_since or now
-        elif assoc is not None and (assoc.is_rejected or assoc.dul.idle_timer_expired()):
+        elif assoc is not None and assoc.is_rejected:
             known.ending_since = known.ending_since or now
         elif not known.was_requested and now > known.deadline and not known.was_cut:
             self._say(

@@ -21,6 +21,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC
 from node.config import ClientTls, Config, Peer, ReceiveConfig
 from node.implementation import IMPLEMENTATION_CLASS_UID, make_ae
 from node.index import Index
+from node.receive import Receivers
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places
 from node.tls import client_context
@@ -276,6 +277,24 @@ def test_addresses_of_one_ipv6_network_are_one_peer(tmp_path: Path) -> None:
         places.take(ip_address("fd00::3"))
     places.take(ip_address("fd00:0:0:1::3"))
     places.close()
+
+
+def test_the_limits_hold_over_all_receiver_processes(make_config: MakeConfig, index: Index) -> None:
+    config = make_config(receive={"processes": 2, "max_associations": 5, "max_associations_per_address": 3})
+    receivers = Receivers(config, index)
+    receivers.start()
+    try:
+        here = [associate(config) for _ in range(6)]
+        there = [associate(config, source="127.0.0.2") for _ in range(6)]
+        assert sum(a.is_established for a in here) == 3
+        assert sum(a.is_established for a in there) == 2
+        assert {rejected(a) for a in (*here, *there)} == {None, (2, 3, 2)}
+        for association in (*here, *there):
+            association.abort()
+        wait_until(lambda: (again := associate(config)).is_established and again.release() is None)
+    finally:
+        receivers.terminate()
+        receivers.join(5)
 
 
 # ---- TLS ----
