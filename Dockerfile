@@ -3,7 +3,8 @@
 #   docker run -p 11112:11112 -v cspine-data:/data cspine-node         serve, results to /data/results
 #   docker run --rm cspine-node demo                                   watch it work on two made-up studies
 # Settings of your own: -v ./config.yaml:/config.yaml:ro, with data_dir /data, receive.host 0.0.0.0 and the peers in
-# receive.allow; with a list there, add - {ae_title: HEALTHCHECK, address: 127.0.0.1} for the health check.
+# receive.allow; with a list there, add - {ae_title: HEALTHCHECK, address: 127.0.0.1} for the health check, which speaks
+# plain DICOM: with receive.tls, run with --no-healthcheck.
 
 FROM python:3.11-slim AS build
 # Where torch's build comes from. For an NVIDIA GPU: --build-arg TORCH_INDEX=https://pypi.org/simple, and
