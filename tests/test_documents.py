@@ -45,7 +45,9 @@ def test_every_link_leads_to_a_file(document: Path) -> None:
 
 def test_the_conformance_statement_is_what_the_code_says() -> None:
     written = (ROOT / "docs" / "conformance.md").read_text()
-    assert written == conformance_statement(), "docs/conformance.md is not of today's code: run `make conformance`"
+    assert written == conformance_statement(), (
+        "docs/conformance.md is not of today's code: run `make conformance` (cspine conformance > docs/conformance.md)"
+    )
 
 
 def test_the_conformance_statement_explains_every_status_of_c_store() -> None:
