@@ -72,7 +72,7 @@ def make_key_objects(findings: Findings, maker: Maker) -> KeyObjectSelectionDocu
     first = Dataset()
     first.update(source.header)  # patient and study are taken from the first
     first.update(next(iter(images.values())))
-    return KeyObjectSelectionDocument(
+    ds = KeyObjectSelectionDocument(
         evidence=[first, *list(images.values())[1:]],
         content=content,
         series_number=SERIES_NUMBER,
@@ -82,6 +82,8 @@ def make_key_objects(findings: Findings, maker: Maker) -> KeyObjectSelectionDocu
         contributing_equipment=[processing_equipment(maker.node)],
         **maker.identification(FILE_NAME.removesuffix(".dcm")),
     )
+    ds.copy_patient_and_study_information(source.header)
+    return ds
 
 
 def _description(findings: Findings, names: list[str]) -> str:

@@ -167,12 +167,12 @@ def _draw_notes(case: _Case, canvas: Canvas, *, y: float) -> None:
         "Red line, dashed box: suspicious region.",
         f"Both views follow the curve of the spine; {WINDOW}.",
         _model(case),
-        f"{case.made_by}. No patient is named in the picture; the DICOM header does.",
+        f"{case.made_by}. No patient is named here, only in the DICOM header.",
     ]
     half = (PAGE_PIXELS - 3 * _MARGIN) / 2
-    for x, title, notes in (
-        (_MARGIN, "What was seen", left),
-        (2 * _MARGIN + half, "How to read it", right),
+    for x, title, notes, colour in (
+        (_MARGIN, "What was seen", left, INK),
+        (2 * _MARGIN + half, "How to read it", right, FAINT),
     ):
         canvas.fill((x, y, half, 1), RULE)
         canvas.text(x, y + 8, title, 17, bold=True)
@@ -180,7 +180,7 @@ def _draw_notes(case: _Case, canvas: Canvas, *, y: float) -> None:
         shown = [line for wrapped in lines for line in wrapped]
         if len(shown) > _MAX_LINES:
             shown = [*shown[: _MAX_LINES - 1], "… the rest stands in the report"]
-        canvas.text(x, y + 34, "\n".join(shown), _TEXT, FAINT)
+        canvas.text(x, y + 34, "\n".join(shown), _TEXT, colour)
 
 
 # --- One suspected level -----------------------------------------------------------------------------------------

@@ -83,6 +83,7 @@ def make_images(summary: Summary, maker: Maker) -> list[SCImage]:
             **maker.identification(name)
             | {"sop_instance_uid": maker.uids.uid(f"{name} instance {number}"), "instance_number": number},
         )
+        ds.copy_patient_and_study_information(source.header)
         ds.PatientOrientation = []  # a page shows several views; each bears its own marks
         ds.BodyPartExamined = "CSPINE"
         ds.ConversionType = "WSD"
@@ -110,7 +111,7 @@ def make_pdf(summary: Summary, maker: Maker) -> SOPClass:
         **maker.identification(name),
     )
     ds.copy_patient_and_study_information(header)
-    ds._add_contributing_equipment([processing_equipment(maker.node)])
+    ds.ContributingEquipmentSequence = [processing_equipment(maker.node)]
     ds.ConversionType = "WSD"
     ds.BurnedInAnnotation = "YES"
     ds.VerificationFlag = "UNVERIFIED"
