@@ -161,6 +161,11 @@ def _as_scp() -> Iterator[str]:
         can decode them."""
     )
     yield from _table("Transfer syntax | UID", _named(*decodable_transfer_syntaxes()))
+    yield from _prose(
+        """Nothing is decoded on receipt. JPEG Extended with 12 bits is taken and then refused by the analysis with the
+        reason, since its only codec is GPL-licensed and not installed. Enhanced CT may come as a concatenation; several
+        stacks are read if they continue each other in space."""
+    )
     yield from ("### 3.2 C-STORE statuses", "")
     yield from _table(
         "Status | Meaning here", [(f"0x{code:04X}", meaning) for code, meaning in sorted(STORE_STATUSES.items())]
@@ -168,7 +173,9 @@ def _as_scp() -> Iterator[str]:
     yield from _prose(
         """The Error Comment says which. Instances are kept as they came. SOPClassUID and SOPInstanceUID missing from
         the dataset are taken from the request, a missing Modality is taken as CT. Source Instances in any character set
-        pydicom knows are read."""
+        pydicom knows are read.""",
+        """Instances are kept as long as `retention` says, by default 30 days after their results are delivered, less
+        when the disk fills: the node is no archive. One that was purged is new when it is sent again.""",
     )
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Update, bindparam, delete, select
 
-from node.case import FINISHED, Case, DeliveryState
+from node.case import FINISHED, Case, DeliveryState, NotificationState
 from node.index import tables
 from node.index.cases import Cases, unmoved
 
-_cases, _deliveries, _instances, _removals = tables.cases, tables.deliveries, tables.instances, tables.removals
+_cases, _deliveries, _instances = tables.cases, tables.deliveries, tables.instances
+_notifications, _removals = tables.notifications, tables.removals
 
 
 class _MovedOnError(Exception):
@@ -72,9 +73,11 @@ class Retaining(Cases):
 
 
 def _nothing_pending() -> Any:
-    mine = _deliveries.c.case_id == _cases.c.case_id
+    """No destination is still to get the results of the case, nobody still to be told of them."""
     unsettled = _deliveries.c.state.in_((DeliveryState.PENDING, DeliveryState.VERIFYING))
-    return ~select(_deliveries.c.delivery_id).where(mine, unsettled).exists()
+    to_deliver = select(_deliveries.c.case_id).where(unsettled)
+    to_tell = select(_notifications.c.case_id).where(_notifications.c.state == NotificationState.PENDING)
+    return _cases.c.case_id.not_in(to_deliver) & _cases.c.case_id.not_in(to_tell)
 
 
 def _mark(connection: Connection, case: Case, marked: Update, paths: Sequence[str]) -> None:

@@ -15,11 +15,12 @@ import pytest
 from click.testing import CliRunner
 from pydantic import SecretStr
 
-from node.case import Case, CaseState, DeliveryState
+from node.case import Case, CaseState, DeliveryState, NotificationState
 from node.cases import print_table
 from node.cli import main
 from node.config import Config, RetentionConfig
-from node.index import Index
+from node.index import Index, tables
+from node.priority import Priority
 from node.receive.reconcile import reconcile
 from node.retention import (
     Kept,
@@ -213,8 +214,35 @@ def test_results_wait_for_the_last_destination_or_for_its_being_given_up(index: 
     assert case_of(index, "1.2.3").state is CaseState.FAILED
 
 
+def test_results_wait_until_everyone_was_told_of_them(index: Index, config: Config) -> None:
+    bring_to(index, "1.2.3", CaseState.DONE)
+    row = {
+        "target": "chat",
+        "about": "analysed",
+        "subject": "cases/1.2.3/abc",
+        "text": "",
+        "at": 0,
+        "next_attempt_at": 0,
+    }
+    with index._writing() as connection:
+        connection.execute(
+            tables.notifications.insert().values(
+                case_id=1, state=NotificationState.PENDING, attempts=0, reason="", **row
+            )
+        )
+    assert plan_now(index, config) == []
+
+    with index._writing() as connection:
+        connection.execute(tables.notifications.update().values(state=NotificationState.SENT))
+    assert len(plan_now(index, config)) == 2
+
+
 def test_what_was_purged_is_known(
-    either_index: Index, config: Config, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+    either_index: Index,
+    config: Config,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for series, state in (("1.2.3", CaseState.DONE), ("1.2.4", CaseState.REFUSED)):
         bring_to(either_index, series, state)
@@ -232,9 +260,10 @@ def test_what_was_purged_is_known(
     assert either_index.find_instance("1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
-    print_table([done])
-    assert "originals" in (shown := capsys.readouterr().out)
-    assert "results" in shown
+    monkeypatch.setenv("COLUMNS", "250")
+    print_table([done], lambda _: Priority.ROUTINE)
+    assert "originals purged" in (shown := capsys.readouterr().out)
+    assert "results purged" in shown
     assert plan_now(either_index, config) == []
 
 
