@@ -340,6 +340,7 @@ class DeliverConfig(_Section):
     retry_first_s: Seconds = 10.0
     retry_max_s: Seconds = 86400.0
     max_attempts: int = Field(default=30, ge=1)
+    report_not_analysed: bool = True
     destinations: tuple[Annotated[Destination, Field(discriminator="type")], ...] = (
         FolderDestination(type="folder", name="results", path=Path("data/results")),
     )

@@ -28,6 +28,7 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
+from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
@@ -154,6 +155,7 @@ class Service:
                 "action=analysing case=%d series=%s attempt=%d", case.case_id, case.series_instance_uid, case.attempts
             )
             job = Job(
+                previous_dir=case.result_dir,
                 paths=self._index.instance_paths(case.series_instance_uid),
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )
@@ -184,11 +186,26 @@ class Service:
             else:
                 log.info("action=superseded %s: more Instances came while it was analysed", where)
         elif isinstance(outcome, NotAnalysable):
-            self._index.refuse(case, outcome.reason)
+            self._refuse(case, outcome)
             log.warning("action=refused %s: %s", where, outcome.reason)
         else:
             state = self._index.fail_attempt(case, outcome.reason, self._config.analyse.max_attempts)
             log.error("action=attempt-failed %s attempt=%d state=%s: %s", where, case.attempts, state, outcome.reason)
+
+    def _refuse(self, case: Case, outcome: NotAnalysable) -> None:
+        """Notes why a Series was not analysed, and has the reports that say so delivered to those who get reports."""
+        if outcome.folder is None:
+            self._index.refuse(case, outcome.reason)
+            return
+        destinations = self._config.deliver.destinations
+        self._index.finish(
+            case,
+            outcome.folder,
+            summary="Not analysed",
+            sop_instance_uids=outcome.sop_instance_uids,
+            destinations=[item.name for item in destinations if Kind.REPORT_SR in item.profile.objects],
+            refusal=outcome.reason,
+        )
 
 
 def _lock(data_dir: Path) -> BinaryIO:

@@ -11,14 +11,19 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from node.config import Config
 from node.process import be_child, describe_error
+
+if TYPE_CHECKING:
+    from model import DecodePool
+    from model.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +32,14 @@ _START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One Series to analyse: its files, and the folder under which its result folder goes."""
+    """One Series to analyse: its files, and the folder under which its result folder goes.
+
+    previous_dir: the folder of earlier results, which those of this job supersede; None if there are none.
+    """
 
     paths: Sequence[Path]
     results_dir: Path
+    previous_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +54,14 @@ class Analysed:
 
 @dataclass(frozen=True, kw_only=True)
 class NotAnalysable:
-    """This Series cannot be analysed; another attempt would end the same."""
+    """This Series cannot be analysed; another attempt would end the same.
+
+    folder: holds the reports that say so; None if none are to be made.
+    """
 
     reason: str
+    folder: Path | None = None
+    sop_instance_uids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +232,8 @@ def _exit_words(code: int | None) -> str:
 def _work(config: Config, connection: Connection) -> None:
     """The worker process: loads the model, says so, then answers one job after the other."""
     be_child(config.log_level)
-    from model import BundleError, DecodePool, SeriesError, load_pipeline
-    from node.analyse import analyse_series, result_folder_name
-    from node.complete import series_rules
-    from node.encode import NodeIdentity, conclude
+    from model import BundleError, DecodePool, load_pipeline
 
-    rules, node = series_rules(config.complete), NodeIdentity(ae_title=config.receive.ae_title)
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
@@ -237,27 +247,48 @@ def _work(config: Config, connection: Connection) -> None:
         except EOFError:
             return
         try:
-            # The stored file's name is its SOP Instance UID.
-            name = result_folder_name([path.stem for path in job.paths], pipeline.info)
-            results = analyse_series(
-                job.paths,
-                job.results_dir / name,
-                pipeline,
-                rules,
-                node,
-                profiles=config.deliver.profiles,
-                decode_pool=decode_pool,
-                on_stage=lambda stage: connection.send(_Stage(stage)),
-            )
-            outcome: JobOutcome = Analysed(
-                folder=results.folder,
-                sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),
-                summary=conclude(results.findings),
-                total_s=results.findings.timings_s["total"],
-            )
-        except SeriesError as error:
-            outcome = NotAnalysable(reason=str(error))
+            outcome = _do(job, config, pipeline, decode_pool, lambda stage: connection.send(_Stage(stage)))
         except Exception as error:
             log.debug("action=analysis-broke", exc_info=True)  # its message may quote a patient's data
             outcome = Broken(reason=describe_error(error))
         connection.send(outcome)
+
+
+def _do(
+    job: Job, config: Config, pipeline: "Pipeline", decode_pool: "DecodePool", on_stage: Callable[[str], None]
+) -> JobOutcome:
+    """Analyses a Series; if it cannot be, leaves the reports that say so, where they are wanted."""
+    from model import SeriesError
+    from node.analyse import analyse_series, report_refusal, result_folder_name
+    from node.complete import series_rules
+    from node.encode import NodeIdentity, conclude
+
+    node, profiles = NodeIdentity(ae_title=config.receive.ae_title), config.deliver.profiles
+    uids = [path.stem for path in job.paths]  # a stored file is named by its SOP Instance UID
+    try:
+        results = analyse_series(
+            job.paths,
+            job.results_dir / result_folder_name(uids, pipeline.info),
+            pipeline,
+            series_rules(config.complete),
+            node,
+            profiles=profiles,
+            decode_pool=decode_pool,
+            on_stage=on_stage,
+            previous_dir=job.previous_dir,
+        )
+    except SeriesError as error:
+        reason = str(error)
+        if not config.deliver.report_not_analysed:
+            return NotAnalysable(reason=reason)
+        folder = job.results_dir / result_folder_name(uids, pipeline.info, reason)
+        objects = report_refusal(job.paths, folder, reason, pipeline.info, node, profiles, job.previous_dir)
+        return NotAnalysable(
+            reason=reason, folder=folder, sop_instance_uids=tuple(made.sop_instance_uid for made in objects)
+        )
+    return Analysed(
+        folder=results.folder,
+        sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),
+        summary=conclude(results.findings),
+        total_s=results.findings.timings_s["total"],
+    )

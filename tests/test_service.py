@@ -59,6 +59,15 @@ def test_what_cannot_be_analysed_says_why_and_does_not_stop_the_rest(node: Runni
     assert node.wait_until_settled(num_cases=3) == ended, node.log()
     reasons = {case.state: case.reason for case in node.cases()}
     assert "8" in reasons[CaseState.REFUSED]
+    # The PACS is told, too.
+    source = dcmread(few[0])
+    report = node.results_dir / source.StudyInstanceUID / source.SeriesInstanceUID / "report.sr.dcm"
+    deadline = time.monotonic() + 20
+    while not report.exists():
+        assert time.monotonic() < deadline, node.log()
+        time.sleep(0.1)
+    assert [path.name for path in report.parent.iterdir()] == ["report.sr.dcm"]
+    assert reasons[CaseState.REFUSED].encode() in report.read_bytes()
     assert "localizer" in reasons[CaseState.SKIPPED].lower()
 
 
@@ -93,6 +102,8 @@ def test_sending_again_changes_nothing_and_a_late_slice_makes_new_results(node: 
     second = {path.name: dcmread(path).SOPInstanceUID for path in node.results_dir.rglob("*.dcm")}
     assert second.keys() == first.keys()
     assert not set(second.values()) & set(first.values())
+    (report,) = node.results_dir.rglob("report.sr.dcm")
+    assert first["report.sr.dcm"] in str(dcmread(report).PredecessorDocumentsSequence)
 
 
 @pytest.mark.parametrize("ending", ["SIGTERM", "kill -9"])

@@ -146,7 +146,9 @@ class _Study:
             log.warning("action=incomplete %s: its source holds %d", where, item.num_at_source)
 
     def _refuse(self, item: _Judged) -> None:
-        if self._index.refuse(item.case, item.verdict.reason):
+        if self._config.deliver.report_not_analysed:
+            self._queue(item)  # the worker refuses it for the same reason, and writes the report that says so
+        elif self._index.refuse(item.case, item.verdict.reason):
             where = f"case={item.case.case_id} series={item.case.series_instance_uid}"
             log.warning("action=refused %s: %s", where, item.verdict.reason)
 

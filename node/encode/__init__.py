@@ -6,14 +6,26 @@ the source Instances and writes files; it sends nothing and does not write findi
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from pydicom.config import disable_value_validation
 from pydicom.dataset import Dataset
 
-from model import LEVELS, Analysis, BodyHeights, Finding, Findings, Grid, Volume, body_heights
+from model import (
+    LEVELS,
+    Analysis,
+    BodyHeights,
+    Finding,
+    Findings,
+    Grid,
+    LevelFinding,
+    ModelInfo,
+    PatientFinding,
+    Volume,
+    body_heights,
+)
 from node.encode import keyslices, saliency, sr
 from node.encode.frames import Marked, marked_part
 from node.encode.identity import NodeIdentity, ResultUids
@@ -22,11 +34,11 @@ from node.encode.maker import Maker
 from node.encode.regions import FractureRegion, find_regions
 from node.encode.saliency import make_saliency_map
 from node.encode.seg import FRACTURES, VERTEBRA_SEGMENTS, VERTEBRAE, Mask, SegPart, make_segmentation, plan, save
-from node.encode.source import Source, read_source
+from node.encode.source import Source, read_refused, read_source
 from node.encode.sr import conclude
 from node.profiles import Kind, Profile, object_names
 
-__all__ = ["NodeIdentity", "ResultObject", "conclude", "encode_results"]
+__all__ = ["NodeIdentity", "ResultObject", "conclude", "encode_refusal", "encode_results"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +59,13 @@ def encode_results(
     *,
     node: NodeIdentity,
     profiles: Collection[Profile] = (Profile(),),
+    previous_dir: Path | None = None,
 ) -> tuple[ResultObject, ...]:
     """Writes every object that some profile asks for into `out_dir`, and says what was written.
 
     A Segmentation whose mask is empty is left out. The same input Instances and model version give the same UIDs and,
-    dates aside, the same bytes. volume: the Series that was analysed.
+    dates aside, the same bytes. volume: the Series that was analysed. previous_dir: folder of earlier results of the
+    Series, whose report is superseded; None if there are none.
 
     Raises:
         ValueError: masks and volume do not have the same shape.
@@ -67,11 +81,51 @@ def encode_results(
     # that must not reach a log. Values are copied as the source has them.
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
-        return tuple(_encode(analysis, volume, out_dir, node, profiles))
+        return tuple(_encode(analysis, volume, out_dir, node, profiles, previous_dir))
+
+
+def encode_refusal(
+    reason: str,
+    paths: Sequence[Path],
+    out_dir: Path,
+    *,
+    model: ModelInfo,
+    node: NodeIdentity,
+    profiles: Collection[Profile] = (Profile(),),
+    previous_dir: Path | None = None,
+) -> tuple[ResultObject, ...]:
+    """Writes the reports that say that a Series was not analysed, and why, for the profiles that ask for a report.
+
+    paths: the files of the Series. The rest is as for `encode_results`, and so are the file names.
+
+    Raises:
+        OSError: a source cannot be read or a result cannot be written.
+    """
+    with warnings.catch_warnings(), disable_value_validation():
+        warnings.simplefilter("ignore")
+        source = read_refused(paths)
+        uids = replace(ResultUids.of((item.sop_instance_uid for item in source.slices), model), refusal=reason)
+        unseen = LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+        findings = Findings(
+            study_instance_uid=source.header.StudyInstanceUID,
+            series_instance_uid=source.header.SeriesInstanceUID,
+            model=model,
+            patient_overall=PatientFinding(probability=None, finding=Finding.UNDETERMINED),
+            levels=dict.fromkeys(LEVELS, unseen),
+        )
+        content = sr.Content(findings=findings, not_analysed=reason, previous_dir=previous_dir)
+        maker = Maker(source=source, model=model, uids=uids, node=node)
+        parts_of: dict[Profile, Sequence[SegPart]] = dict.fromkeys(profiles, ())
+        return tuple(_reports(content, parts_of, {}, out_dir, maker))
 
 
 def _encode(
-    analysis: Analysis, volume: Volume, out_dir: Path, node: NodeIdentity, profiles: Collection[Profile]
+    analysis: Analysis,
+    volume: Volume,
+    out_dir: Path,
+    node: NodeIdentity,
+    profiles: Collection[Profile],
+    previous_dir: Path | None,
 ) -> Iterator[ResultObject]:
     maker = Maker(
         source=read_source(volume.slices, volume.grid),
@@ -99,7 +153,7 @@ def _encode(
     for file_name, ds in _explanations(analysis, volume, wanted, maker):
         yield _write(ds, out_dir, file_name)
     heights = _heights(vertebrae, analysis.findings, volume.grid)
-    content = sr.Content(findings=analysis.findings, regions=regions, heights=heights)
+    content = sr.Content(findings=analysis.findings, regions=regions, heights=heights, previous_dir=previous_dir)
     yield from _reports(content, parts_of, segs, out_dir, maker)
 
 

@@ -25,11 +25,12 @@ class NodeIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class ResultUids:
-    """UIDs of what is made from one set of Instances with one model version."""
+    """UIDs of what is made from one set of Instances with one model version. refusal: why there are no findings."""
 
     sop_instance_uids: frozenset[str]
     model_name: str
     model_version: str
+    refusal: str = ""
 
     @classmethod
     def of(cls, sop_instance_uids: Iterable[str], model: ModelInfo) -> "ResultUids":
@@ -38,7 +39,8 @@ class ResultUids:
 
     def uid(self, kind: str) -> str:
         """The UID of one thing, e.g. `report.sr instance`; the same for the same input, model version and kind."""
-        return derive_uid(kind, self.model_name, self.model_version, *sorted(self.sop_instance_uids))
+        refusal = [self.refusal] if self.refusal else []
+        return derive_uid(kind, self.model_name, self.model_version, *sorted(self.sop_instance_uids), *refusal)
 
     def tracking_uid(self, what: str) -> str:
         """The Tracking UID that the segments of a level (or the patient) and its group in the report share."""

@@ -6,6 +6,7 @@ elsewhere in the header of the first one is mended here, in memory. Pixels are n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pydicom
 from highdicom.enum import SpecificCharacterSetValues
@@ -16,7 +17,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 from pydicom.valuerep import format_number_as_ds, validate_value
 
-from model import Grid, SliceHeader, SliceSource, slice_headers
+from model import Grid, SliceSource, slice_headers
 from node.encode.identity import derive_uid
 
 # Type 2 in the Patient and General Study modules: always present in a result, empty when the source lacks them.
@@ -119,7 +120,7 @@ def read_source(slices: Sequence[SliceSource], grid: Grid) -> Source:
     ds = pydicom.dcmread(first.path, stop_before_pixels=True)
     frame = slice_headers(ds)[first.frame_number - 1]
     return Source(
-        header=_mended(ds, frame),
+        header=_mended(ds, frame.sop_class_uid or CTImageStorage, frame.sop_instance_uid),
         slices=slices,
         grid=grid,
         orientation=frame.orientation or (),
@@ -127,7 +128,27 @@ def read_source(slices: Sequence[SliceSource], grid: Grid) -> Source:
     )
 
 
-def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
+def read_refused(paths: Sequence[Path]) -> Source:
+    """A Series that could not be read as a volume, for reports only: of one SOP Class, its slices in no order.
+
+    Raises:
+        OSError: a file cannot be opened.
+    """
+    tags = ["SOPClassUID", "SOPInstanceUID"]
+    found = {path: pydicom.dcmread(path, specific_tags=tags, stop_before_pixels=True) for path in sorted(paths)}
+    first = next(iter(found))
+    slices = [
+        SliceSource(sop_instance_uid=str(ds.get("SOPInstanceUID") or path.stem), path=path)
+        for path, ds in found.items()
+        if ds.get("SOPClassUID") == found[first].get("SOPClassUID")
+    ]
+    ds = pydicom.dcmread(first, stop_before_pixels=True)
+    header = _mended(ds, str(ds.get("SOPClassUID") or CTImageStorage), slices[0].sop_instance_uid)
+    grid = Grid.axial(shape=(len(slices), 1, 1), spacing_mm=(1.0, 1.0, 1.0))  # nobody asks where they lie
+    return Source(header=header, slices=slices, grid=grid, orientation=(), pixel_spacing_mm=())
+
+
+def _mended(ds: Dataset, sop_class_uid: str, sop_instance_uid: str) -> Dataset:
     """The header with everything highdicom insists on; values it would refuse are emptied."""
     for keyword in _FUNCTIONAL_GROUPS:
         if keyword in ds:
@@ -143,8 +164,7 @@ def _mended(ds: Dataset, frame: SliceHeader) -> Dataset:
     for element in ds:
         if element.VR in _STRICT_VRS and not _is_valid(element):
             ds[element.tag].value = ""
-    ds.SOPClassUID = frame.sop_class_uid or CTImageStorage
-    ds.SOPInstanceUID = frame.sop_instance_uid
+    ds.SOPClassUID, ds.SOPInstanceUID = sop_class_uid, sop_instance_uid
     ds.Modality = "CT"
     if not ds.get("FrameOfReferenceUID"):
         # Without one there is no place to put a mask. Viewers then match by the referenced Instances.

@@ -7,8 +7,10 @@ stands under "Qualitative Evaluations" (TID 1500 rows 12 to 14). Nobody has veri
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pydicom
 from highdicom.sr import (
     CodeContentItem,
     Comprehensive3DSR,
@@ -65,14 +67,14 @@ class Content:
     """What reports of a case say, whatever their form.
 
     heights: of the bodies of the levels where they could be measured. not_analysed: why there are no findings, "" if
-    there are. predecessors: the reports that this one replaces, as datasets with their UIDs.
+    there are. previous_dir: the folder of earlier results of the Series, None if there are none.
     """
 
     findings: Findings
     regions: Sequence[FractureRegion] = ()
     heights: Mapping[str, BodyHeights] = field(default_factory=dict)
     not_analysed: str = ""
-    predecessors: Sequence[Dataset] = ()
+    previous_dir: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -123,6 +125,7 @@ def make_report(
     report[0].ContentSequence.append(_evaluations(content))
     references = maker.source.references()
     references[0] = maker.source.header  # patient and study are taken from the first
+    identification = maker.identification(file_name.removesuffix(".dcm"))
     kind = Comprehensive3DSR if profile.report == "comprehensive-3d" else ComprehensiveSR
     return kind(
         evidence=[*references, *segmentations],
@@ -132,12 +135,37 @@ def make_report(
         is_complete=True,
         is_final=False,
         is_verified=False,
-        previous_versions=content.predecessors or None,
+        previous_versions=_predecessors(content, file_name, identification["sop_instance_uid"]) or None,
         transfer_syntax_uid=ExplicitVRLittleEndian,
         specific_character_set=_character_set(content, maker.source),
         contributing_equipment=[processing_equipment(maker.node)],
-        **maker.identification(file_name.removesuffix(".dcm")),
+        **identification,
     )
+
+
+def _predecessors(content: Content, file_name: str, sop_instance_uid: str) -> list[Dataset]:
+    """The report that this one supersedes: that of earlier results of the Series, in this form if there is one.
+
+    A report that is made again keeps the predecessor it had, so that it has the same bytes.
+    """
+    if content.previous_dir is None:
+        return []
+    paths = [content.previous_dir / file_name, *sorted(content.previous_dir.glob("*.sr.dcm"))]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return []
+    earlier = pydicom.dcmread(path)
+    if earlier.SOPInstanceUID != sop_instance_uid:
+        return [earlier]
+    kept = []
+    for study in earlier.get("PredecessorDocumentsSequence", []):
+        for series in study.ReferencedSeriesSequence:
+            for item in series.ReferencedSOPSequence:
+                ds = Dataset()
+                ds.StudyInstanceUID, ds.SeriesInstanceUID = study.StudyInstanceUID, series.SeriesInstanceUID
+                ds.SOPClassUID, ds.SOPInstanceUID = item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID
+                kept.append(ds)
+    return kept
 
 
 def conclude(findings: Findings) -> str:

@@ -49,16 +49,21 @@ class Analysing(Operating):
         summary: str,
         sop_instance_uids: Sequence[str],
         destinations: Sequence[str],
+        refusal: str = "",
     ) -> bool:
-        """The results are safely on disk and go to `destinations`; whatever of the case was on its way is replaced."""
+        """The results are safely on disk and go to `destinations`; whatever of the case was on its way is replaced.
+
+        refusal: why the Series was not analysed, if the results are only the reports that say so.
+        """
         now = self.now()
         relative = str(result_dir.relative_to(self.data_dir))
         with self._writing() as connection:
             state = CaseState.DELIVERING if destinations else CaseState.DONE
+            state = CaseState.REFUSED if refusal else state
             moved = connection.execute(
                 unmoved(case).values(
                     state=state,
-                    reason="",
+                    reason=refusal,
                     result_dir=relative,
                     results_purged_at=None,
                     summary=summary,

@@ -134,10 +134,14 @@ def _region(source: SliceSource) -> Region:
     )
 
 
-def encode(volume: Volume, analysis: Analysis, folder: Path, *profiles: Profile) -> dict[str, ResultObject]:
+def encode(
+    volume: Volume, analysis: Analysis, folder: Path, *profiles: Profile, previous_dir: Path | None = None
+) -> dict[str, ResultObject]:
     """What was written for these profiles, or for the default one, by kind."""
     folder.mkdir(exist_ok=True)
-    written = encode_results(analysis, volume, folder, node=NODE, profiles=profiles or (Profile(),))
+    written = encode_results(
+        analysis, volume, folder, node=NODE, profiles=profiles or (Profile(),), previous_dir=previous_dir
+    )
     return {made.kind: made for made in written}
 
 

@@ -10,7 +10,7 @@ import pytest
 from model import SliceHeader
 from node.case import Case, CaseState
 from node.complete import Sources, check_cases
-from node.config import CompleteConfig, Config
+from node.config import CompleteConfig, Config, DeliverConfig
 from node.index import Index, NewInstance
 from node.rules.settings import RulesConfig
 from tests.factories import SAGITTAL, make_ct_series
@@ -46,7 +46,11 @@ class Node:
 
     def __init__(self, index: Index, clock: Clock, **rules: Any) -> None:
         self.index, self.clock = index, clock
-        self.config = Config(complete=CompleteConfig(quiet_time_s=30), rules=RulesConfig(**rules))
+        self.config = Config(
+            complete=CompleteConfig(quiet_time_s=30),
+            rules=RulesConfig(**rules),
+            deliver=DeliverConfig(report_not_analysed=False),
+        )
         self.sources = Sources(index, self.config)
 
     def open(self) -> int:
@@ -123,6 +127,13 @@ def test_a_series_with_a_gap_waits_for_the_quiet_time_and_is_then_refused_with_t
     assert case.state is CaseState.REFUSED
     assert "slice gaps" in case.reason
     assert case.won_s is None
+
+
+def test_a_refused_series_goes_to_a_worker_when_a_report_is_to_say_so(node: Node) -> None:
+    node.config = Config(complete=CompleteConfig(quiet_time_s=30))
+    node.send(GAP)
+    node.check(31)
+    assert node.case().state is CaseState.QUEUED
 
 
 def test_an_instance_that_comes_after_a_refusal_gives_the_series_another_chance(node: Node) -> None:

@@ -211,7 +211,9 @@ def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
     outcome = pool.submit(too_few).result(60)
     assert isinstance(outcome, NotAnalysable)
     assert "5 slices; at least 30 are needed" in outcome.reason
-    assert not (tmp_path / "results").exists()
+    assert outcome.folder is not None
+    assert [path.name for path in outcome.folder.iterdir()] == ["report.sr.dcm"]
+    assert len(outcome.sop_instance_uids) == 1
 
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     whole = make_ct_series(tmp_path / "whole", num_slices=30, spacing_mm=2.5, rows=64, columns=64)
