@@ -26,6 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="KEYWORD", help="such as JPEGLosslessSV1; all without it")
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     anatomy = Anatomy.random(7)
@@ -33,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="cspine-decode-") as name, DecodePool() as pool:
         plain = write_series(phantom, Path(name) / "plain")
         print(f"\n{'transfer syntax':<60}{'MB':>6}{'alone s':>9}{'CPU s':>8}{'pool s':>9}{'CPU s':>8}{'gain':>7}")
-        for syntax in (uid for uid in LOSSLESS if can_encode(uid)):
+        for syntax in (uid for uid in LOSSLESS if can_encode(uid) and uid.keyword in (arguments.only or uid.keyword)):
             paths = [Path(shutil.copy(path, Path(name) / path.name)) for path in plain]
             for path in paths:
                 convert(path, syntax)
