@@ -70,8 +70,10 @@ class DecodePool:
             )
         with _shared_memory((len(jobs), *frame_shape)) as (path, frames):
             shares = self._shares(list(enumerate(jobs)))
+            at_a_time = max(1, min(4, len(shares) // (4 * self.num_processes)))  # handing over costs, waiting too
+            done = self._executor.map(_decode_share, repeat(path), repeat(frames.shape), shares, chunksize=at_a_time)
             try:
-                for slots in self._executor.map(_decode_share, repeat(path), repeat(frames.shape), shares, chunksize=4):
+                for slots in done:
                     yield from ((jobs[slot].index, frames[slot]) for slot in slots)
             except BrokenProcessPool:
                 self.close()
