@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 SOP_CLASS = StorageCommitmentPushModel
 
 _SUCCESS = 0x0000
+_PROCESSING_FAILURE = 0x0110
 _NO_SUCH_OBJECT = 0x0112
 _INVALID_ARGUMENT = 0x0115
 _NO_SUCH_ACTION = 0x0123
@@ -27,6 +28,7 @@ _RESOURCES = 0x0213
 
 COMMITMENT_STATUSES = {
     _SUCCESS: "the request is noted; a report follows",
+    _PROCESSING_FAILURE: "the dataset cannot be parsed; answered by pynetdicom",
     _NO_SUCH_OBJECT: "the Requested SOP Instance UID is not that of the Storage Commitment Push Model",
     _INVALID_ARGUMENT: "the Transaction UID, or a UID of a referenced Instance, is missing or not a UID",
     _NO_SUCH_ACTION: "the Action Type ID is not 1",

@@ -80,5 +80,5 @@ def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
 
 
 def _unknown(caller: Caller, why: str) -> Rejection:
-    entry = f"- {{ae_title: {caller.calling_ae_title}, address: {caller.address}}}"
+    entry = f"- {{ae_title: {caller.calling_ae_title!r}, address: {caller.address}}}"
     return Rejection(CALLING_NOT_RECOGNIZED, f"{why}; to let it in, add there: {entry}")

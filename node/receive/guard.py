@@ -17,6 +17,7 @@ from typing import Any
 
 from pynetdicom import AE, evt
 from pynetdicom.association import Association
+from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
 from node.config import ReceiveConfig
@@ -41,6 +42,7 @@ class _Connection:
     problem: str  # why there is none
     deadline: float  # for the A-ASSOCIATE-RQ
     assoc: Association | None = None
+    was_greeted: bool = False  # it is pynetdicom's now
     was_requested: bool = False
     was_cut: bool = False
     ending_since: float | None = None
@@ -120,9 +122,11 @@ class Guard:
                     connection, server_side=True, do_handshake_on_connect=False
                 )
                 known.socket.do_handshake()
+                known.was_greeted = True
                 return known.socket
             first = connection.recv(1, socket.MSG_PEEK)
             if first and first != _TLS_HANDSHAKE:
+                known.was_greeted = True
                 return connection
             problem = "it speaks TLS, and receive.tls is not set" if first else ""
         except OSError as error:
@@ -147,37 +151,41 @@ class Guard:
             known.assoc = event.assoc
 
     def on_requested(self, event: evt.Event) -> None:
-        """Rejects an association that may not be."""
-        request = event.assoc.requestor.primitive
+        """Rejects an association that may not be. Should judging fail, pynetdicom would go on and accept it."""
+        rejection: Rejection | None = Rejection(LOCAL_LIMIT_EXCEEDED, "it could not be judged")
         known = next((c for c in list(self._connections.values()) if c.assoc is event.assoc), None)
-        if known is None:
-            return
+        try:
+            if known is not None:
+                rejection = self._judge(known, event.assoc.requestor.primitive)
+        finally:
+            if rejection is not None:
+                event.assoc.acse.send_reject(*rejection.code)
+                evt.trigger(event.assoc, evt.EVT_REJECTED, {})
+                if known is not None:
+                    self._free_place(known)
+                event.assoc.kill()
+
+    def _judge(self, known: _Connection, request: A_ASSOCIATE) -> Rejection | None:
         known.was_requested = True
         calling, called = request.calling_ae_title.strip(), request.called_ae_title.strip()
-        rejection = judge(
-            self._config,
-            Caller(
-                calling_ae_title=calling,
-                called_ae_title=called,
-                address=known.address,
-                application_context=str(request.application_context_name or ""),
-            ),
+        caller = Caller(
+            calling_ae_title=calling,
+            called_ae_title=called,
+            address=known.address,
+            application_context=str(request.application_context_name or ""),
         )
+        rejection = judge(self._config, caller)
         if rejection is None and known.place is None:
             rejection = Rejection(LOCAL_LIMIT_EXCEEDED, known.problem)
-        if rejection is None:
-            return
-        self._say(
-            ("rejected", known.address, calling, called, rejection.code),
-            "action=association-rejected calling=%r address=%s: %s",
-            calling,
-            known.address,
-            rejection.message,
-        )
-        event.assoc.acse.send_reject(*rejection.code)
-        evt.trigger(event.assoc, evt.EVT_REJECTED, {})
-        self._free_place(known)
-        event.assoc.kill()
+        if rejection is not None:
+            self._say(
+                ("rejected", known.address, calling, called, rejection.code),
+                "action=association-rejected calling=%r address=%s: %s",
+                calling,
+                known.address,
+                rejection.message,
+            )
+        return rejection
 
     def on_established(self, event: evt.Event) -> None:
         """From here on a read may wait as long as for a PDU, no longer as for the request."""
@@ -196,7 +204,10 @@ class Guard:
 
     def _look_after(self, known: _Connection, now: float) -> None:
         assoc = known.assoc
-        if assoc is not None and assoc.ident is not None and not assoc.is_alive():
+        is_running = assoc is not None and assoc.is_alive()
+        if known.was_greeted and not is_running and known.socket.fileno() < 0:  # closed, say for lack of a thread
+            self.forget(known)
+        elif assoc is not None and assoc.ident is not None and not assoc.is_alive():
             if not assoc.dul.is_alive():
                 self.forget(known)
                 return

@@ -23,6 +23,9 @@ class Places:
     def __init__(self, path: Path, num: int, num_per_peer: int) -> None:
         self._num, self._num_per_peer = num, num_per_peer
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o640)
+        missing = num * _ROW_BYTES - os.fstat(self._descriptor).st_size
+        if missing > 0:  # now, since a disk that has filled up must not keep peers from being told so
+            os.pwrite(self._descriptor, bytes(missing), num * _ROW_BYTES - missing)
         self._lock = threading.Lock()
         self._mine: set[int] = set()  # a process does not conflict with its own locks, so it must know them
 

@@ -21,7 +21,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC
 from node.config import ClientTls, Config, Peer, ReceiveConfig
 from node.implementation import IMPLEMENTATION_CLASS_UID, make_ae
 from node.index import Index
-from node.receive import Receivers
+from node.receive import Receivers, guard, server
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places
 from node.tls import client_context
@@ -145,7 +145,7 @@ def test_a_peer_that_is_not_listed_is_rejected_with_the_reason_and_the_log_says_
         ]
     )
     assert rejected(associate(config, calling="CT9")) == (1, 1, 3)
-    assert "to let it in, add there: - {ae_title: CT9, address: 127.0.0.1}" in caplog.text
+    assert "to let it in, add there: - {ae_title: 'CT9', address: 127.0.0.1}" in caplog.text
     assert rejected(associate(config, calling="CT1", source="127.0.0.9")) == (1, 1, 3)
     assert "no entry of receive.allow holds the address 127.0.0.9" in caplog.text
     assert rejected(associate(config, calling="CT2", called="NODE")) == (1, 1, 7)
@@ -153,6 +153,21 @@ def test_a_peer_that_is_not_listed_is_rejected_with_the_reason_and_the_log_says_
     association = associate(config, calling="CT2")
     assert association.is_established
     association.release()
+
+
+def test_an_ae_title_cannot_forge_a_line_of_the_log() -> None:
+    caller = Caller(calling_ae_title="CT1\nERROR", called_ae_title="X", address=parse_address("10.0.0.1"))
+    rejection = judge(ReceiveConfig(), caller)
+    assert rejection is not None
+    assert "\n" not in rejection.message
+
+
+def test_an_association_that_cannot_be_judged_is_not_let_in(
+    start: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pynetdicom goes on when a handler of its events breaks."""
+    monkeypatch.setattr(guard, "judge", lambda *_: 1 / 0)
+    assert rejected(associate(start())) == (2, 3, 2)
 
 
 def test_whoever_is_turned_away_again_and_again_is_logged_once(
@@ -295,6 +310,28 @@ def test_the_limits_hold_over_all_receiver_processes(make_config: MakeConfig, in
     finally:
         receivers.terminate()
         receivers.join(5)
+
+
+def test_a_connection_that_could_not_be_served_gives_its_place_back(
+    start: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = start(max_associations=1, associate_timeout_s=0.3)
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "take_lane", lambda *_: 1 / 0)  # as when no thread can be started
+        with closing(connect(config)) as peer:
+            peer.sendall(associate_rq())
+            assert is_closed(peer)
+    wait_until(lambda: (again := associate(config)).is_established and again.release() is None)
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6")
+def test_peers_are_told_apart_by_ipv6_addresses_too(start: Callable[..., Config]) -> None:
+    config = start(host="::1", allow=[{"ae_title": "CT1", "address": "::1"}])
+    for calling, answer in (("CT1", None), ("CT9", (1, 1, 3))):
+        association = associate(config, calling=calling, source="::1")
+        assert rejected(association) == answer
+        association.abort()
 
 
 # ---- TLS ----
