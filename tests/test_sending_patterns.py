@@ -119,6 +119,19 @@ def test_series_interleaved_in_one_association(node: RunningNode, series: list[P
         assert started_after_s(node, paths) < AT_ONCE_S
 
 
+def test_of_two_reconstructions_of_a_study_one_is_analysed_and_the_other_says_why(
+    node: RunningNode, series: list[Path], tmp_path: Path
+) -> None:
+    study = dcmread(series[0], stop_before_pixels=True).StudyInstanceUID
+    thick = make_ct_series(tmp_path / "thick", num_slices=30, spacing_mm=2.5, study_instance_uid=study)
+    send_files([*thick, *series], node.destination, calling_ae_title="STUDY")
+    assert started_after_s(node, series) < AT_ONCE_S
+    passed_over = case_of(node, thick)
+    assert passed_over.state is CaseState.SKIPPED
+    preferred = case_of(node, series).series_instance_uid
+    assert passed_over.reason == f"Series {preferred} of this Study is preferred (thinner slices: 2 mm, here 2.5 mm)"
+
+
 def test_a_pause_inside_an_association(node: RunningNode, series: list[Path]) -> None:
     with calling(node, "PAUSING") as association:
         store(association, series[:31])
