@@ -141,6 +141,8 @@ def read_report(report: Dataset) -> dict[str, tuple[str, float | None]]:
     answers = {}
     for group in measurements.ContentSequence:
         items = {_concept(item): item for item in group.ContentSequence}
+        if "72704001" not in items:  # it measures something else
+            continue
         certainty = items.get("111012")
         answers[items["112039"].TextValue] = (
             items["72704001"].ConceptCodeSequence[0].CodeMeaning.lower(),
