@@ -114,8 +114,9 @@ def _overview() -> Iterator[str]:
             ("Verification", "yes", "yes"),
             ("CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage", "`cspine send`", "yes"),
             (", ".join(delivered), "to destinations whose profile asks for it", "no"),
-            ("Storage Commitment Push Model", "no", "yes"),
-            ("Study Root Query/Retrieve, FIND", "to `complete.sources`", "no"),
+            ("Storage Commitment Push Model", "to destinations with `verify: storage-commitment`", "yes"),
+            ("Study Root Query/Retrieve, FIND", "to `complete.sources`, and destinations with `verify: query`", "no"),
+            ("DICOMweb Store and Search (PS3.18 10.5, 10.6)", "to destinations of `type: dicomweb`", "no"),
         ],
     )
     yield from _prose(
@@ -144,7 +145,8 @@ def _associations() -> Iterator[str]:
     yield from _table("Result | Source | Reason | When", [(*code, when) for code, when in REJECTIONS.items()])
     yield from ("### 2.1 Extended negotiation", "")
     answers = {
-        "Role selection": "the peer is granted the role of the SCU only; who wants to be only the SCP gets no context",
+        "Role selection": "the peer is granted the role of the SCU only; who wants to be only the SCP gets no context. "
+        "Of storage commitment it is granted both: a destination reports as the SCP",
         "Asynchronous operations window": "1, 1",
         "SOP Class extended, SOP Class common extended": "ignored, as PS3.7 D.3.3.5 and D.3.3.6 provide",
         "User identity": "ignored: accepted without a response (PS3.7 D.3.3.7)",
@@ -201,7 +203,7 @@ def _as_scu() -> Iterator[str]:
     delivered = {uid for _, classes, _ in OBJECTS.values() for uid in classes}
     yield from _table(
         "SOP Class | UID",
-        _named(Verification, *sorted(delivered), StudyRootQueryRetrieveInformationModelFind),
+        _named(Verification, *sorted(delivered), StudyRootQueryRetrieveInformationModelFind, commitment.SOP_CLASS),
     )
     fallback = " or ".join(UID(uid).name for uid in UNCOMPRESSED)
     yield from _prose(
@@ -209,10 +211,19 @@ def _as_scu() -> Iterator[str]:
         in the transfer syntax it is in; where the peer does not take that it goes out as {fallback}. A rejection that
         the peer calls permanent, or a refused SOP Class, ends the delivery; what may pass is tried again, after
         `deliver.retry_first_s`, then twice as long each time up to `deliver.retry_max_s`, at most
-        `deliver.max_attempts` times.""",
+        `deliver.max_attempts` times. What a destination took is not sent again with what it did not take.""",
+        """A delivery is done when the destination, asked afterwards, has every object. With `verify: query` it is asked
+        by C-FIND at IMAGE level, Study and Series Instance UID given, for each SOP Instance UID, over an association of
+        its own. With `verify: storage-commitment` it is asked by N-ACTION; the N-EVENT-REPORT may come over that
+        association, which the node keeps for up to 3 s, or over a new one to `receive.port`, where the destination is
+        the SCP, at any time until the node asks again (after `verify_timeout_s`, then longer). What is not found within
+        `verify_timeout_s`, or not committed to, is sent again.""",
         """As Query SCU the node asks the peers of `complete.sources`, at SERIES level and with both unique keys, for
         NumberOfSeriesRelatedInstances, each time over an association of its own.""",
-        "A status that answers C-STORE means:",
+        """DICOMweb: all objects of a case go in one Store request (`multipart/related` with its length), and one
+        each if that is answered by 413. The Referenced, Failed and Other Failures SOP Sequences of an answer in
+        `application/dicom+json` are read. Search asks for each SOP Instance UID under its Study and Series.""",
+        "A status that answers C-STORE, or a Failure Reason of Store or of storage commitment, means:",
     )
     yield from _table(
         "Status | Meaning | The object counts as",

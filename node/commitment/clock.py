@@ -8,8 +8,8 @@ from pynetdicom.sop_class import StorageCommitmentPushModel
 
 from node.commitment.report import ReportError, send_report
 from node.config import Config, DicomDestination, DicomPeer, Source
-from node.deliver.retry import retry_wait_s
 from node.index import Commitment, Index
+from node.retry import retry_wait_s
 from node.send import SendError, associated
 
 log = logging.getLogger(__name__)

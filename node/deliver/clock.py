@@ -17,8 +17,8 @@ from node.deliver.courier import Courier
 from node.deliver.files import ResultFile, files_to_deliver
 from node.deliver.kinds import open_courier
 from node.deliver.policy import Verdict, after_answers, after_error, next_question_s
-from node.deliver.retry import describe_wait
 from node.index import Index
+from node.retry import describe_wait
 from node.send import SendError
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ perhaps hours later. What is awaited stands in the database, so either process m
 Reference: PS3.4 J (Storage Commitment Push Model).
 """
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom import evt
 from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance, Verification
 
+from node.commitment import note_report
 from node.config import DicomDestination
 from node.deliver.dicom import not_offered
 from node.deliver.files import ResultFile
@@ -23,10 +23,8 @@ from node.index import Index
 from node.send import SendError, associated
 from node.status import Outcome, meaning_of
 
-log = logging.getLogger(__name__)
-
 _REQUEST_COMMITMENT = 1  # Action Type ID, PS3.4 J.3.2
-_SUCCESS, _CANNOT_PROCESS = 0x0000, 0x0110
+_SUCCESS = 0x0000
 _SYNTAXES = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
 _LINGER_S = 3.0  # for a report over the same association; many send it at once, others open their own
 
@@ -44,12 +42,11 @@ def request_commitment(
     Raises:
         SendError: it cannot be asked, or refuses; permanent where it does not offer storage commitment.
     """
-    reported = threading.Event()
+    answering: list[threading.Thread] = []
 
     def on_report(event: evt.Event) -> tuple[int, None]:
-        answer = note_report(index, event)
-        reported.set()
-        return answer
+        answering.append(threading.current_thread())
+        return note_report(index, event)
 
     contexts = [(StorageCommitmentPushModel, _SYNTAXES), (Verification, _SYNTAXES)]
     handlers = [(evt.EVT_N_EVENT_REPORT, on_report)]
@@ -77,7 +74,10 @@ def request_commitment(
             )
         deadline = time.monotonic() + min(_LINGER_S, destination.timeout_s)
         while association.is_established and time.monotonic() < deadline and index.is_awaited(transaction_uid):
-            reported.wait(0.1)
+            time.sleep(0.02)
+        # pynetdicom answers a report in a thread of its own; a release before that ends can wait for ever.
+        for thread in answering:
+            thread.join(destination.timeout_s)
 
 
 def _request(files: Sequence[ResultFile], transaction_uid: str) -> Dataset:
@@ -89,36 +89,3 @@ def _request(files: Sequence[ResultFile], transaction_uid: str) -> Dataset:
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = file.sop_class_uid, file.key
         ds.ReferencedSOPSequence.append(item)
     return ds
-
-
-def note_report(index: Index, event: evt.Event) -> tuple[int, None]:
-    """Handles an N-EVENT-REPORT, over whichever association it came; returns the status.
-
-    A report that nobody awaits (any more) is answered with success too, or the peer would send it for ever.
-    """
-    try:
-        report = event.event_information
-        transaction_uid = str(report.TransactionUID)
-        committed = [str(item.ReferencedSOPInstanceUID) for item in report.get("ReferencedSOPSequence", [])]
-        failed = {
-            str(item.ReferencedSOPInstanceUID): _why(item.get("FailureReason"))
-            for item in report.get("FailedSOPSequence", [])
-        }
-    except (AttributeError, ValueError, TypeError, KeyError):
-        log.warning("action=commitment-report-refused: it cannot be read")
-        return _CANNOT_PROCESS, None
-    noted = index.report_commitment(transaction_uid, committed, failed)
-    log.info(
-        "action=commitment-report transaction=%.64s committed=%d failed=%d%s",
-        transaction_uid,
-        len(committed),
-        len(failed),
-        "" if noted else ": nobody awaits it",
-    )
-    return _SUCCESS, None
-
-
-def _why(failure_reason: int | None) -> str:
-    if failure_reason is None:
-        return "taken, but not committed to"
-    return f"taken, but not committed to: status 0x{failure_reason:04X} ({meaning_of(failure_reason).meaning})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from node.case import DeliveryState, ObjectProgress, ObjectState
-from node.deliver.retry import describe_wait, retry_wait_s
+from node.retry import describe_wait, retry_wait_s
 
 _FIRST_QUESTION_S = 1.0
 

@@ -13,11 +13,11 @@ from typing import Any
 from pydicom import dcmread
 
 from node.case import About, Notification, NotificationState
-from node.deliver.retry import describe_wait, retry_wait_s
 from node.index import Index
 from node.notify import fhir, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient, event_of
+from node.retry import describe_wait, retry_wait_s
 from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarget
 
 log = logging.getLogger(__name__)

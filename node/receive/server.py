@@ -15,7 +15,7 @@ from pynetdicom.sop_class import Verification
 from pynetdicom.transport import RequestHandler
 
 from node.commitment import SOP_CLASS as COMMITMENT
-from node.commitment import CommitmentScp
+from node.commitment import CommitmentScp, note_report
 from node.config import Config
 from node.implementation import make_ae
 from node.index import Index
@@ -88,7 +88,7 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
     """
     ae = make_ae(config.receive.ae_title)
     ae.add_supported_context(Verification)
-    ae.add_supported_context(COMMITMENT, scu_role=True, scp_role=False)
+    ae.add_supported_context(COMMITMENT, scu_role=True, scp_role=True)  # a PACS that reports to us is the SCP
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
         ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
@@ -102,6 +102,7 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
             (evt.EVT_ESTABLISHED, _on_established),
             (evt.EVT_ACSE_RECV, _on_acse),
             (evt.EVT_N_ACTION, CommitmentScp(store.index).on_n_action),
+            (evt.EVT_N_EVENT_REPORT, partial(note_report, store.index)),
         ],
         server_class=Server,
         request_handler=_Handler,

@@ -11,9 +11,9 @@ from node.case import CaseState, DeliveryState, ObjectProgress, ObjectState
 from node.config import Config, DeliverConfig, DicomDestination, FolderDestination
 from node.deliver import copy_results
 from node.deliver.policy import Verdict, after_answers, after_error, next_question_s
-from node.deliver.retry import describe_wait, retry_wait_s
 from node.index import Index
 from node.profiles import PRESETS
+from node.retry import describe_wait, retry_wait_s
 from tests.node.handed_over import (
     SERIES,
     STUDY,

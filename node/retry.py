@@ -1,4 +1,4 @@
-"""How long something that failed waits until it is tried again. For deliveries and notifications."""
+"""How long something that failed waits until it is tried again: a delivery, a notification, a report."""
 
 import random
 
