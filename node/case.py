@@ -1,14 +1,8 @@
 """A case: one received Series on its way through the node, and the states it can be in.
 
-    RECEIVING --complete--> QUEUED --claimed--> ANALYSING --results written--> DELIVERING --all delivered--> DONE
-        |                     ^                  |    |                            |
-        |                     +---put back-------+    |                            |
-        +--not to be analysed--> SKIPPED |                                         |
-        +--cannot be analysed--> REFUSED <------------+                            |
-                                 FAILED  <--out of attempts------------------------+
-
-A late Instance takes a case from any state back to RECEIVING; what was made of fewer Instances is then superseded. The
-state lives in the database only (`index/`).
+`TRANSITIONS` says how they follow each other, docs/states.md draws it. A late Instance takes a
+case from any state back to RECEIVING; what was made of fewer Instances is then superseded. The state lives in the
+database only (`index/`).
 """
 
 from collections.abc import Mapping
@@ -33,6 +27,34 @@ class CaseState(StrEnum):
 
 FINISHED = frozenset({CaseState.DONE, CaseState.SKIPPED, CaseState.REFUSED, CaseState.FAILED})
 """Nothing more happens to these cases by itself; what is kept of them may be purged in time."""
+
+
+TRANSITIONS: dict[CaseState, frozenset[CaseState]] = {
+    # it is whole; the rules pass it over; it cannot be analysed
+    CaseState.RECEIVING: frozenset({CaseState.QUEUED, CaseState.SKIPPED, CaseState.REFUSED}),
+    # a worker is free; a Series that is preferred has come
+    CaseState.QUEUED: frozenset({CaseState.ANALYSING, CaseState.SKIPPED, CaseState.RECEIVING, CaseState.REFUSED}),
+    # results, with and without destinations; another attempt, or none left; it cannot be analysed
+    CaseState.ANALYSING: frozenset(
+        {
+            CaseState.DELIVERING,
+            CaseState.DONE,
+            CaseState.QUEUED,
+            CaseState.FAILED,
+            CaseState.REFUSED,
+            CaseState.RECEIVING,
+        }
+    ),
+    # every destination has them, or one was given up
+    CaseState.DELIVERING: frozenset({CaseState.DONE, CaseState.FAILED, CaseState.RECEIVING, CaseState.REFUSED}),
+    # a delivery is tried again
+    CaseState.DONE: frozenset({CaseState.DELIVERING, CaseState.RECEIVING, CaseState.REFUSED}),
+    CaseState.FAILED: frozenset({CaseState.DELIVERING, CaseState.RECEIVING, CaseState.REFUSED}),
+    CaseState.SKIPPED: frozenset({CaseState.RECEIVING, CaseState.REFUSED}),
+    CaseState.REFUSED: frozenset({CaseState.RECEIVING}),
+}
+"""From each state to the next ones. From all to RECEIVING: a late Instance, `cspine retry`, or some Instances were lost
+from the disk; from all to REFUSED: all of them were."""
 
 
 class DeliveryState(StrEnum):

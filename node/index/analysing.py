@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from node.case import Case, CaseState
 from node.index import tables
-from node.index.cases import unmoved
+from node.index.cases import moved_to
 from node.index.deliveries import replace_deliveries
 from node.index.operating import Operating
 
@@ -61,8 +61,7 @@ class Analysing(Operating):
             state = CaseState.DELIVERING if destinations else CaseState.DONE
             state = CaseState.REFUSED if refusal else state
             moved = connection.execute(
-                unmoved(case).values(
-                    state=state,
+                moved_to(case, state).values(
                     reason=refusal,
                     result_dir=relative,
                     results_purged_at=None,

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import RowMapping, Select, Update, select, update
 
-from node.case import Case, CaseState
+from node.case import TRANSITIONS, Case, CaseState
 from node.index import tables
 from node.index.database import Database
 
@@ -37,9 +37,20 @@ class Cases(Database):
         return Case(**values)
 
     def _move(self, case: Case, state: CaseState, reason: str = "", **values: Any) -> bool:
+        moved = moved_to(case, state).values(reason=reason, changed_at=self.now(), **values)
         with self._writing() as connection:
-            moved = unmoved(case).values(state=state, reason=reason, changed_at=self.now(), **values)
             return bool(connection.execute(moved).rowcount)
+
+
+def moved_to(case: Case, state: CaseState) -> Update:
+    """`unmoved` into another state.
+
+    Raises:
+        ValueError: it does not follow the state of the snapshot.
+    """
+    if state not in TRANSITIONS[case.state]:
+        raise ValueError(f"case {case.case_id} is {case.state}, which {state} does not follow")
+    return unmoved(case).values(state=state)
 
 
 def unmoved(case: Case) -> Update:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
@@ -167,7 +167,8 @@ def test_results_of_fewer_instances_are_dropped_when_one_came_meanwhile(index: I
 @pytest.mark.parametrize("state", [s for s in CaseState if s is not CaseState.RECEIVING])
 def test_a_late_instance_reopens_a_case_from_any_state(index: Index, state: CaseState) -> None:
     add(index, 1)
-    assert index._move(the_case(index), state, "why", attempts=2)
+    with index._writing() as connection:
+        connection.execute(update(tables.cases).values(state=state, reason="why", attempts=2))
     add(index, 2, quiet_time_s=60)
     case = the_case(index)
     assert (case.state, case.reason, case.attempts, case.num_instances) == (CaseState.RECEIVING, "", 0, 2)
