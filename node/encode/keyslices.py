@@ -25,16 +25,28 @@ def key_planes(level: LevelFinding, slices: Sequence[SliceSource]) -> list[int]:
 
     Empty for a level that was not judged. Interpolated slices have no Instance to look at and are left out.
     """
-    planes = {(s.sop_instance_uid, s.frame_number): z for z, s in enumerate(slices) if not s.is_interpolated}
-    merits: dict[int, tuple[int, float]] = {}
-    for item in level.attention:
-        if (z := planes.get((item.sop_instance_uid, item.frame_number))) is not None:
-            merits[z] = (0, item.weight)
+    planes = _planes(slices)
+    attention = attention_by_plane(level, slices)
+    areas = dict.fromkeys(attention, 0)
     for region in level.regions:
         if (z := planes.get((region.sop_instance_uid, region.frame_number))) is not None:
-            area, weight = merits.get(z, (0, 0.0))
-            merits[z] = (area + region.width * region.height, weight)
-    return sorted(merits, key=lambda z: (*(-merit for merit in merits[z]), z))[:MAX_KEY_SLICES]
+            areas[z] = areas.get(z, 0) + region.width * region.height
+    return sorted(areas, key=lambda z: (-areas[z], -attention.get(z, 0.0), z))[:MAX_KEY_SLICES]
+
+
+def attention_by_plane(level: LevelFinding, slices: Sequence[SliceSource]) -> dict[int, float]:
+    """Shares of a level's attention by Z index; that of an interpolated slice counts for the one it is named after."""
+    planes = _planes(slices)
+    shares: dict[int, float] = {}
+    for item in level.attention:
+        if (z := planes.get((item.sop_instance_uid, item.frame_number))) is not None:
+            shares[z] = shares.get(z, 0.0) + item.weight
+    return shares
+
+
+def _planes(slices: Sequence[SliceSource]) -> dict[tuple[str, int], int]:
+    """Z index of each Frame, by SOP Instance UID and frame number."""
+    return {(s.sop_instance_uid, s.frame_number): z for z, s in enumerate(slices) if not s.is_interpolated}
 
 
 def make_key_objects(findings: Findings, maker: Maker) -> KeyObjectSelectionDocument | None:
@@ -52,13 +64,14 @@ def make_key_objects(findings: Findings, maker: Maker) -> KeyObjectSelectionDocu
     if not selected:
         return None
     images = _images(source, selected)
+    description = _description(findings, [name for name, chosen in planes.items() if chosen])
     content = KeyObjectSelection(
         document_title=codes.OF_INTEREST,
         referenced_objects=list(images.values()),
         observer_device_context=ObserverContext(
             observer_type=codes.DEVICE, observer_identifying_attributes=device_observer(maker.node)
         ),
-        description=_description(findings, [name for name, chosen in planes.items() if chosen]),
+        description=description,
     )
     if source.is_multi_frame:
         for item in content[0].ContentSequence:
@@ -78,7 +91,7 @@ def make_key_objects(findings: Findings, maker: Maker) -> KeyObjectSelectionDocu
         series_number=SERIES_NUMBER,
         series_description="AI key slices (research)",
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set=source.character_set,
+        specific_character_set=source.character_set_for(description),
         contributing_equipment=[processing_equipment(maker.node)],
         **maker.identification(FILE_NAME.removesuffix(".dcm")),
     )

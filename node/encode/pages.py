@@ -14,7 +14,7 @@ import pydicom
 
 from model import LEVELS, Analysis, Finding, LevelFinding, Volume
 from node.encode.canvas import FAINT, INK, PAGE_PIXELS, RULE, Canvas, Colour
-from node.encode.keyslices import key_planes
+from node.encode.keyslices import attention_by_plane, key_planes
 from node.encode.panels import WINDOW, draw_view, level_colour
 from node.encode.sr import conclude
 from node.encode.views import Spine, View, coronal_sheet, sagittal_sheet, slice_view
@@ -223,12 +223,7 @@ def _draw_attention(case: _Case, canvas: Canvas, level: LevelFinding, planes: li
     """A bar for each slice: its share of the model's attention; the key slices' bars carry their rank."""
     x, y, width, height = 632.0, 778.0, 376.0, 164.0
     canvas.text(x, 708, "Attention over slices", 17, bold=True)
-    places = {(s.sop_instance_uid, s.frame_number): z for z, s in enumerate(case.volume.slices)}
-    shares = {
-        z: item.weight
-        for item in level.attention
-        if (z := places.get((item.sop_instance_uid, item.frame_number))) is not None
-    }
+    shares = attention_by_plane(level, case.volume.slices)
     for z in planes:
         shares.setdefault(z, 0.0)
     low, high, most = min(shares), max(shares), max(shares.values())

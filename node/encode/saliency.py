@@ -34,6 +34,7 @@ def make_saliency_map(saliency: NDArray[np.uint8], maker: Maker) -> ParametricMa
     first = Dataset()
     first.update(source.header)
     first.update(images[0])
+    description = f"What {maker.model.name[:40]} rests on"
     ds = ParametricMap(
         source_images=[first, *images[1:]],
         pixel_array=saliency[planes].astype(np.uint16),
@@ -53,9 +54,9 @@ def make_saliency_map(saliency: NDArray[np.uint8], maker: Maker) -> ParametricMa
         series_number=SERIES_NUMBER,
         series_description="AI saliency (research)",
         content_label="SALIENCY",
-        content_description=f"What {maker.model.name[:40]} rests on",
+        content_description=description,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set=source.character_set,
+        specific_character_set=source.character_set_for(description),
         contributing_equipment=[processing_equipment(maker.node)],
         **maker.identification(name),
     )

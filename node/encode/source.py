@@ -67,6 +67,10 @@ class Source:
         own = self.header.get("SpecificCharacterSet")
         return own if isinstance(own, str) and own in _CHARACTER_SETS else UTF_8
 
+    def character_set_for(self, *texts: str) -> str:
+        """The source's character set if these texts of ours need no other than ASCII, or else UTF-8."""
+        return self.character_set if all(text.isascii() for text in texts) else UTF_8
+
     @property
     def is_multi_frame(self) -> bool:
         """Whether references need frame numbers."""

@@ -11,10 +11,10 @@ from io import BytesIO
 import numpy as np
 from highdicom import SOPClass
 from highdicom.sc import SCImage
+from highdicom.sr import CodedConcept
 from matplotlib.backends.backend_pdf import PdfPages
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.sr.coding import Code
 from pydicom.uid import EncapsulatedPDFStorage, ExplicitVRLittleEndian
 
 from model import Analysis, Volume
@@ -27,6 +27,19 @@ from node.encode.pages import BANNER, draw_pages
 IMAGE_SERIES_NUMBER, PDF_SERIES_NUMBER = 9004, 9005
 PDF_FILE_NAME = "summary.pdf.dcm"
 _TITLE = "AI cervical spine fracture summary (research)"
+
+
+_PATIENT_AND_STUDY = {
+    "patient_id": "PatientID",
+    "patient_name": "PatientName",
+    "patient_birth_date": "PatientBirthDate",
+    "patient_sex": "PatientSex",
+    "accession_number": "AccessionNumber",
+    "study_id": "StudyID",
+    "study_date": "StudyDate",
+    "study_time": "StudyTime",
+    "referring_physician_name": "ReferringPhysicianName",
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +79,7 @@ def page_file_name(number: int) -> str:
 def make_images(summary: Summary, maker: Maker) -> list[SCImage]:
     """A single-frame Secondary Capture for each page, all in one Series. Reference: PS3.3 A.8.1."""
     source, name = maker.source, "summary.sc"
+    derivation = f"Drawn from the CT and what {maker.model.name} {maker.model.version} found in it. {BANNER}."[:1024]
     images = []
     for number, (pixels, planes) in enumerate(zip(summary.pages, summary.planes, strict=True), start=1):
         ds = SCImage.from_ref_dataset(
@@ -78,7 +92,7 @@ def make_images(summary: Summary, maker: Maker) -> list[SCImage]:
             series_number=IMAGE_SERIES_NUMBER,
             series_description="AI summary pages (research)",
             transfer_syntax_uid=ExplicitVRLittleEndian,
-            specific_character_set=source.character_set,
+            specific_character_set=source.character_set_for(derivation),
             contributing_equipment=[processing_equipment(maker.node)],
             **maker.identification(name)
             | {"sop_instance_uid": maker.uids.uid(f"{name} instance {number}"), "instance_number": number},
@@ -89,7 +103,7 @@ def make_images(summary: Summary, maker: Maker) -> list[SCImage]:
         ds.ConversionType = "WSD"
         ds.BurnedInAnnotation = "YES"
         ds.ImageComments = BANNER
-        ds.DerivationDescription = _derivation(maker)
+        ds.DerivationDescription = derivation
         ds.SourceImageSequence = _source_images(planes, maker)
         images.append(ds)
     return images
@@ -117,29 +131,12 @@ def make_pdf(summary: Summary, maker: Maker) -> SOPClass:
     ds.VerificationFlag = "UNVERIFIED"
     ds.AcquisitionDateTime = None
     ds.DocumentTitle = _TITLE
-    ds.ConceptNameCodeSequence = [_coded(codes.IMAGING_MEASUREMENT_REPORT)]
+    ds.ConceptNameCodeSequence = [CodedConcept.from_code(codes.IMAGING_MEASUREMENT_REPORT)]
     ds.SourceInstanceSequence = _source_images(range(len(source.slices)), maker)
     ds.MIMETypeOfEncapsulatedDocument = "application/pdf"
     ds.EncapsulatedDocumentLength = len(summary.pdf)
     ds.EncapsulatedDocument = summary.pdf + b"\0" * (len(summary.pdf) % 2)
     return ds
-
-
-_PATIENT_AND_STUDY = {
-    "patient_id": "PatientID",
-    "patient_name": "PatientName",
-    "patient_birth_date": "PatientBirthDate",
-    "patient_sex": "PatientSex",
-    "accession_number": "AccessionNumber",
-    "study_id": "StudyID",
-    "study_date": "StudyDate",
-    "study_time": "StudyTime",
-    "referring_physician_name": "ReferringPhysicianName",
-}
-
-
-def _derivation(maker: Maker) -> str:
-    return f"Drawn from the CT and what {maker.model.name} {maker.model.version} found in it. {BANNER}."[:1024]
 
 
 def _source_images(planes: Sequence[int], maker: Maker) -> list[Dataset]:
@@ -154,12 +151,6 @@ def _source_images(planes: Sequence[int], maker: Maker) -> list[Dataset]:
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, uid
         if source.is_multi_frame:
             item.ReferencedFrameNumber = sorted(set(numbers))
-        item.PurposeOfReferenceCodeSequence = [_coded(codes.SOURCE_IMAGE)]
+        item.PurposeOfReferenceCodeSequence = [CodedConcept.from_code(codes.SOURCE_IMAGE)]
         items.append(item)
     return items
-
-
-def _coded(code: Code) -> Dataset:
-    item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code.value, code.scheme_designator, code.meaning
-    return item

@@ -12,8 +12,9 @@ import pydicom
 import pypdfium2
 import pytest
 
-from model import Analysis, Volume, read_series
+from model import Analysis, SliceWeight, Volume, read_series
 from node.encode import ResultObject, encode_results
+from node.encode.keyslices import attention_by_plane, key_planes
 from node.profiles import Kind, Profile
 from node.send import send_files
 from tests.factories import make_ct_series
@@ -87,6 +88,19 @@ def test_patient_and_study_are_named_in_the_header_in_the_source_character_set(t
         ds = pydicom.dcmread(item.path)
         assert (str(ds.PatientName), ds.StudyDescription, ds.PatientID) == ("Müller^Jörg", "Zürich", "TEST")
         assert ds.SpecificCharacterSet == "ISO_IR 100"
+
+
+def test_a_model_named_beyond_ascii_is_written_in_utf_8(tmp_path: Path) -> None:
+    volume = series(tmp_path, edit=lambda _, ds: setattr(ds, "SpecificCharacterSet", "ISO_IR 100"))
+    analysis = analysis_of(volume)
+    model = replace(analysis.findings.model, name="Ὀστοῦν")
+    analysis = replace(analysis, findings=replace(analysis.findings, model=model))
+
+    made = encode(volume, analysis, tmp_path / "out", (Kind.SALIENCY_MAP, Kind.KEY_OBJECTS, Kind.SUMMARY_IMAGES))
+
+    for item in made.values():
+        assert pydicom.dcmread(item.path).SpecificCharacterSet == "ISO_IR 192"
+        assert "Ὀστοῦν".encode() in item.path.read_bytes()
 
 
 def test_nothing_is_made_that_nobody_asked_for_and_matplotlib_is_not_loaded(tmp_path: Path) -> None:
@@ -210,6 +224,22 @@ def test_key_objects_are_the_slices_that_carry_the_answer(kind: str, tmp_path: P
     assert len(selected) <= 6
     assert selected <= {(s.sop_instance_uid, s.frame_number) for s in volume.slices}
     assert not children(ds, "121071")
+
+
+def test_attention_to_an_interpolated_slice_counts_for_the_one_it_is_named_after(tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path / "ct", num_slices=10)
+    volume = read_series([*paths[:4], *paths[5:]], RULES)
+    (lost,) = (z for z, item in enumerate(volume.slices) if item.is_interpolated)
+    level = replace(
+        analysis_of(volume).findings.levels["C3"],
+        attention=tuple(
+            SliceWeight(sop_instance_uid=volume.slices[z].sop_instance_uid, weight=weight)
+            for z, weight in ((lost - 1, 0.3), (lost, 0.3), (lost + 1, 0.4))
+        ),
+    )
+
+    assert attention_by_plane(level, volume.slices) == {lost - 1: 0.6, lost + 1: 0.4}
+    assert key_planes(level, volume.slices) == [lost - 1, lost + 1]
 
 
 # --- Pages as pictures -------------------------------------------------------------------------------------------
