@@ -76,7 +76,12 @@ class HeaderReader:
             RefusedError: it is not CT, not what was announced, incomplete, or lacks a UID.
             Exception: the dataset cannot be parsed; pydicom has no one error for that.
         """
-        ds = _read(encoded, announced.transfer_syntax_uid)
+        try:
+            ds = _read(encoded, announced.transfer_syntax_uid)
+        except OSError as error:
+            if error.errno is None:  # pydicom's, for a sequence that breaks off; the disk's have a number
+                raise RefusedError(CANNOT_UNDERSTAND, "the dataset cannot be parsed") from error
+            raise
         key = _series_wide(ds, announced)
         known = self._known.get(key) if key else None
         if known is not None and (like := _like(known, ds, announced)) is not None:
