@@ -84,8 +84,7 @@ class _Attempt:
             if self._destination.verify == "storage-commitment":
                 return self._ask_for_commitment(taken)
             verdict = self._look(courier, taken)
-        if verdict.state is DeliveryState.DONE:
-            courier.remove(set(self._superseded) - self._objects.keys())
+        if verdict.state is DeliveryState.DONE and courier.remove(set(self._superseded) - self._objects.keys()):
             self._superseded = ()
         return verdict
 

@@ -23,8 +23,8 @@ class Courier(Protocol):
     def find(self, files: Sequence[ResultFile]) -> Collection[str]:
         """The keys of those of the files that the destination says it has."""
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Removes what superseded results left there, where destination and configuration allow it."""
+    def remove(self, keys: Collection[str]) -> bool:
+        """Removes what superseded results left there; False where destination or configuration do not allow it."""
 
     def check(self) -> str:
         """A few words that say that results can be taken there, for `cspine check`."""

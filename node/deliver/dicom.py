@@ -49,8 +49,8 @@ class DicomCourier:
                 raise self._cannot_ask()
             return {file.key for file in files if self._has(association, file)}
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Nothing: DICOM has no service for it."""
+    def remove(self, keys: Collection[str]) -> bool:
+        return False  # DICOM has no service for it.
 
     def check(self) -> str:
         wanted = {"query": _FIND, "storage-commitment": StorageCommitmentPushModel}.get(self._peer.verify, Verification)

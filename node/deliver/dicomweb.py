@@ -50,8 +50,8 @@ class DicomWebCourier:
     def find(self, files: Sequence[ResultFile]) -> set[str]:
         return {file.key for file in files if self._has(file)}
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Nothing: DICOMweb has no service for it."""
+    def remove(self, keys: Collection[str]) -> bool:
+        return False  # DICOMweb has no service for it.
 
     def close(self) -> None:
         self._peer.close()

@@ -26,8 +26,8 @@ class FolderCourier:
     def find(self, files: Sequence[ResultFile]) -> set[str]:
         return {file.key for file in files if _is_same(file.path, self._folder / file.path.name)}
 
-    def remove(self, keys: Collection[str]) -> None:
-        """Nothing: `send` has replaced what was there."""
+    def remove(self, keys: Collection[str]) -> bool:
+        return True  # `send` has replaced what was there.
 
     def check(self) -> str:
         try_write(self._folder)

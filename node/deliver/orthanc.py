@@ -33,11 +33,12 @@ class OrthancCourier:
     def find(self, files: Sequence[ResultFile]) -> set[str]:
         return {file.key for file in files if self._look_up(file.key)}
 
-    def remove(self, keys: Collection[str]) -> None:
+    def remove(self, keys: Collection[str]) -> bool:
         if not self._destination.replace:
-            return
+            return False
         for orthanc_id in (found for key in keys if (found := self._look_up(key))):
             self._peer.request("DELETE", f"instances/{orthanc_id}", also=(404,))
+        return True
 
     def close(self) -> None:
         self._peer.close()

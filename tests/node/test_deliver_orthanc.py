@@ -1,0 +1,92 @@
+"""Delivery to a real Orthanc over its REST API and by STOW-RS."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from node.case import CaseState
+from node.cli import main
+from node.config import Config, OrthancDestination
+from node.index import Index
+from tests.node.handed_over import (
+    SERIES,
+    Clock,
+    add_instance,
+    deliver,
+    hand_over,
+    make_results,
+    the_delivery,
+    uids_of,
+)
+from tests.orthanc_server import OrthancServer
+
+MakeConfig = Callable[..., Config]
+
+
+def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    hand_over(index, results, "orthanc")
+    orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
+    url = orthanc.client._root_url
+    settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": url, "source_metadata": 4100}
+    kept, replaced = (OrthancDestination(**settings, replace=replace) for replace in (False, True))
+    try:
+        case = deliver(index, make_config(), kept)
+        assert (case.state, case.reason) == (CaseState.DONE, "")
+        first = set(uids_of(results).values())
+        assert orthanc.instances() == first
+        for series in orthanc.series():
+            assert orthanc.client.get_binary(f"series/{series.orthanc_id}/metadata/4100") == SERIES.encode()
+        assert index.retry_delivery(the_delivery(index, "orthanc"))  # all again: it is there already
+        assert deliver(index, make_config(), kept).state is CaseState.DONE
+        add_instance(index, 2)
+        newer = make_results(index, "fedcba9876543210")
+        hand_over(index, newer, "orthanc")
+        assert deliver(index, make_config(), kept).state is CaseState.DONE
+        assert orthanc.instances() == first | set(uids_of(newer).values())
+        add_instance(index, 3)
+        newest = make_results(index, "0000000000000000")
+        hand_over(index, newest, "orthanc")
+        assert deliver(index, make_config(), replaced).state is CaseState.DONE
+        assert orthanc.instances() == set(uids_of(newest).values())  # what `kept` left there goes too
+    finally:
+        orthanc.stop()
+
+
+def test_the_command_lists_retries_and_gives_up(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, clock: Clock, free_port: Callable[[], int]
+) -> None:
+    nowhere = OrthancDestination(type="orthanc", name="orthanc", url=f"http://127.0.0.1:{free_port()}")
+    hand_over(index, results, "orthanc")
+    deliver(index, make_config(deliver={"max_attempts": 1, "destinations": ()}), nowhere)
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data_dir: {index.data_dir}\n", encoding="utf-8")
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["deliveries", *arguments, "--config", str(path)], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    (line,) = run("list", "--state", "failed", "--destination", "orthanc", "--case", SERIES, "--json").splitlines()
+    listed = json.loads(line)
+    assert listed["state"] == "failed"
+    assert "connection refused" in listed["reason"]
+    assert run("list", "--state", "done", "--json") == ""
+    assert "orthanc" in run("list")
+    assert run("retry", "--all-failed", "--destination", "orthanc") == "1 of 1 deliveries are tried again now.\n"
+    assert run("give-up", str(listed["delivery_id"])) == "1 of 1 deliveries are given up.\n"
+    assert the_delivery(index, "orthanc").reason == "given up by hand"
+
+
+@pytest.mark.parametrize(
+    "arguments", [("retry",), ("retry", "1", "--all-failed"), ("give-up", "--all-unsettled"), ("retry", "99")]
+)
+def test_what_is_not_named_clearly_is_refused(index: Index, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"data_dir: {index.data_dir}\n", encoding="utf-8")
+    assert CliRunner().invoke(main, ["deliveries", *arguments, "--config", str(path)]).exit_code == 2
