@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround decode viewer conformance clean
+.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance clean
 
 
 install: .venv/.installed
@@ -31,6 +31,10 @@ lint: install
 # Trains the bundled weights again, on the procedural phantom only.
 train-phantom: install
 	$(BIN)/cspine-train phantom --out model/weights/phantom
+
+# Segmentations by the node and by highdicom alone, side by side; all objects of a case.
+encode-bench: install
+	$(BIN)/python benchmarks/encode.py
 
 # From the last acknowledged Instance to the stored SEG and SR, by stage.
 turnaround: install
