@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import yaml
+from pydantic import SecretStr
 
 from model.phantom import Anatomy, Fracture, default_grid, render, write_series
 from node.case import Case, CaseState
@@ -40,6 +41,7 @@ class RunningNode:
             **sections,
         }
         config["receive"] = {"port": self.port, "min_free_disk_mb": 0, **sections.get("receive", {})}
+        self._database = SecretStr(config["database"]) if "database" in config else None
         self.config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
         self.start()
 
@@ -94,7 +96,7 @@ class RunningNode:
 
     def cases(self) -> list[Case]:
         """What is in its database."""
-        index = Index(self.data_dir)
+        index = Index(self.data_dir, self._database)
         try:
             return index.cases()
         finally:

@@ -16,6 +16,7 @@ from model.phantom import Fracture
 from node.case import CaseState
 from node.send import send_files
 from tests.factories import make_ct_series, make_localizer
+from tests.postgresql_server import PostgreSQLServer
 from tests.running_node import RunningNode, phantom_series
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "findings.schema.json").read_text())
@@ -138,3 +139,28 @@ def test_a_port_in_use_is_one_sentence(node: RunningNode) -> None:
     assert second.returncode == 1
     assert f"The node cannot start: 127.0.0.1:{node.port} cannot be listened on" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+def test_a_node_keeps_its_cases_in_postgresql_and_pauses_there(postgresql: PostgreSQLServer, tmp_path: Path) -> None:
+    url = postgresql.make_database().get_secret_value()
+    node = RunningNode(tmp_path, database=url)
+
+    def cspine(*arguments: str) -> str:
+        command = [sys.executable, "-m", "node", *arguments, "--config", str(node.config_path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+    try:
+        cspine("pause")
+        send_files(phantom_series(tmp_path / "series", seed=10), node.destination, calling_ae_title="CT1")
+        deadline = time.monotonic() + 60
+        while node.cases()[0].state is not CaseState.QUEUED:
+            assert time.monotonic() < deadline, node.log()
+            time.sleep(0.1)
+        time.sleep(1)  # four ticks
+        assert node.cases()[0].state is CaseState.QUEUED
+        cspine("resume")
+        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
+        assert "pause" not in cspine("cases", "--state", "done")
+    finally:
+        node.stop()
+    assert not list(node.data_dir.glob("*.sqlite*"))
