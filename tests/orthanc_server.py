@@ -44,15 +44,20 @@ class StoredSeries:
 
 
 class OrthancServer:
-    """Runs from construction to `stop`. port: its own, for DICOM. node_port: where the node listens, or will."""
+    """Runs from construction to `stop`. port: its own, for DICOM. node_port: where the node listens, or will.
 
-    def __init__(self, folder: Path, *, port: int, node_port: int) -> None:
+    http_port: if it is to be the one from before, with what is in `folder`. password: of the user `cspine`, if it asks.
+    """
+
+    def __init__(
+        self, folder: Path, *, port: int, node_port: int, http_port: int | None = None, password: str = ""
+    ) -> None:
         executable = find_orthanc()
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.destination = DicomDestination(
             type="dicom", name="orthanc", host="127.0.0.1", port=port, ae_title="ORTHANC"
         )
-        http_port = free_port()
+        http_port = http_port or free_port()
         config = read_config(ORTHANC_FOLDER / "orthanc.json")
         config["DicomModalities"]["cspine"]["Port"] = node_port
         config |= {
@@ -64,6 +69,8 @@ class OrthancServer:
             "StableAge": STABLE_AGE_S,
             "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
         }
+        if password:
+            config |= {"AuthenticationEnabled": True, "RegisteredUsers": {"cspine": password}}
         config_path = folder / "orthanc.json"
         config_path.write_text(json.dumps(config), encoding="utf-8")
         self._log_path = folder / "orthanc.log"
@@ -72,7 +79,7 @@ class OrthancServer:
             environment = os.environ | {"TCP_NODELAY": "1"}
             self._process = subprocess.Popen([executable, str(config_path)], stdout=log, stderr=log, env=environment)
         self.url = f"http://127.0.0.1:{http_port}"
-        self.client = OrthancApiClient(self.url)
+        self.client = OrthancApiClient(self.url, user="cspine", pwd=password)
         deadline = time.monotonic() + 30
         while not self.client.is_alive(timeout=5):
             if self._process.poll() is not None or time.monotonic() > deadline:

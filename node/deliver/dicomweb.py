@@ -33,11 +33,10 @@ class DicomWebCourier:
         self._peer = HttpPeer(destination)
 
     def send(self, files: Sequence[ResultFile], note: Note) -> None:
-        study = files[0].study_instance_uid
         body = MultipartBody([file.path for file in files])
         headers = {"Content-Type": body.content_type, "Accept": _JSON}
         # 202: some were not stored, or with a remark. 409: none was. Both say which and why.
-        response = self._peer.request("POST", f"studies/{study}", body=body, headers=headers, also=(409, 413))
+        response = self._peer.request("POST", "studies", body=body, headers=headers, also=(409, 413))
         if response.status_code == 413 and len(files) > 1:
             for file in files:
                 self.send([file], note)

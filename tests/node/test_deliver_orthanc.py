@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from node.case import CaseState
+from node.case import CaseState, ObjectProgress
 from node.cli import main
-from node.config import Config, OrthancDestination
+from node.config import Config, DicomWebDestination, HttpAuth, OrthancDestination
+from node.deliver.files import ResultFile
+from node.deliver.orthanc import OrthancCourier
 from node.index import Index
 from tests.node.handed_over import (
     SERIES,
@@ -32,8 +34,7 @@ def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
 ) -> None:
     hand_over(index, results, "orthanc")
     orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
-    url = orthanc.client._root_url
-    settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": url, "source_metadata": 4100}
+    settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": orthanc.url, "source_metadata": 4100}
     kept, replaced = (OrthancDestination(**settings, replace=replace) for replace in (False, True))
     try:
         case = deliver(index, make_config(), kept)
@@ -54,6 +55,61 @@ def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
         hand_over(index, newest, "orthanc")
         assert deliver(index, make_config(), replaced).state is CaseState.DONE
         assert orthanc.instances() == set(uids_of(newest).values())  # what `kept` left there goes too
+    finally:
+        orthanc.stop()
+
+
+def test_orthanc_takes_the_results_by_stow_and_finds_them_by_qido(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int]
+) -> None:
+    hand_over(index, results, "web")
+    orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
+    try:
+        web = DicomWebDestination(type="dicomweb", name="web", url=f"{orthanc.url}/dicom-web")
+        for _ in range(2):  # the second time they are there already
+            case = deliver(index, make_config(), web)
+            assert (case.state, case.reason) == (CaseState.DONE, "")
+            assert orthanc.instances() == set(uids_of(results).values())
+            assert index.retry_delivery(the_delivery(index, "web"))
+    finally:
+        orthanc.stop()
+
+
+def test_an_orthanc_that_asks_for_a_password_and_is_restarted_in_the_middle_gets_the_rest(
+    index: Index,
+    make_config: MakeConfig,
+    results: Path,
+    tmp_path: Path,
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    free_port: Callable[[], int],
+) -> None:
+    hand_over(index, results, "orthanc")
+    ports = {"port": free_port(), "node_port": free_port(), "http_port": free_port()}
+    orthanc = OrthancServer(tmp_path / "orthanc", password="hunter2", **ports)
+    settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": orthanc.url}
+    known = OrthancDestination(**settings, auth=HttpAuth(type="basic", user="cspine", secret_env="ORTHANC_PASSWORD"))
+    try:
+        monkeypatch.setenv("ORTHANC_PASSWORD", "wrong")
+        assert "answered 401 (Unauthorized): check auth" in deliver(index, make_config(), known).reason
+        monkeypatch.setenv("ORTHANC_PASSWORD", "hunter2")
+        assert index.retry_delivery(the_delivery(index, "orthanc"))
+        upload, sent = OrthancCourier._upload, []
+
+        def stop_after_one(courier: OrthancCourier, file: ResultFile) -> ObjectProgress:
+            if sent:
+                orthanc.stop()
+            sent.append(file.path.name)
+            return upload(courier, file)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(OrthancCourier, "_upload", stop_after_one)
+            case = deliver(index, make_config(), known)
+        assert case.state is CaseState.DELIVERING
+        orthanc = OrthancServer(tmp_path / "orthanc", password="hunter2", **ports)
+        clock.now_s += 10
+        assert deliver(index, make_config(), known).state is CaseState.DONE
+        assert orthanc.instances() == set(uids_of(results).values())
     finally:
         orthanc.stop()
 
