@@ -3,8 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance clean
-
+.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz soak clean
 
 install: .venv/.installed
 
@@ -35,6 +34,18 @@ train-phantom: install
 # Segmentations by the node and by highdicom alone, side by side; all objects of a case.
 encode-bench: install
 	$(BIN)/python benchmarks/encode.py
+
+# How fast Instances are taken, beside Orthanc and dcmtk's storescp (both must be installed, and storescu).
+ingest: install
+	$(BIN)/python benchmarks/ingest.py
+
+# Mutated PDUs and datasets at the receiver: 50,000, some minutes.
+fuzz: install
+	$(BIN)/python -m tests.fuzz_receiver
+
+# Random kill -9 of every process under load, then 2,000 associations: about half an hour.
+soak: install
+	$(BIN)/python -m tests.soak
 
 # From the last acknowledged Instance to the stored SEG and SR, by stage.
 turnaround: install

@@ -81,8 +81,13 @@ class RunningNode:
             time.sleep(0.1)
 
     def find(self, role: str) -> psutil.Process | None:
-        """The "receiver" (it listens) or the "worker" process; None while there is none."""
+        """A "receiver" (it listens) or the "worker" process; None while there is none."""
+        return next(iter(self.find_all(role)), None)
+
+    def find_all(self, role: str) -> list[psutil.Process]:
+        """Every process of that role."""
         self._note_pids()
+        found = []
         for child in psutil.Process(self.process.pid).children():
             try:
                 if "resource_tracker" in " ".join(child.cmdline()):
@@ -91,8 +96,8 @@ class RunningNode:
             except psutil.NoSuchProcess:
                 continue
             if listens == (role == "receiver"):
-                return child
-        return None
+                found.append(child)
+        return found
 
     def cases(self) -> list[Case]:
         """What is in its database."""

@@ -178,8 +178,8 @@ def test_errors_are_caught_broadly_at_the_two_agreed_places_only() -> None:
     ]
     places = [place.split(":")[0] for place in found]
     assert_none(
-        [] if sorted(places) == ["node/receive/lane.py"] * 2 + ["node/workers.py"] else found,
-        "`except Exception` stands in node/receive/lane.py (a PDU, a C-STORE) and node/workers.py (a job) only",
+        [] if sorted(places) == ["node/receive/lane.py"] * 3 + ["node/workers.py"] else found,
+        "`except Exception` stands in node/receive/lane.py (thread, PDU, C-STORE) and node/workers.py (a job) only",
     )
 
 

@@ -114,6 +114,10 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         try:
             self._connection().settimeout(self._patience_s())
             super().run_reactor()
+        except Exception as error:
+            # pynetdicom's state machine raises at what has no place in its state, and leaves the connection open.
+            log.warning("action=association-broken calling=%r (%s)", self.sender.ae_title, describe_error(error))
+            self.socket.close()
         finally:
             if self._message is not None and self._message.arriving is not None:
                 self._message.arriving.abandon()
@@ -125,12 +129,26 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         state = self.state_machine.current_state
         if state == "Sta6" and self.assoc.is_established:
             return self._serve()
-        if state in ("Sta6", "Sta13"):  # about to be established; being closed
-            return False if state == "Sta6" else bool(super()._is_transport_event())
+        if state == "Sta6":  # about to be established
+            return False
+        if state == "Sta13":
+            self._close()
+            return True
         if self._is_readable(0):
             self._read_pdu_data()
             return True
         return False
+
+    def _close(self) -> None:
+        """Closes once the peer has nothing more to say; what it says is not looked at (PS3.8 table 9-10, AA-6)."""
+        self._begin = self._end
+        try:
+            if self._is_readable(0):
+                self._receive()
+            else:
+                self.socket.close()
+        except _BrokenError:
+            self.event_queue.put(_CONNECTION_CLOSED)
 
     def _serve(self) -> bool:
         """Serves C-STORE requests until there is something else to do; whether that came over the network."""
@@ -334,14 +352,14 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
     def _take_some(self, num_bytes: int) -> memoryview:
         """At least one byte and at most that many; valid until the next call."""
         if self._begin == self._end:
+            if time.monotonic() > self._deadline:
+                raise _BrokenError(_INVALID_PDU)
             self._receive()
         begin = self._begin
         self._begin = min(begin + num_bytes, self._end)
         return self._view[begin : self._begin]
 
     def _receive(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise _BrokenError(_INVALID_PDU)
         try:
             received = self._connection().recv_into(self._view)
         except TimeoutError:

@@ -9,7 +9,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pynetdicom import evt
+from pynetdicom import _config, evt
 from pynetdicom.pdu_primitives import A_RELEASE
 from pynetdicom.sop_class import Verification
 from pynetdicom.transport import RequestHandler
@@ -86,6 +86,7 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
     Raises:
         TlsError: the files of receive.tls cannot be used.
     """
+    _config.LOG_HANDLER_LEVEL = "none"  # of every PDU, and it trips over some
     ae = make_ae(config.receive.ae_title)
     ae.add_supported_context(Verification)
     ae.add_supported_context(COMMITMENT, scu_role=True, scp_role=True)  # a PACS that reports to us is the SCP

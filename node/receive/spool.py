@@ -6,6 +6,7 @@ which covers bytes and length (POSIX: what is needed to retrieve the data). The 
 receiver process, so no name is ever claimed twice, and what a dead run left behind can be told by its folder.
 """
 
+import contextlib
 import threading
 from collections import deque
 from io import FileIO
@@ -14,6 +15,7 @@ from pathlib import Path
 from node.process import sync
 
 _NUM_IN_BATCH = 32
+_NUM_LOW = 16  # left when the next batch is made
 _NUM_BATCHES_IN_FOLDER = 128
 
 
@@ -30,7 +32,8 @@ class Spool:
         sync(folder.parent)
         self._num_batches = 0
         self._ready: deque[Path] = deque()
-        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._is_closed = False
 
     def take(self) -> tuple[Path, FileIO]:
         """An empty file that nobody else has and whose name is durable, open for writing; to be closed by the caller.
@@ -38,17 +41,30 @@ class Spool:
         Raises:
             OSError: the disk is full or cannot be written.
         """
-        with self._lock:
-            if not self._ready:
-                self._make()
-            path = self._ready.popleft()
+        while True:
+            try:
+                path = self._ready.popleft()
+                break
+            except IndexError:
+                with self._making:
+                    if not self._ready:
+                        self._make()
+        if len(self._ready) < _NUM_LOW and not self._making.locked():
+            threading.Thread(target=self._make_ahead, name="spool", daemon=True).start()
         return path, FileIO(path, "r+")
 
     def close(self) -> None:
         """Removes the files that nobody took."""
-        with self._lock:
+        with self._making:
+            self._is_closed = True
             while self._ready:
                 self._ready.pop().unlink(missing_ok=True)
+
+    def _make_ahead(self) -> None:
+        """While Instances arrive: on a busy disk each new name waits for the journal."""
+        with self._making, contextlib.suppress(OSError):  # who finds no file made tries it, and says what is wrong
+            if len(self._ready) < _NUM_LOW and not self._is_closed:
+                self._make()
 
     def _make(self) -> None:
         folder, batch = divmod(self._num_batches, _NUM_BATCHES_IN_FOLDER)

@@ -37,6 +37,7 @@ class Receivers:
         self._config, self._index = config, index
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[str, BaseProcess] = {}  # by the name of the run
+        self._starting: dict[str, Connection] = {}  # of those, what says that a run serves, or why it cannot
         self._numbers = count()
         try:
             self._listener = listen(config)
@@ -51,17 +52,17 @@ class Receivers:
             ReceiverError: one of them does not.
         """
         reconcile(self._index)
-        started = [self._start() for _ in range(self._config.receive.processes)]
-        for ready in started:
-            try:
-                problem = ready.recv()
-            except EOFError:
-                problem = "a receiver died while starting"
-            if problem:
+        for _ in range(self._config.receive.processes):
+            self._start()
+        for name in list(self._starting):
+            if problem := self._hear(name):
                 raise ReceiverError(problem)
 
     def watch(self) -> None:
         """Replaces those that died; what they had not acknowledged is removed."""
+        for name, ready in list(self._starting.items()):
+            if ready.poll() and (problem := self._hear(name)):
+                log.error("action=receiver-not-started run=%s: %s", name, problem)
         for name, process in list(self._processes.items()):
             if not process.is_alive():
                 log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
@@ -82,9 +83,19 @@ class Receivers:
             process.join(max(0.0, deadline - time.monotonic()))
             process.kill()
             process.join()
+        for ready in self._starting.values():
+            ready.close()
         self._listener.close()
 
-    def _start(self) -> Connection:
+    def _hear(self, name: str) -> str:
+        """Waits for what a run says of its start: "" or why it does not serve."""
+        with self._starting.pop(name) as ready:
+            try:
+                return str(ready.recv())
+            except EOFError:
+                return "it died while starting"
+
+    def _start(self) -> None:
         ready, far_end = self._context.Pipe(duplex=False)
         name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{next(self._numbers)}"
         process = self._context.Process(
@@ -93,7 +104,7 @@ class Receivers:
         process.start()
         self._processes[name] = process
         far_end.close()
-        return ready
+        self._starting[name] = ready
 
 
 def listen(config: Config) -> socket.socket:

@@ -46,6 +46,7 @@ from node.receive import ReceiverError, Receivers, contexts, lane, spool, store
 from node.receive.reconcile import reconcile, reconcile_run
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.receiver import listening
+from tests.wire import Peer, associate_rq, messages
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
 
@@ -666,19 +667,23 @@ def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
     receivers: tuple[Config, Receivers], index: Index, tmp_path: Path
 ) -> None:
     config, running = receivers
-    association = associate(config)
-    association.send_c_store(make_instance(tmp_path / "sent"))
+    first, second = (make_instance(tmp_path / name) for name in ("first", "second"))
     killed = list(running._processes.values())
-    for process in killed:
-        process.kill()
-        process.join()
-    wait_until(lambda: association.is_aborted)
-    later = threading.Thread(target=store_one, args=(config, make_instance(tmp_path / "later")))
-    later.start()  # waits in the queue of the port, which outlives the processes
-    time.sleep(0.2)
-    running.watch()
-    later.join(20)
-    assert not later.is_alive()
+    with Peer(config.receive, timeout_s=60) as peer:
+        peer.associate()
+        peer.send(*messages(str(pydicom.dcmread(first).SOPInstanceUID), encoded_dataset(first)))
+        assert peer.status() == SUCCESS
+        for process in killed:
+            process.kill()
+            process.join()
+        assert peer.receive()[0] == 0
+    with Peer(config.receive, timeout_s=60) as peer:  # in the queue of the port, which outlives the processes
+        peer.send(associate_rq())
+        running.watch()
+        assert peer.receive()[0] == 2
+        peer.send(*messages(str(pydicom.dcmread(second).SOPInstanceUID), encoded_dataset(second)))
+        assert peer.status() == SUCCESS
+        peer.release()
     assert len(index.cases()) == 2
     assert carried_by(index, index.cases()[-1].series_instance_uid) == (0, 0, 1)
     assert len(running._processes) == 2

@@ -1,0 +1,215 @@
+"""The node under `kill -9`, and over thousands of associations. `tests/test_crash.py` runs the short form.
+
+    make soak                          # 200 kills under load from four senders, then 2,000 associations
+    python -m tests.soak --kills 20 --associations 100 --seed 7
+
+Any process of the real `cspine serve` is killed at random moments, the main one too, while four senders send that do
+not give up. Some Series are analysed and delivered; most are too short for that and end as refused. At the end nothing
+that was acknowledged may be missing, every case must have ended, and every analysed Series has one set of results.
+"""
+
+import argparse
+import hashlib
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import psutil
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+
+from node.archive import Archive
+from node.case import CaseState
+from node.config import DicomDestination
+from node.index import Index
+from node.send import Answer, SendError, send_files
+from tests.factories import make_ct_series
+from tests.ports import free_port
+from tests.running_node import RunningNode, phantom_series
+from tests.wire import Peer, dataset_of, messages
+
+_NUM_SENDERS = 4
+_NUM_SHORT_SLICES = 20
+_MIN_SLICES = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--associations", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=None)
+    arguments = parser.parse_args()
+    seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="cspine-soak-") as name:
+        print(kill_at_random(Path(name) / "kills", arguments.kills, seed), flush=True)
+        print(stay_flat(Path(name) / "flat", arguments.associations), flush=True)
+
+
+class Sender(threading.Thread):
+    """Sends one Series after the other, file by file, until each was acknowledged; keeps the hash of what was."""
+
+    def __init__(self, number: int, folder: Path, long_series: list[list[Path]], node: DicomDestination) -> None:
+        super().__init__(name=f"sender{number}", daemon=True)
+        self.acknowledged: dict[str, bytes] = {}
+        self.num_series = 0
+        self.stopping = False
+        self._folder, self._long, self._node = folder, list(long_series), node
+
+    def run(self) -> None:
+        while self._long or not self.stopping:
+            if self._long and (self.num_series % 4 == 0 or self.stopping):
+                self._send(self._long.pop())
+            else:
+                self._send(make_ct_series(self._folder / str(self.num_series), num_slices=_NUM_SHORT_SLICES, rows=64))
+            self.num_series += 1
+
+    def _send(self, left: list[Path]) -> None:
+        while left:
+            answered: list[Path] = []
+            try:
+                send_files(left, self._node, calling_ae_title="SOAK", on_answer=partial(self._note, answered))
+            except SendError:
+                time.sleep(0.3)
+            left = [path for path in left if path not in answered]
+
+    def _note(self, answered: list[Path], answer: Answer) -> None:
+        if answer.taken:
+            answered.append(answer.path)
+            uid = str(dcmread(answer.path, stop_before_pixels=True).SOPInstanceUID)
+            self.acknowledged[uid] = hashlib.sha256(dataset_of(answer.path)).digest()
+        time.sleep(0.02)  # no faster than a scanner, so that kills fall into the middle
+
+
+def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, main_share: float = 0.1) -> str:
+    """Kills, then looks at what became of everything; what happened, in a line.
+
+    main_share: how many of the kills are of the main process.
+
+    Raises:
+        AssertionError: something acknowledged is lost, a case is stuck, or results are there twice.
+    """
+    rng = random.Random(seed)
+    folder.mkdir()
+    long_series = [phantom_series(folder / f"long{number}", seed=number) for number in range(num_long)]
+    archive = Archive(folder / "archive", free_port())
+    destination = archive.destination.model_dump(mode="json")
+    node = RunningNode(
+        folder,
+        complete={"quiet_time_s": 8.0, "min_slices": _MIN_SLICES},  # longer than a sender waits before it goes on
+        analyse={"max_attempts": 100},
+        deliver={
+            "retry_first_s": 0.5,
+            "retry_max_s": 2.0,
+            "destinations": [destination],
+        },
+    )
+    senders = [
+        Sender(number, folder / f"short{number}", long_series[number::_NUM_SENDERS], node.destination)
+        for number in range(_NUM_SENDERS)
+    ]
+    num_killed: Counter[str] = Counter()
+    try:
+        for sender in senders:
+            sender.start()
+        while sum(num_killed.values()) < num_kills:
+            time.sleep(rng.uniform(0.2, 2.0))
+            if rng.random() < main_share:
+                node.kill()
+                node.wait_until_gone()
+                node.start()
+                num_killed["main"] += 1
+            else:
+                role = rng.choice(["receiver", "worker"])
+                if found := node.find_all(role):
+                    rng.choice(found).kill()
+                    num_killed[role] += 1
+        for sender in senders:
+            sender.stopping = True
+        for sender in senders:
+            sender.join(240)
+            assert not sender.is_alive(), f"a sender is stuck with {len(sender.acknowledged)} acknowledged"
+        num_series = sum(sender.num_series for sender in senders)
+        states = node.wait_until_settled(num_series, timeout_s=600)
+        index = Index(node.data_dir)
+        acknowledged = {uid: digest for sender in senders for uid, digest in sender.acknowledged.items()}
+        for uid, digest in acknowledged.items():
+            kept = index.find_instance(uid)
+            assert kept is not None, f"{uid} was acknowledged and is lost"
+            assert hashlib.sha256(dataset_of(kept)).digest() == digest, f"{uid} was acknowledged and differs"
+        assert sum(case.num_instances for case in index.cases()) == len(acknowledged)
+        index.close()
+        expected = Counter({CaseState.DONE: num_long, CaseState.REFUSED: num_series - num_long})
+        assert states == +expected, f"{states}\n{node.log()}"
+    finally:
+        for sender in senders:
+            sender.stopping = True
+        node.stop()
+        archive.stop()
+    # A repeat replaces itself: whatever was made, and however often, one set of objects a Series is all there is.
+    assert len(list((node.data_dir / "cases").glob("*/*/findings.json"))) == num_long
+    made = {dcmread(path).SOPInstanceUID for path in (node.data_dir / "cases").rglob("*.dcm")}
+    assert {dcmread(path).SOPInstanceUID for path, _ in archive.files} == made
+    node.wait_until_gone()
+    return (
+        f"{sum(num_killed.values())} kills ({dict(num_killed)}) under {_NUM_SENDERS} senders: {len(acknowledged)} "
+        f"acknowledged Instances in {num_series} Series, 0 lost; {num_long} analysed once, 0 stuck"
+    )
+
+
+def stay_flat(folder: Path, num_associations: int) -> str:
+    """One association after the other, each with an Instance; what the node holds may not grow.
+
+    Raises:
+        AssertionError: threads, descriptors or memory grew.
+    """
+    folder.mkdir()
+    (path,) = make_ct_series(folder / "sent", num_slices=1)
+    node = RunningNode(folder, complete={"min_slices": _MIN_SLICES})
+    try:
+        dataset, old = dataset_of(path), str(dcmread(path).SOPInstanceUID)
+        size = len(old) + len(old) % 2
+
+        def send(count: int) -> None:
+            for _ in range(count):
+                uid = generate_uid()[: len(old)].rstrip(".")
+                with Peer(node.destination) as peer:
+                    peer.associate()
+                    peer.send(*messages(uid, dataset.replace(_padded(old, size), _padded(uid, size))))
+                    assert peer.status() == 0
+                    peer.release()
+
+        send(num_associations // 4)  # what is kept in memory for good is there by then
+        before = _resources(node)
+        send(num_associations - num_associations // 4)
+        time.sleep(1)
+        after = _resources(node)
+    finally:
+        node.stop()
+    assert after[0] <= before[0] + 2, f"threads grew from {before[0]} to {after[0]}"
+    assert after[1] <= before[1] + 4, f"descriptors grew from {before[1]} to {after[1]}"
+    assert after[2] <= before[2] + 20, f"MiB grew from {before[2]} to {after[2]}"
+    return f"{num_associations} associations: threads, descriptors, MiB after a quarter {before}, at the end {after}"
+
+
+def _padded(uid: str, size: int) -> bytes:
+    return uid.encode().ljust(size, b"\0")
+
+
+def _resources(node: RunningNode) -> tuple[int, int, int]:
+    """Threads, descriptors, MiB of the main process and the receivers."""
+    processes = [psutil.Process(node.process.pid), *node.find_all("receiver")]
+    return (
+        sum(process.num_threads() for process in processes),
+        sum(process.num_fds() for process in processes),
+        sum(process.memory_info().rss for process in processes) >> 20,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
