@@ -16,6 +16,7 @@ from node.config import ClientTls, DicomWebDestination, HttpAuth, OrthancDestina
 from node.send import SendError
 from node.tls import TlsError, client_context, describe_tls_error
 
+# After these (and redirects) trying again would end the same; every other failure may pass.
 _WHAT_TO_DO = {
     400: "it does not understand the request",
     401: "check auth: it does not accept this user, password or token",
@@ -27,9 +28,6 @@ _WHAT_TO_DO = {
     415: "it does not take what we send: switch DICOM uploads on there",
     501: "it does not have this service: switch it on there",
 }
-PERMANENT_STATUSES = (*_WHAT_TO_DO, *(code for code in range(300, 400)))
-"""HTTP statuses after which trying again would end the same. Every other failure may pass."""
-
 
 _Error = TypeVar("_Error", bound=BaseException)
 
