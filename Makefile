@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz soak clean
+.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz soak clean dicomweb-bench
 
 install: .venv/.installed
 
@@ -68,6 +68,10 @@ decode: install
 # The conformance statement, from the code.
 conformance: install
 	$(BIN)/cspine conformance > docs/conformance.md
+
+# The DICOMweb server beside Orthanc's: store, retrieve and find.
+dicomweb-bench: install
+	$(BIN)/python -m benchmarks.dicomweb
 
 clean:
 	rm -rf .venv .viewer build *.egg-info

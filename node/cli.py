@@ -22,6 +22,7 @@ from node.commands.deliveries import deliveries
 from node.commands.notifications import notifications
 from node.commands.purge import purge
 from node.commands.rules import rules
+from node.commands.token import token
 
 if TYPE_CHECKING:
     from node.config import Config
@@ -69,6 +70,10 @@ def _say_how_to_use(config: "Config") -> None:
     click.echo(f"  for example        cspine send DIR --to {receive.host}:{receive.port} --aet {receive.ae_title}")
     for destination in config.deliver.destinations:
         click.echo(f"  Results go to      {destination.where}")
+    if config.web.enabled:
+        scheme = "https" if config.web.tls else "http"
+        root = config.web.public_url or f"{scheme}://{config.web.host}:{config.web.port}"
+        click.echo(f"  DICOMweb, viewer   {root}/dicom-web, {root}/viewer")
     click.echo("  What is going on   cspine cases\n  Stop               Ctrl-C\n")
 
 
@@ -246,3 +251,4 @@ main.add_command(deliveries)
 main.add_command(notifications)
 main.add_command(purge)
 main.add_command(rules)
+main.add_command(token)

@@ -29,6 +29,7 @@ from node.profiles import Profile, ProfileSetting
 from node.rules.settings import RulesConfig, listed
 from node.secret import WithSecret
 from node.targets import NotifyConfig
+from node.web.settings import WebConfig
 
 
 class ConfigError(Exception):
@@ -385,6 +386,7 @@ class Config(_Section):
     analyse: AnalyseConfig = AnalyseConfig()
     deliver: DeliverConfig = DeliverConfig()
     notify: NotifyConfig = NotifyConfig()
+    web: WebConfig = WebConfig()
     retention: RetentionConfig = RetentionConfig()
 
 

@@ -23,6 +23,7 @@ def set_up_logging(level: str) -> None:
     logging.getLogger("pynetdicom.events").setLevel(logging.ERROR)
     for library in ("highdicom", "matplotlib", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # it would log the messages of unexpected errors
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")

@@ -32,6 +32,7 @@ from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
+from node.web.supervisor import WebError, WebProcess
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class Service:
             raise StartError("another node uses this database; give each node a database of its own")
         self._pool: WorkerPool | None = None
         self._receivers: Receivers | None = None
+        self._web: WebProcess | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
         num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         self._scheduler = BackgroundScheduler(
@@ -93,6 +95,8 @@ class Service:
             self._receivers.start()
         except ReceiverError as error:
             raise StartError(str(error)) from error
+        if config.web.enabled:
+            self._start_web()
         self._pool = WorkerPool(config)
         if problem := self._pool.wait_until_loaded():
             raise StartError(problem)
@@ -121,16 +125,26 @@ class Service:
         log.info("action=stopping")
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
-        if self._receivers is not None:
-            self._receivers.terminate()
+        for process in (self._receivers, self._web):
+            if process is not None:
+                process.terminate()
         if self._pool is not None:
             self._pool.stop()
-        if self._receivers is not None:
-            self._receivers.join(5)
+        for process in (self._receivers, self._web):
+            if process is not None:
+                process.join(4)
         self._index.put_back(held=())
         self._index.close()
         self._data_lock.close()
         log.info("action=stopped")
+
+    def _start_web(self) -> None:
+        self._web = WebProcess(self._config, self._index)
+        try:
+            self._web.start()
+        except WebError as error:
+            raise StartError(str(error)) from error
+        self._every_tick(self._web.watch)
 
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)

@@ -21,7 +21,8 @@ from matplotlib.image import imread
 from numpy.typing import NDArray
 from playwright.sync_api import Page, sync_playwright
 
-VIEWER_FOLDER = Path(__file__).parents[1] / ".viewer"
+from node.web import viewer
+
 # Software rendering, and no service of the browser maker's is asked for anything.
 _CHROMIUM_ARGUMENTS = [
     "--no-sandbox",
@@ -41,7 +42,7 @@ _TIMEOUT_MS = 90_000
 def find_chromium() -> str:
     """The path of Chromium; without it, or without OHIF, the test is skipped, or fails where servers are required."""
     chromium = shutil.which("chromium")
-    if chromium and (VIEWER_FOLDER / "index.html").exists():
+    if chromium and viewer.find_viewer():
         return chromium
     missing = "This needs Chromium (Debian: apt-get install chromium) and OHIF (make viewer)"
     if os.environ.get("CSPINE_REQUIRE_SERVERS"):
@@ -50,7 +51,10 @@ def find_chromium() -> str:
 
 
 class OhifSite:
-    """OHIF at `/viewer`, the archive's DICOMweb at `/dicom-web`, on one loopback port, from construction to `stop`."""
+    """What a hospital would put before its archive, from construction to `stop`.
+
+    OHIF is at `/viewer`, the archive's DICOMweb at `/dicom-web`, on one loopback port.
+    """
 
     def __init__(self, archive_url: str) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(archive_url))
@@ -63,6 +67,9 @@ class OhifSite:
 
 
 def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
+    folder = viewer.find_viewer()
+    assert folder is not None
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -92,41 +99,13 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
                         return error.code, "text/plain", error.read()
             name = path.removeprefix("/viewer").lstrip("/")
             if name == "app-config.js":
-                return 200, "text/javascript", f"window.config = {json.dumps(_APP_CONFIG)};".encode()
-            file = VIEWER_FOLDER / name
+                return 200, "text/javascript", f"window.config = {json.dumps(viewer.CONFIG)};".encode()
+            file = folder / name
             if not name or not file.is_file():  # a page of the single-page application
-                file = VIEWER_FOLDER / "index.html"
+                file = folder / "index.html"
             return 200, mimetypes.guess_type(file.name)[0] or "application/octet-stream", file.read_bytes()
 
     return Handler
-
-
-_APP_CONFIG = {
-    "routerBasename": "/viewer",
-    "extensions": [],
-    "modes": [],
-    "showStudyList": True,
-    "investigationalUseDialog": {"option": "never"},
-    "defaultDataSourceName": "archive",
-    "dataSources": [
-        {
-            "namespace": "@ohif/extension-default.dataSourcesModule.dicomweb",
-            "sourceName": "archive",
-            "configuration": {
-                "friendlyName": "Archive",
-                "name": "archive",
-                "qidoRoot": "/dicom-web",
-                "wadoRoot": "/dicom-web",
-                "wadoUriRoot": "/wado",
-                "imageRendering": "wadors",
-                "thumbnailRendering": "wadors",
-                "supportsFuzzyMatching": False,
-                "omitQuotationForMultipartRequest": True,
-                "bulkDataURI": {"enabled": True},
-            },
-        }
-    ],
-}
 
 
 class OhifStudy:
@@ -175,13 +154,13 @@ class OhifStudy:
 
 
 @contextmanager
-def open_study(site: OhifSite, study_instance_uid: str) -> Iterator[OhifStudy]:
-    """Opens a Study in a browser of its own."""
+def open_study(host: str, study_instance_uid: str) -> Iterator[OhifStudy]:
+    """Opens a Study in a browser of its own, in the OHIF of that host and port."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=_CHROMIUM_ARGUMENTS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(_TIMEOUT_MS)
         try:
-            yield OhifStudy(page, site.host, study_instance_uid)
+            yield OhifStudy(page, host, study_instance_uid)
         finally:
             browser.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from orthanc_api_client import OrthancApiClient
 from pydicom import Dataset, dcmread
 
@@ -109,6 +110,12 @@ class OrthancServer:
             )
             for series in self.client.get_json("series?expand")
         ]
+
+    def get_dicomweb(self, path: str) -> Any:
+        """JSON from its DICOMweb service, which is a plugin."""
+        return requests.get(
+            f"{self.url}/dicom-web{path}", headers={"Accept": "application/dicom+json"}, timeout=20
+        ).json()
 
     def instances(self) -> set[str]:
         """SOPInstanceUIDs of everything here."""

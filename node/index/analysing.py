@@ -41,6 +41,14 @@ class Analysing(Operating):
         with self._engine.connect() as connection:
             return [self.data_dir / path for path in connection.scalars(here)]
 
+    def instance_headers(self, series_instance_uid: str) -> dict[Path, list[dict[str, Any]]]:
+        """`SliceHeader.to_dict()` of every frame, by the file of its Instance."""
+        here = select(_instances.c.path, _instances.c.headers).where(
+            _instances.c.series_instance_uid == series_instance_uid
+        )
+        with self._engine.connect() as connection:
+            return {self.data_dir / path: headers for path, headers in connection.execute(here)}
+
     def finish(
         self,
         case: Case,

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import RowMapping, Select, Update, select, update
+from sqlalchemy import RowMapping, Select, Update, func, select, update
 
 from node.case import TRANSITIONS, Case, CaseState
 from node.index import tables
@@ -24,6 +24,12 @@ class Cases(Database):
         """Cases, the latest first. states: only those in one of them."""
         query = select(_cases).order_by(_cases.c.first_received_at.desc()).limit(limit)
         return self._cases(query.where(_cases.c.state.in_(states)) if states else query)
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Something else whenever a case has come, changed, or gone."""
+        counted = (func.count(_cases.c.case_id), func.sum(_cases.c.num_instances), func.sum(_cases.c.changed_at))
+        with self._engine.connect() as connection:
+            return tuple(connection.execute(select(*counted)).one())
 
     def _cases(self, query: Select[Any]) -> list[Case]:
         with self._engine.connect() as connection:

@@ -38,11 +38,15 @@ _NUM_SERIES_KEPT = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Announced:
-    """What the C-STORE request and its presentation context say of the dataset that follows."""
+    """What is said of a dataset before it follows: by the C-STORE request and its presentation context, or by STOW-RS.
+
+    study_instance_uid: of the Study it must belong to, "" for any.
+    """
 
     sop_class_uid: str
     sop_instance_uid: str
     transfer_syntax_uid: str
+    study_instance_uid: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from typing import Protocol
 
 from pynetdicom.association import Association
 from sqlalchemy.exc import SQLAlchemyError
@@ -10,6 +11,17 @@ from node.index import Index
 from node.process import describe_error
 
 log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Who sends an Instance, whatever the way."""
+
+    @property
+    def ae_title(self) -> str:
+        """As it calls itself."""
+
+    def association_id(self) -> int:
+        """The row of what the Instance came with."""
 
 
 class Sender:

@@ -15,7 +15,7 @@ from node.config import Config
 from node.index import Index, NewInstance
 from node.receive.commit import GroupCommit
 from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
-from node.receive.sender import Sender
+from node.receive.sender import Source
 from node.receive.spool import Spool
 from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
@@ -33,7 +33,7 @@ class Store:
         self.max_bytes = config.receive.max_instance_mb * 2**20
         self._min_free_mb = config.receive.min_free_disk_mb
 
-    def begin(self, announced: Announced, sender: Sender) -> "Arriving":
+    def begin(self, announced: Announced, sender: Source) -> "Arriving":
         """An Instance that begins to arrive; to be ended by `finish` or `abandon`.
 
         Raises:
@@ -55,7 +55,7 @@ class Store:
 class Arriving:
     """One Instance on its way to disk. After an error it is abandoned already: no part of it stays."""
 
-    def __init__(self, store: Store, announced: Announced, sender: Sender) -> None:
+    def __init__(self, store: Store, announced: Announced, sender: Source) -> None:
         self._store, self._announced, self._sender = store, announced, sender
         self._prefix = bytearray()
         self._num_bytes = 0
@@ -90,7 +90,9 @@ class Arriving:
         try:
             encoded = Encoded(prefix=bytes(self._prefix), num_bytes=self._num_bytes, path=self._path, start=self._start)
             read = self._store.headers.read(encoded, self._announced)
-            uid = self._announced.sop_instance_uid
+            uid, study_uid = self._announced.sop_instance_uid, self._announced.study_instance_uid
+            if study_uid and study_uid != read.headers[0]["study_instance_uid"]:
+                raise RefusedError(MISMATCH, "StudyInstanceUID in the dataset is not the announced one")
             if uid.startswith(_OUR_UIDS) and self._store.index.is_result(uid):
                 raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
             os.fdatasync(self._file.fileno())

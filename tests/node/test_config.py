@@ -100,6 +100,7 @@ def test_numbers_in_settings_carry_their_unit() -> None:
         "threads",
         "max_attempts",
         "min_slices",
+        "max_parts",
     }
     for model in (section.annotation for section in Config.model_fields.values()):
         if isinstance(model, type) and issubclass(model, BaseModel):

@@ -1,0 +1,111 @@
+"""Who may do what over HTTP: open on loopback, else a token or the word of a reverse proxy.
+
+A token comes as `Authorization: Bearer TOKEN`, or as the password of HTTP Basic, which browsers can ask for.
+"""
+
+import base64
+import binascii
+import logging
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from node.web.settings import Right, WebConfig
+from node.web.tokens import RIGHTS, Tokens
+
+log = logging.getLogger(__name__)
+
+_RIGHT_OF: dict[str, Right] = {"POST": "store", "DELETE": "delete"}
+_CORS_HEADERS = "authorization, content-type, accept"
+
+
+class AccessMiddleware:
+    """Lets through what is allowed; adds what browsers must know of other origins and of ours."""
+
+    def __init__(self, app: ASGIApp, config: WebConfig, tokens: Tokens) -> None:
+        self._app = app
+        self._config = config
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        extra = self._extra_headers(headers.get("origin", ""))
+
+        async def send_more(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *extra]
+            await send(message)
+
+        if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+            await JSONResponse(None, 204)(scope, receive, send_more)
+            return
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            log.warning("action=http-refused peer=%s status=%d", _peer(scope), refusal.status_code)
+            await refusal(scope, receive, send_more)
+            return
+        await self._app(scope, receive, send_more)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        """The answer to a request that is not allowed; None if it is."""
+        right = _RIGHT_OF.get(scope["method"], "read")
+        rights = self._rights(scope, headers)
+        if rights is None:
+            challenge = {"WWW-Authenticate": 'Basic realm="C-Spine Node", charset="UTF-8", Bearer'}
+            return JSONResponse({"error": "a token is needed: cspine token make NAME"}, 401, challenge)
+        if right not in rights:
+            return JSONResponse(
+                {"error": f"this token has no right to {right}: cspine token make --right {right}"}, 403
+            )
+        return None
+
+    def _rights(self, scope: Scope, headers: Headers) -> tuple[Right, ...] | None:
+        """What the client may do; None if it has not said who it is."""
+        proxy = self._config.trusted_proxy
+        if proxy is not None and _peer(scope) in proxy.addresses and headers.get(proxy.user_header):
+            return proxy.rights
+        if (secret := _secret(headers.get("authorization", ""))) is not None:
+            token = self._tokens.find(secret)
+            return token.rights if token else None
+        return RIGHTS if self._config.open_to_all else None
+
+    def _extra_headers(self, origin: str) -> list[tuple[bytes, bytes]]:
+        extra = [
+            # What OHIF's decoders need to share memory between threads.
+            ("Cross-Origin-Opener-Policy", "same-origin"),
+            ("Cross-Origin-Embedder-Policy", "require-corp"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Cache-Control", "private, no-cache"),
+        ]
+        if origin and origin in self._config.cors_origins:
+            extra += [
+                ("Access-Control-Allow-Origin", origin),
+                ("Access-Control-Allow-Methods", "GET, POST, DELETE"),
+                ("Access-Control-Allow-Headers", _CORS_HEADERS),
+                ("Cross-Origin-Resource-Policy", "cross-origin"),
+                ("Vary", "Origin"),
+            ]
+        return [(name.lower().encode(), value.encode("latin-1")) for name, value in extra]
+
+
+def _peer(scope: Scope) -> str:
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
+def _secret(authorization: str) -> str | None:
+    """The token of an Authorization header; None if there is none."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return None

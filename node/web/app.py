@@ -1,0 +1,400 @@
+"""The addresses of the HTTP side, each a few lines: a request is understood, and answered in a form that it accepts.
+
+`make_app` gives the ASGI application; `server.py` runs it.
+"""
+
+import asyncio
+import json
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydicom.uid import ExplicitVRLittleEndian
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from node.case import CaseState
+from node.config import Config
+from node.process import describe_error
+from node.receive.headers import is_uid
+from node.receive.store import Store
+from node.remove import delete_case
+from node.web import qido, rendered, viewer, wado
+from node.web.accept import Choice, Offer, choose
+from node.web.access import AccessMiddleware
+from node.web.catalog import Catalog, Level, StoredInstance
+from node.web.matching import QueryError
+from node.web.multipart import MultipartError, MultipartReader, boundary_of
+from node.web.settings import WebConfig
+from node.web.stow import TooLargeError, store_parts
+from node.web.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+DICOM_JSON = "application/dicom+json"
+_MAX_RENDERED_FRAMES = 1
+
+
+def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> FastAPI:
+    """The application: DICOMweb at /dicom-web, OHIF at /viewer."""
+    app = FastAPI(title="C-Spine Node", docs_url=None, redoc_url=None)
+    app.state.catalog = catalog
+    app.state.public_url = config.web.public_url
+    app.include_router(_search_router(), prefix="/dicom-web")
+    app.include_router(_retrieve_router(), prefix="/dicom-web")
+    app.include_router(_store_router(config.web, catalog, store), prefix="/dicom-web")
+    app.include_router(viewer.make_router())
+    app.add_middleware(AccessMiddleware, config=config.web, tokens=tokens)
+    for error, status in (
+        (QueryError, 400),
+        (MultipartError, 400),
+        (ClientDisconnect, 400),
+        (TooLargeError, 413),
+        (wado.NotThereError, 404),
+        (wado.CannotGiveError, 406),
+    ):
+        app.add_exception_handler(error, _say(status))
+    app.add_exception_handler(FileNotFoundError, _say(404, "it has just been removed"))
+    app.add_exception_handler(TimeoutError, _say(408, "nothing has come for web.body_timeout_s"))
+    app.add_exception_handler(HTTPException, _say_http)
+    app.add_exception_handler(Exception, _say_broken)
+    return app
+
+
+def _say(status: int, text: str = "") -> Callable[[Request, Exception], Response]:
+    """Answers an error with its message, which names no patient and no path."""
+    return lambda _request, error: JSONResponse({"error": text or str(error)}, status)
+
+
+def _say_http(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+
+
+def _say_broken(_request: Request, error: Exception) -> Response:
+    """A fault of ours. Its message may quote a patient's data, so only kind and place are logged."""
+    log.error("action=http-broke: %s", describe_error(error))
+    return JSONResponse({"error": "the request cannot be answered; the node's log says where it broke"}, 500)
+
+
+# ---- what every address needs ----
+
+
+def _catalog(request: Request) -> Catalog:
+    catalog: Catalog = request.app.state.catalog
+    catalog.refresh()
+    return catalog
+
+
+def _root(request: Request) -> str:
+    """The address of the DICOMweb service as the client sees it."""
+    public: str | None = request.app.state.public_url
+    return (public or str(request.base_url)).rstrip("/") + "/dicom-web"
+
+
+CatalogOf = Annotated[Catalog, Depends(_catalog)]
+RootOf = Annotated[str, Depends(_root)]
+
+
+def _find(catalog: Catalog, *uids: str) -> list[StoredInstance]:
+    """The Instances of a Study, a Series of it, or one Instance of that.
+
+    Raises:
+        NotThereError: there is none.
+    """
+    found = catalog.files(*uids) if all(map(is_uid, uids)) else []
+    if not found:
+        raise wado.NotThereError(f"{('Study', 'Series', 'Instance')[len(uids) - 1]} {uids[-1]:.64} is not here")
+    return found
+
+
+def _choose(request: Request, offers: list[Offer]) -> Choice:
+    """The form that the client accepts; `accept` in the query string stands for the header (PS3.18 8.3.3.1).
+
+    Raises:
+        HTTPException: 406, none of them.
+    """
+    accept = request.query_params.get("accept") or request.headers.get("accept", "")
+    choice = choose(accept, offers, default_syntax=ExplicitVRLittleEndian)
+    if choice is None:
+        can = ", ".join(
+            f'{offer.media_type}; type="{offer.part}"' if offer.part else offer.media_type for offer in offers
+        )
+        raise HTTPException(406, f"this can be given as {can}, with a transfer syntax it can be transcoded to")
+    return choice
+
+
+class _Pieces(Response):
+    """A body that is made while it is sent: in a thread, some pieces at a time, each sent as it is."""
+
+    def __init__(self, pieces: Iterator[list[bytes]], media_type: str, length: int | None) -> None:
+        self._pieces = pieces
+        headers = {"Content-Type": media_type} | ({} if length is None else {"Content-Length": str(length)})
+        super().__init__(headers=headers)
+        if length is None:
+            del self.headers["Content-Length"]  # that of no body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        first = await asyncio.to_thread(next, self._pieces, None)  # what cannot be had is an error, not a broken body
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        while first is not None:
+            following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
+            for piece in first:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            first = await following
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _related(part_type: str, boundary: str) -> str:
+    return f'multipart/related; type="{part_type}"; boundary={boundary}'
+
+
+def _boundary() -> str:
+    return secrets.token_hex(16)
+
+
+# ---- QIDO-RS ----
+
+
+def _search_router() -> APIRouter:
+    router = APIRouter()
+
+    def search(request: Request, catalog: Catalog, root: str, level: Level, **scope: str) -> Response:
+        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        query = qido.parse_query(level, request.query_params.multi_items(), scope)
+        found = qido.search(catalog, level, query, root)
+        headers = {}
+        if query.is_fuzzy:
+            headers["Warning"] = '299 cspine: "The fuzzymatching parameter is not supported. Only literal matching."'
+        return Response(json.dumps(found), media_type=DICOM_JSON, headers=headers)
+
+    @router.get("/studies")
+    def studies(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
+        return search(request, catalog, root, Level.STUDY)
+
+    @router.get("/series")
+    def series(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
+        return search(request, catalog, root, Level.SERIES)
+
+    @router.get("/instances")
+    def instances(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
+        return search(request, catalog, root, Level.INSTANCE)
+
+    @router.get("/studies/{study}/series")
+    def series_of_study(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
+        return search(request, catalog, root, Level.SERIES, StudyInstanceUID=study)
+
+    @router.get("/studies/{study}/instances")
+    def instances_of_study(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
+        return search(request, catalog, root, Level.INSTANCE, StudyInstanceUID=study)
+
+    @router.get("/studies/{study}/series/{series}/instances")
+    def instances_of_series(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
+        scope = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
+        return search(request, catalog, root, Level.INSTANCE, **scope)
+
+    return router
+
+
+# ---- WADO-RS ----
+
+
+def _retrieve_router() -> APIRouter:
+    router = APIRouter()
+
+    def retrieve(request: Request, instances: list[StoredInstance]) -> Response:
+        choice = _choose(request, wado.instance_offers(instances))
+        if not choice.offer.part:
+            return Response(wado.instance_bytes(instances[0], choice.transfer_syntax), media_type=wado.DICOM)
+        boundary = _boundary()
+        pieces, length = wado.multipart_of_instances(instances, choice.transfer_syntax, boundary)
+        return _Pieces(pieces, _related(wado.DICOM, boundary), length)
+
+    def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
+        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
+        return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
+
+    def show(request: Request, instance: StoredInstance, frame: int = 1, *, is_thumbnail: bool = False) -> Response:
+        choice = _choose(request, [Offer(media_type=media_type) for media_type in rendered.MEDIA_TYPES])
+        view = rendered.parse_view(request.query_params)
+        if is_thumbnail and view.size is None:
+            view = rendered.View(window=view.window, size=(128, 128), quality=view.quality)
+        media_type = choice.offer.media_type
+        return Response(rendered.render(instance, media_type, view, frame), media_type=media_type)
+
+    @router.get("/studies/{study}")
+    def study(request: Request, catalog: CatalogOf, study: str) -> Response:
+        return retrieve(request, _find(catalog, study))
+
+    @router.get("/studies/{study}/metadata")
+    def study_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
+        return tell(request, _find(catalog, study), root)
+
+    @router.get("/studies/{study}/thumbnail")
+    def study_thumbnail(request: Request, catalog: CatalogOf, study: str) -> Response:
+        return show(request, _middle(_find(catalog, study)), is_thumbnail=True)
+
+    @router.get("/studies/{study}/series/{series}")
+    def series(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
+        return retrieve(request, _find(catalog, study, series))
+
+    @router.get("/studies/{study}/series/{series}/metadata")
+    def series_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
+        return tell(request, _find(catalog, study, series), root)
+
+    @router.get("/studies/{study}/series/{series}/thumbnail")
+    def series_thumbnail(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
+        return show(request, _middle(_find(catalog, study, series)), is_thumbnail=True)
+
+    of_instance = "/studies/{study}/series/{series}/instances/{instance}"
+
+    def find_one(catalog: CatalogOf, study: str, series: str, instance: str) -> StoredInstance:
+        return _find(catalog, study, series, instance)[0]
+
+    InstanceOf = Annotated[StoredInstance, Depends(find_one)]  # noqa: N806 - a type
+
+    @router.get(of_instance)
+    def instance(request: Request, instance: InstanceOf) -> Response:
+        return retrieve(request, [instance])
+
+    @router.get(of_instance + "/metadata")
+    def instance_metadata(request: Request, instance: InstanceOf, root: RootOf) -> Response:
+        return tell(request, [instance], root)
+
+    @router.get(of_instance + "/rendered")
+    def instance_rendered(request: Request, instance: InstanceOf) -> Response:
+        return show(request, instance)
+
+    @router.get(of_instance + "/thumbnail")
+    def instance_thumbnail(request: Request, instance: InstanceOf) -> Response:
+        return show(request, instance, is_thumbnail=True)
+
+    @router.get(of_instance + "/bulkdata/{tag}")
+    def bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
+        if len(tag) != 8 or not all(digit in "0123456789abcdefABCDEF" for digit in tag):
+            raise wado.NotThereError("bulk data is named by a tag of eight hex digits, such as 7FE00010")
+        octets = Offer(media_type="multipart/related", part=wado.OCTETS)
+        choice = _choose(request, [octets, Offer(media_type=wado.OCTETS)])
+        data = wado.bulk_data(instance, tag)
+        if not choice.offer.part:
+            return Response(data, media_type=wado.OCTETS)
+        boundary = _boundary()
+        body = wado.multipart_of([data], wado.OCTETS, boundary)
+        return Response(body, media_type=_related(wado.OCTETS, boundary))
+
+    @router.get(of_instance + "/frames/{numbers}")
+    def frames(request: Request, instance: InstanceOf, numbers: str) -> Response:
+        choice = _choose(request, wado.frame_offers(instance))
+        found = wado.frames(instance, _numbers(numbers), choice.transfer_syntax)
+        boundary = _boundary()
+        part_type = f"{choice.offer.part}; transfer-syntax={choice.transfer_syntax}"
+        body = wado.multipart_of(found, part_type, boundary)
+        return Response(body, media_type=_related(choice.offer.part, boundary))
+
+    @router.get(of_instance + "/frames/{numbers}/rendered")
+    def frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
+        wanted = _numbers(numbers)
+        if len(wanted) > _MAX_RENDERED_FRAMES:
+            raise QueryError("one frame at a time can be rendered")
+        return show(request, instance, wanted[0])
+
+    return router
+
+
+def _numbers(text: str) -> list[int]:
+    """Frame numbers of an address, such as 1,2,5.
+
+    Raises:
+        QueryError: they are none.
+    """
+    fields = text.split(",")
+    if not all(field.isascii() and field.isdecimal() and len(field) < 7 for field in fields):
+        raise QueryError("frames are named by their numbers, from 1, such as 1,2,5")
+    return [int(field) for field in fields]
+
+
+def _middle(instances: list[StoredInstance]) -> StoredInstance:
+    """The one to stand for all: of CT, a slice from the middle."""
+    return instances[len(instances) // 2]
+
+
+# ---- STOW-RS, and what administrators may remove ----
+
+
+class _HttpSource:
+    """Who sent a request, as a source of Instances: one row of the index for each request."""
+
+    def __init__(self, catalog: Catalog, store: Store, name: str) -> None:
+        self.ae_title = name
+        self._catalog, self._store = catalog, store
+        self._id: int | None = None
+        self._lock = threading.Lock()
+
+    def association_id(self) -> int:
+        with self._lock:
+            if self._id is None:
+                self._id = self._store.index.open_association(self.ae_title, self._store.run)
+            return self._id
+
+    def end(self, *, released: bool) -> None:
+        if self._id is not None:
+            self._store.index.end_association(self._id, released=released)
+
+
+def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRouter:
+    router = APIRouter()
+
+    async def keep(request: Request, study: str) -> Response:
+        reader = MultipartReader(boundary_of(request.headers.get("content-type", "")), config.max_parts)
+        length = request.headers.get("content-length", "0")
+        if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
+            raise TooLargeError(f"a request may have {config.max_body_mb} MB (web.max_body_mb)")
+        source = _HttpSource(catalog, store, "STOW-RS")
+        is_whole = False
+        try:
+            stored = await store_parts(
+                request.stream(),
+                reader,
+                store,
+                source,
+                study_instance_uid=study,
+                max_bytes=config.max_body_mb << 20,
+                timeout_s=config.body_timeout_s,
+            )
+            is_whole = True
+        finally:
+            await asyncio.to_thread(source.end, released=is_whole)
+        return Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+
+    @router.post("/studies")
+    async def keep_any(request: Request) -> Response:
+        return await keep(request, "")
+
+    @router.post("/studies/{study}")
+    async def keep_of_study(request: Request, study: str) -> Response:
+        return await keep(request, study)
+
+    @router.delete("/studies/{study}")
+    def delete_study(catalog: CatalogOf, study: str) -> Response:
+        return delete({found.case_series for found in _find(catalog, study)})
+
+    @router.delete("/studies/{study}/series/{series}")
+    def delete_series(catalog: CatalogOf, study: str, series: str) -> Response:
+        """Of a received Series; with it goes what was made of it."""
+        if all(found.case_series != series for found in _find(catalog, study, series)):
+            raise HTTPException(409, "this Series was made from another one; delete that, and it goes too")
+        return delete({series})
+
+    def delete(series_uids: set[str]) -> Response:
+        cases = [case for uid in sorted(series_uids) if (case := store.index.case(uid)) is not None]
+        if any(case.state is CaseState.ANALYSING or not delete_case(store.index, case) for case in cases):
+            raise HTTPException(409, "it is being received or analysed at this moment; try again when that is over")
+        return Response(status_code=204)
+
+    return router

@@ -1,0 +1,425 @@
+"""What the node holds, as DICOMweb asks for it: studies, series and instances with the attributes of each.
+
+A cache in an SQLite file of its own beside the Instances, made from their headers, rebuilt when it is not there. The
+node's database says which Instances and results there are and names no patient; this file does, as the Instances do.
+One process writes it: that of `server.py`.
+
+Reference: PS3.18 10.6.1.2 (matching), tables 10.6.3-3 to 10.6.3-5 (what is returned).
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from pydicom import Dataset, dcmread
+from pydicom.tag import Tag
+from sqlalchemy import (
+    JSON,
+    Column,
+    ColumnElement,
+    Connection,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+)
+
+from model import PARSE_ERRORS
+from node.case import Case
+from node.index import Index
+from node.web.matching import Condition
+
+_VERSION = 1  # of the tables below; a file of another version is made anew
+
+
+class Level(Enum):
+    """What a query is about: keywords that are stored and returned, and the UID that names one."""
+
+    STUDY = (
+        "StudyInstanceUID",
+        (
+            "StudyDate",
+            "StudyTime",
+            "AccessionNumber",
+            "ReferringPhysicianName",
+            "PatientName",
+            "PatientID",
+            "PatientBirthDate",
+            "PatientSex",
+            "StudyInstanceUID",
+            "StudyID",
+            "StudyDescription",
+        ),
+    )
+    SERIES = (
+        "SeriesInstanceUID",
+        (
+            "Modality",
+            "SeriesDescription",
+            "SeriesInstanceUID",
+            "SeriesNumber",
+            "BodyPartExamined",
+            "PerformedProcedureStepStartDate",
+            "PerformedProcedureStepStartTime",
+        ),
+    )
+    INSTANCE = (
+        "SOPInstanceUID",
+        ("SOPClassUID", "SOPInstanceUID", "InstanceNumber", "Rows", "Columns", "BitsAllocated", "NumberOfFrames"),
+    )
+
+    def __init__(self, uid_keyword: str, keywords: tuple[str, ...]) -> None:
+        self.uid_keyword = uid_keyword
+        self.keywords = keywords
+
+
+_metadata = MetaData()
+
+
+def _table(name: str, level: Level, *columns: Column[Any]) -> Table:
+    """A row for each of a level: its attributes as text to match, and as DICOM JSON to return."""
+    matched = (
+        Column(keyword, String, primary_key=keyword == level.uid_keyword, index=True) for keyword in level.keywords
+    )
+    return Table(name, _metadata, *matched, Column("attributes", JSON, nullable=False), *columns)
+
+
+_studies = _table("studies", Level.STUDY)
+_series = _table("series", Level.SERIES, Column("StudyInstanceUID", String, nullable=False, index=True))
+_instances = _table(
+    "instances",
+    Level.INSTANCE,
+    Column("SeriesInstanceUID", String, nullable=False, index=True),
+    Column("case_series", String, nullable=False, index=True),  # the Series of the case it belongs to
+    Column("path", String, nullable=False),
+    Column("transfer_syntax", String, nullable=False),
+    Column("order", Integer, nullable=False),
+)
+_TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
+_READ_TAGS = [Tag(keyword) for level in Level for keyword in level.keywords] + [Tag("SpecificCharacterSet")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredInstance:
+    """An Instance and its file. case_series: the received Series that it is of, or was made from."""
+
+    case_series: str
+    study_instance_uid: str
+    series_instance_uid: str
+    sop_instance_uid: str
+    sop_class_uid: str
+    transfer_syntax_uid: str
+    num_frames: int
+    path: Path
+
+
+class Catalog:
+    """Answers queries. Safe to use from several threads of one process."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._lock = threading.Lock()
+        self._seen: tuple[Any, ...] = ()
+        self._cases: dict[str, tuple[float, int]] = {}  # when each changed, and how many Instances it had then
+        self._engine = _open(index.data_dir / "catalog.sqlite")
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def refresh(self) -> None:
+        """Takes in what has come, been made, or gone since the last call."""
+        with self._lock:
+            seen = self._index.fingerprint()
+            if seen == self._seen:
+                return
+            cases = {case.series_instance_uid: case for case in self._index.cases()}
+            states = {uid: (case.changed_at, case.num_instances) for uid, case in cases.items()}
+            with self._engine.connect() as connection:
+                known = set(connection.scalars(select(_instances.c.case_series).distinct()))
+            for uid in known - cases.keys():
+                self._replace(uid, {})
+            for uid, case in cases.items():
+                if states[uid] != self._cases.get(uid):
+                    self._replace(uid, self._files_of(case))
+            self._cases, self._seen = states, seen
+
+    def _files_of(self, case: Case) -> dict[str, list[dict[str, Any]]]:
+        """Files of a case with the headers that the index keeps of received ones."""
+        files = {str(path): headers for path, headers in self._index.instance_headers(case.series_instance_uid).items()}
+        if case.result_dir is not None:
+            files |= {str(path): [] for path in case.result_dir.glob("*.dcm")}
+        return files
+
+    def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]]) -> None:
+        """Makes the rows of a case those of its files."""
+        with self._engine.connect() as connection:
+            of_case = select(_instances.c.path).where(_instances.c.case_series == case_series)
+            known = set(connection.scalars(of_case))
+        first: _Read | None = None  # of the received ones: it stands for the others
+        read = []
+        for path in sorted(here.keys() - known):
+            header = here[path][0] if len(here[path]) == 1 else None
+            if header is not None and first is not None:
+                found = first.like(header, path)
+            else:
+                found = _read(path)
+                first = first or (found if header is not None else None)
+            if found is not None:
+                read.append(found)
+        gone = sorted(known - here.keys())
+        if not read and not gone:
+            return
+        with self._engine.begin() as connection:
+            for start in range(0, len(gone), 500):
+                connection.execute(delete(_instances).where(_instances.c.path.in_(gone[start : start + 500])))
+            _note(connection, read, case_series)
+            if gone:
+                _drop_empty(connection)
+
+    def find(self, level: Level, conditions: Sequence[Condition], *, limit: int, offset: int) -> list[dict[str, Any]]:
+        """DICOM JSON of what matches, in a stable order, without URLs."""
+        table = _TABLES[level]
+        joined = _instances.join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID).join(
+            _studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID
+        )
+        wanted = [_where(condition) for condition in conditions]
+        columns = [_studies.c.attributes.label("study")]
+        if level is not Level.STUDY:
+            columns.append(_series.c.attributes.label("series"))
+        if level is Level.INSTANCE:
+            columns.append(_instances.c.attributes.label("instance"))
+            source: Any = joined
+            order: list[Any] = [_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID]
+        else:
+            source = _series.join(_studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID)
+            order = [_studies.c.StudyDate.desc(), _studies.c.StudyInstanceUID]
+            if level is Level.SERIES:
+                order += [func.length(_series.c.SeriesNumber), _series.c.SeriesNumber, _series.c.SeriesInstanceUID]
+            if any(condition.keyword in Level.INSTANCE.keywords for condition in conditions):
+                source = joined
+        query = select(*columns).select_from(source).where(*wanted).order_by(*order)
+        if level is not Level.INSTANCE:
+            query = query.group_by(table.c[level.uid_keyword])
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.limit(limit).offset(offset)).mappings().all()
+            answers = [_merged(row) for row in rows]
+            _count(connection, level, answers)
+        return answers
+
+    def files(
+        self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
+    ) -> list[StoredInstance]:
+        """Instances in the order of their numbers, none if there is no such thing."""
+        query = (
+            select(_instances, _series.c.StudyInstanceUID)
+            .join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID)
+            .where(_series.c.StudyInstanceUID == study_instance_uid)
+            .order_by(_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID)
+        )
+        if series_instance_uid is not None:
+            query = query.where(_series.c.SeriesInstanceUID == series_instance_uid)
+        if sop_instance_uid is not None:
+            query = query.where(_instances.c.SOPInstanceUID == sop_instance_uid)
+        with self._engine.connect() as connection:
+            return [
+                StoredInstance(
+                    case_series=row["case_series"],
+                    study_instance_uid=row["StudyInstanceUID"],
+                    series_instance_uid=row["SeriesInstanceUID"],
+                    sop_instance_uid=row["SOPInstanceUID"],
+                    sop_class_uid=row["SOPClassUID"],
+                    transfer_syntax_uid=row["transfer_syntax"],
+                    num_frames=int(row["NumberOfFrames"] or 1),
+                    path=Path(row["path"]),
+                )
+                for row in connection.execute(query).mappings()
+            ]
+
+
+def _open(path: Path) -> Engine:
+    """The file, made anew if it is of another version; losing it costs only the time to make it again."""
+    engine = create_engine(f"sqlite:///{path}")
+
+    @event.listens_for(engine, "connect")
+    def _set_up(connection: Any, _record: Any) -> None:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    with engine.begin() as connection:
+        if connection.exec_driver_sql("PRAGMA user_version").scalar_one() != _VERSION:
+            _metadata.drop_all(connection)
+            connection.exec_driver_sql(f"PRAGMA user_version={_VERSION}")
+        _metadata.create_all(connection)
+    path.chmod(0o640)
+    return engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """The rows of one Instance: attributes as text and as DICOM JSON, by level."""
+
+    texts: dict[Level, dict[str, str]]
+    attributes: dict[Level, dict[str, Any]]
+    path: str
+    transfer_syntax: str
+
+    def like(self, header: dict[str, Any], path: str) -> "_Read | None":
+        """The rows of another single-frame Instance of the Series, from what the index keeps of it.
+
+        What it does not keep, such as the bits of a pixel, is the same in all slices of a CT.
+        """
+        texts, attributes = dict(self.texts), dict(self.attributes)
+        own: dict[str, tuple[str, Any]] = {
+            "SOPClassUID": ("UI", header["sop_class_uid"]),
+            "SOPInstanceUID": ("UI", header["sop_instance_uid"]),
+            "InstanceNumber": ("IS", header["instance_number"]),
+            "Rows": ("US", header["rows"]),
+            "Columns": ("US", header["columns"]),
+        }
+        texts[Level.INSTANCE] = self.texts[Level.INSTANCE] | {
+            keyword: "" if value is None else str(value) for keyword, (_, value) in own.items()
+        }
+        attributes[Level.INSTANCE] = self.attributes[Level.INSTANCE] | {
+            f"{Tag(keyword):08X}": {"vr": vr} | ({} if value is None else {"Value": [value]})
+            for keyword, (vr, value) in own.items()
+        }
+        try:
+            with Path(path).open("rb") as file:
+                syntax = _transfer_syntax_of(file.read(1024))
+        except OSError:  # it has just gone
+            return None
+        return replace(self, texts=texts, attributes=attributes, path=path, transfer_syntax=syntax)
+
+
+def _transfer_syntax_of(meta: bytes) -> str:
+    """The transfer syntax that File Meta Information names (PS3.10 7.1)."""
+    at = meta.find(b"\x02\x00\x10\x00UI")
+    length = int.from_bytes(meta[at + 6 : at + 8], "little")
+    return meta[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace") if at > 0 else ""
+
+
+def _read(path: str) -> _Read | None:
+    """The rows of a file; None when it has just gone or is no DICOM."""
+    try:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS)
+        return _Read(
+            texts={level: {keyword: _text(ds, keyword) for keyword in level.keywords} for level in Level},
+            attributes={level: _json(ds, level.keywords) for level in Level},
+            path=path,
+            transfer_syntax=str(ds.file_meta.get("TransferSyntaxUID", "")),
+        )
+    except (OSError, *PARSE_ERRORS):
+        return None
+
+
+def _note(connection: Connection, read: Sequence[_Read], case_series: str) -> None:
+    """Writes the rows of Instances; their Series and Study are those of the first that names them."""
+    if not read:
+        return
+    for level in Level:
+        rows: dict[str, dict[str, Any]] = {}
+        for one in read:
+            row: dict[str, Any] = one.texts[level] | {"attributes": one.attributes[level]}
+            if level is Level.SERIES:
+                row["StudyInstanceUID"] = one.texts[Level.STUDY]["StudyInstanceUID"]
+            elif level is Level.INSTANCE:
+                row["SeriesInstanceUID"] = one.texts[Level.SERIES]["SeriesInstanceUID"]
+                row["case_series"], row["path"], row["transfer_syntax"] = case_series, one.path, one.transfer_syntax
+                row["order"] = _whole(one.texts[level]["InstanceNumber"])
+            rows.setdefault(row[level.uid_keyword], row)
+        connection.execute(insert(_TABLES[level]).prefix_with("OR IGNORE"), list(rows.values()))
+
+
+def _drop_empty(connection: Connection) -> None:
+    connection.execute(
+        delete(_series).where(_series.c.SeriesInstanceUID.not_in(select(_instances.c.SeriesInstanceUID)))
+    )
+    connection.execute(delete(_studies).where(_studies.c.StudyInstanceUID.not_in(select(_series.c.StudyInstanceUID))))
+
+
+def _where(condition: Condition) -> ColumnElement[bool]:
+    """SQL of one condition."""
+    if condition.keyword == "ModalitiesInStudy":
+        modality = condition.of(_series.c.Modality)
+        return _studies.c.StudyInstanceUID.in_(select(_series.c.StudyInstanceUID).where(modality))
+    for level, table in _TABLES.items():
+        if condition.keyword in level.keywords:
+            return condition.of(table.c[condition.keyword])
+    raise KeyError(condition.keyword)
+
+
+def _merged(row: Any) -> dict[str, Any]:
+    """DICOM JSON of one match: the attributes of its level and of those above."""
+    answer: dict[str, Any] = {}
+    for attributes in row.values():
+        answer |= attributes
+    return answer
+
+
+def _count(connection: Connection, level: Level, answers: list[dict[str, Any]]) -> None:
+    """Adds to Studies and Series what is counted."""
+    if level is Level.INSTANCE or not answers:
+        return
+    tag, uid = (
+        ("0020000D", _series.c.StudyInstanceUID) if level is Level.STUDY else ("0020000E", _series.c.SeriesInstanceUID)
+    )
+    wanted = [answer[tag]["Value"][0] for answer in answers]
+    counted = (
+        select(uid, _series.c.Modality, func.count(_series.c.SeriesInstanceUID.distinct()), func.count())
+        .join(_instances, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID)
+        .where(uid.in_(wanted))
+        .group_by(uid, _series.c.Modality)
+    )
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for key, modality, num_series, num_instances in connection.execute(counted):
+        found.setdefault(key, []).append((modality, num_series, num_instances))
+    for answer in answers:
+        rows = found.get(answer[tag]["Value"][0], [])
+        num_instances = {"vr": "IS", "Value": [sum(row[2] for row in rows)]}
+        if level is Level.SERIES:
+            answer["00201209"] = num_instances
+            continue
+        answer["00080061"] = {"vr": "CS", "Value": sorted(row[0] for row in rows if row[0])}
+        answer["00201206"] = {"vr": "IS", "Value": [sum(row[1] for row in rows)]}
+        answer["00201208"] = num_instances
+
+
+def _json(ds: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
+    """DICOM JSON (PS3.18 F) of these attributes; what cannot be read is left out, what is missing is empty."""
+    made: dict[str, Any] = {}
+    for keyword in keywords:
+        tag = Tag(keyword)
+        try:
+            if keyword in ds:
+                made[f"{tag:08X}"] = ds[keyword].to_json_dict(None, 1024)
+        except PARSE_ERRORS:
+            continue
+    return made
+
+
+def _text(ds: Dataset, keyword: str) -> str:
+    """A value as it is matched: several are joined as in DICOM."""
+    try:
+        value = ds.get(keyword)
+    except PARSE_ERRORS:
+        return ""
+    if value is None:
+        return ""
+    return "\\".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return 0

@@ -1,0 +1,72 @@
+"""What a query asks of an attribute: a value, several, a pattern, or a range.
+
+Reference: PS3.4 C.2.2.2 (matching), PS3.18 8.3.4.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
+from sqlalchemy import ColumnElement, and_
+
+_RANGES = ("DA", "TM", "DT")
+_NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
+
+
+class QueryError(ValueError):
+    """A query cannot be answered; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One attribute and what is asked of it; an empty value asks nothing."""
+
+    keyword: str
+    value: str
+
+    def of(self, column: ColumnElement[Any]) -> ColumnElement[bool]:
+        """SQL for a column that holds the attribute as text."""
+        vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword)
+        if vr in _RANGES and "-" in self.value:
+            return _in_range(column, self.value, vr)
+        if vr == "UI":
+            return column.in_([uid for uid in re.split(r"[,\\]", self.value) if uid])
+        if vr in _NO_WILDCARDS:
+            return column == self.value
+        if vr == "PN" or "*" in self.value or "?" in self.value:  # names are matched whatever their case
+            return column.like(_as_like(self.value), escape="!")
+        return column == self.value
+
+
+def _as_like(pattern: str) -> str:
+    escaped = re.sub(r"([!%_])", r"!\1", pattern)
+    return escaped.replace("*", "%").replace("?", "_")
+
+
+def _in_range(column: ColumnElement[Any], value: str, vr: str) -> ColumnElement[bool]:
+    first, _, last = value.partition("-")
+    if not re.fullmatch(r"[0-9.]*", first + last) or not first + last:
+        raise QueryError(f"{value!r} is no range; a range is FIRST-LAST, FIRST- or -LAST, without spaces")
+    limits = [column != ""]
+    if first:
+        limits.append(column >= first)
+    if last:
+        # A time may be given less precisely than it is stored: 12 includes 1230.
+        limits.append(column <= (last if vr == "DA" else last + "~"))
+    return and_(*limits)
+
+
+def keyword_of(name: str) -> str:
+    """The keyword of an attribute given by keyword or by tag in eight hex digits.
+
+    Raises:
+        QueryError: there is no such attribute.
+    """
+    if re.fullmatch(r"[0-9A-Fa-f]{8}", name):
+        keyword = keyword_for_tag(int(name, 16))
+    else:
+        keyword = name if tag_for_keyword(name) is not None else ""
+    if not keyword:
+        raise QueryError(f"{name!r:.80} is no attribute; give a keyword, such as PatientID, or a tag, such as 00100020")
+    return keyword

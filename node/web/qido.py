@@ -1,0 +1,105 @@
+"""QIDO-RS: a query string becomes conditions, matches become DICOM JSON with their addresses.
+
+Reference: PS3.18 8.3.4 (query parameters), 10.6 (Search transaction).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pydicom import dcmread
+from pydicom.tag import Tag
+
+from model import PARSE_ERRORS
+from node.web.catalog import Catalog, Level
+from node.web.matching import Condition, QueryError, keyword_of
+
+DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
+_MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
+_RETRIEVE_URL = "00081190"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A query string, understood. include: keywords that are wanted beyond what is returned anyway."""
+
+    conditions: tuple[Condition, ...]
+    include: tuple[str, ...]
+    limit: int
+    offset: int
+    is_fuzzy: bool
+
+
+def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict[str, str]) -> Query:
+    """Understands a query string.
+
+    scope: UIDs that the address itself names, by keyword.
+
+    Raises:
+        QueryError: an unknown attribute, one that cannot be matched at this level, a bad number or range.
+    """
+    conditions = [Condition(keyword, uid) for keyword, uid in scope.items()]
+    include: list[str] = []
+    numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
+    is_fuzzy = False
+    can_match = {keyword for upper in _MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
+    for name, value in parameters:
+        if name in numbers:
+            numbers[name] = _whole(name, value)
+        elif name == "fuzzymatching":
+            is_fuzzy = value.lower() == "true"
+        elif name == "includefield":
+            include += [keyword_of(field) for field in value.split(",") if field and field != "all"]
+        else:
+            keyword = keyword_of(name)
+            if keyword not in can_match:
+                raise QueryError(f"{keyword} cannot be matched here; these can: {', '.join(sorted(can_match))}")
+            if value.strip("*"):  # nothing, or any number of anything, asks nothing
+                conditions.append(Condition(keyword, value))
+    return Query(
+        conditions=tuple(conditions),
+        include=tuple(include),
+        limit=min(numbers["limit"], MAX_LIMIT),
+        offset=numbers["offset"],
+        is_fuzzy=is_fuzzy,
+    )
+
+
+def _whole(name: str, value: str) -> int:
+    if not value.isascii() or not value.isdecimal() or len(value) > 9:
+        raise QueryError(f"{name} is {value!r:.80}; give a whole number, 0 or more")
+    return int(value)
+
+
+def search(catalog: Catalog, level: Level, query: Query, root: str) -> list[dict[str, Any]]:
+    """The matches. root: the address of the service, to which theirs are appended.
+
+    Raises:
+        QueryError: as `parse_query`.
+    """
+    found = catalog.find(level, query.conditions, limit=query.limit, offset=query.offset)
+    for answer in found:
+        uids = [_uid(answer, upper) for upper in _MATCHED[level]]
+        names = ("studies", "series", "instances")
+        path = "".join(f"/{name}/{uid}" for name, uid in zip(names, uids, strict=False))
+        answer[_RETRIEVE_URL] = {"vr": "UR", "Value": [root + path]}
+        missing = [keyword for keyword in query.include if f"{Tag(keyword):08X}" not in answer]
+        if missing:
+            answer |= _read(catalog, uids, missing)
+    return found
+
+
+def _uid(answer: dict[str, Any], level: Level) -> str:
+    return str(answer[f"{Tag(level.uid_keyword):08X}"]["Value"][0])
+
+
+def _read(catalog: Catalog, uids: list[str], keywords: list[str]) -> dict[str, Any]:
+    """Attributes that the catalog does not keep, from the first Instance."""
+    files = catalog.files(*uids)
+    if not files:
+        return {}
+    try:
+        ds = dcmread(files[0].path, stop_before_pixels=True, specific_tags=[Tag(keyword) for keyword in keywords])
+        return {f"{Tag(keyword):08X}": ds[keyword].to_json_dict(None, 1024) for keyword in keywords if keyword in ds}
+    except (OSError, *PARSE_ERRORS):
+        return {}

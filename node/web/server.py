@@ -1,0 +1,77 @@
+"""The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
+
+import logging
+import ssl
+import threading
+from multiprocessing.connection import Connection
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
+
+import uvicorn
+
+from node.config import Config
+from node.index import Index
+from node.process import be_child
+from node.receive.store import Store
+from node.web.app import make_app
+from node.web.catalog import Catalog
+from node.web.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+_STOP_S = 3
+
+
+def run(config: Config, run_name: str, ready: Connection) -> None:
+    """Says over `ready` that it listens ("") or why it cannot, then serves until SIGTERM.
+
+    run_name: of this run of the process, for the files it stores.
+    """
+    be_child(config.log_level)
+    web = config.web
+    try:
+        listening = _listen(web.host, web.port)
+        index = Index(config.data_dir, config.database)
+        catalog, store = Catalog(index), Store(config, index, run_name)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(config, catalog, store, Tokens(config.data_dir)),
+                log_config=None,
+                access_log=False,  # addresses name studies
+                server_header=False,
+                timeout_graceful_shutdown=_STOP_S,
+                ssl_certfile=web.tls.certificate if web.tls else None,
+                ssl_keyfile=web.tls.key if web.tls else None,
+            )
+        )
+        server.config.load()
+    except (OSError, ssl.SSLError) as error:
+        ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {error.strerror or error}")
+        return
+    ready.send("")
+    stopping = threading.Event()
+    threading.Thread(target=_refresh, args=(catalog, stopping), daemon=True).start()
+    server.run(sockets=[listening])
+    stopping.set()
+    store.close()
+    catalog.close()
+    index.close()
+
+
+def _listen(host: str, port: int) -> socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    # Its protocol is named, or asyncio would not set TCP_NODELAY, and each answer would wait 40 ms.
+    listening = socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM, IPPROTO_TCP)
+    listening.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    listening.bind((host, port))
+    listening.listen(128)
+    return listening
+
+
+def _refresh(catalog: Catalog, stopping: threading.Event) -> None:
+    """Reads what has come since, so that no query has to wait for it."""
+    while not stopping.wait(1.0):
+        catalog.refresh()

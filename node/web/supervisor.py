@@ -1,0 +1,78 @@
+"""The process of the HTTP side: started, watched, started again, stopped. Lives in the main process.
+
+What the process needs, FastAPI among it, is imported there and not here.
+"""
+
+import logging
+import multiprocessing
+import time
+from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+
+from node.config import Config
+from node.index import Index
+from node.receive.reconcile import reconcile_run
+
+log = logging.getLogger(__name__)
+
+
+class WebError(Exception):
+    """The HTTP side cannot be started; the message says why."""
+
+
+class WebProcess:
+    """Serves HTTP from `start` to `join`."""
+
+    def __init__(self, config: Config, index: Index) -> None:
+        self._config, self._index = config, index
+        self._numbers = count()
+        self._process: BaseProcess | None = None
+        self._run_name = ""
+
+    def start(self) -> None:
+        """Starts it; returns when it serves.
+
+        Raises:
+            WebError: it does not.
+        """
+        context = multiprocessing.get_context("spawn")
+        ready, far_end = context.Pipe(duplex=False)
+        self._run_name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-web{next(self._numbers)}"
+        self._process = context.Process(target=_run, args=(self._config, self._run_name, far_end), name="cspine-web")
+        self._process.start()
+        far_end.close()
+        try:
+            problem: str = ready.recv()
+        except EOFError:
+            problem = "the HTTP side died while starting"
+        if problem:
+            raise WebError(problem)
+
+    def watch(self) -> None:
+        """Replaces it when it died; what it had not acknowledged is removed."""
+        if self._process is not None and not self._process.is_alive():
+            log.error("action=web-died run=%s exitcode=%s; starting it again", self._run_name, self._process.exitcode)
+            reconcile_run(self._index, self._run_name)
+            try:
+                self.start()
+            except WebError as error:
+                log.error("action=web-not-started: %s; trying again", error)
+
+    def terminate(self) -> None:
+        """Has it end: it takes no more requests."""
+        if self._process is not None:
+            self._process.terminate()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for its end, and makes it."""
+        if self._process is not None:
+            self._process.join(timeout_s)
+            self._process.kill()
+            self._process.join()
+
+
+def _run(config: Config, run_name: str, ready: Connection) -> None:
+    from node.web.server import run
+
+    run(config, run_name, ready)

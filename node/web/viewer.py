@@ -1,0 +1,75 @@
+"""OHIF at /viewer, on our own DICOMweb. `make viewer` brings its files; without them the address says so.
+
+No other host is contacted: the viewer's configuration names this service only.
+"""
+
+import json
+import mimetypes
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+from fastapi.responses import FileResponse, JSONResponse
+
+_PLACES = (Path(__file__).parents[2] / ".viewer", Path("/opt/cspine/viewer"))  # a checkout, the container
+
+CONFIG = {
+    "routerBasename": "/viewer",
+    "extensions": [],
+    "modes": [],
+    "showStudyList": True,
+    "investigationalUseDialog": {"option": "never"},
+    "defaultDataSourceName": "node",
+    "dataSources": [
+        {
+            "namespace": "@ohif/extension-default.dataSourcesModule.dicomweb",
+            "sourceName": "node",
+            "configuration": {
+                "friendlyName": "C-Spine Node",
+                "name": "node",
+                "qidoRoot": "/dicom-web",
+                "wadoRoot": "/dicom-web",
+                "wadoUriRoot": "/dicom-web",
+                "imageRendering": "wadors",
+                "thumbnailRendering": "wadors",
+                "supportsFuzzyMatching": False,
+                "supportsWildcard": True,
+                "omitQuotationForMultipartRequest": True,
+                "bulkDataURI": {"enabled": True},
+            },
+        }
+    ],
+}
+"""What OHIF is told. Its tour of the viewer and its notice of investigational use would hide the first picture."""
+
+
+def find_viewer() -> Path | None:
+    """The folder of OHIF's files; None if they are not here."""
+    return next((place for place in _PLACES if (place / "index.html").is_file()), None)
+
+
+def make_router() -> APIRouter:
+    """Every address that nobody else has: OHIF, as it is built, asks for its files at the root.
+
+    Below /viewer, what is no file is a page of the application, which finds its way itself.
+    """
+    router = APIRouter()
+
+    @router.get("/app-config.js")
+    def config() -> Response:
+        return Response(f"window.config = {json.dumps(CONFIG)};", media_type="text/javascript")
+
+    @router.get("/{path:path}")
+    def file(path: str) -> Response:
+        folder = find_viewer()
+        is_page = path.split("/")[0] == "viewer"
+        if folder is None:
+            text = "the viewer is not installed: make viewer brings it" if is_page else "there is nothing here"
+            return JSONResponse({"error": text}, 404)
+        wanted = (folder / path.removeprefix("viewer/")).resolve()
+        if not wanted.is_relative_to(folder.resolve()) or not wanted.is_file():
+            if not is_page:
+                return JSONResponse({"error": "there is nothing here; the viewer is at /viewer"}, 404)
+            wanted = folder / "index.html"
+        return FileResponse(wanted, media_type=mimetypes.guess_type(wanted.name)[0])
+
+    return router

@@ -1,0 +1,231 @@
+"""WADO-RS: Instances, their metadata, frames and bulk data, as bytes to send. Knows no HTTP but its media types.
+
+Reference: PS3.18 10.4 (Retrieve), 8.7.3 (media types), F (DICOM JSON).
+"""
+
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from pydicom import DataElement, Dataset, dcmread
+from pydicom.encaps import get_frame
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import pixel_array
+from pydicom.tag import Tag
+from pydicom.uid import UID, ExplicitVRLittleEndian
+
+from model import PARSE_ERRORS
+from node.web.accept import Offer
+from node.web.catalog import StoredInstance
+from node.web.multipart import end_of, part_head
+
+DICOM, OCTETS = "application/dicom", "application/octet-stream"
+_PIXEL_TAGS = {Tag("PixelData"), Tag("FloatPixelData"), Tag("DoubleFloatPixelData")}
+_INLINE_BYTES = 1024  # longer values are bulk data
+_BULK_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
+_NUM_AT_A_TIME = 8  # files that are read before the first of them is sent
+# Media types of compressed frames (PS3.18 table 8.7.3-5).
+_IMAGE_TYPES = {
+    "1.2.840.10008.1.2.4.50": "image/jpeg",
+    "1.2.840.10008.1.2.4.51": "image/jpeg",
+    "1.2.840.10008.1.2.4.57": "image/jpeg",
+    "1.2.840.10008.1.2.4.70": "image/jpeg",
+    "1.2.840.10008.1.2.4.80": "image/jls",
+    "1.2.840.10008.1.2.4.81": "image/jls",
+    "1.2.840.10008.1.2.4.90": "image/jp2",
+    "1.2.840.10008.1.2.4.91": "image/jp2",
+    "1.2.840.10008.1.2.4.201": "image/jphc",
+    "1.2.840.10008.1.2.4.202": "image/jphc",
+    "1.2.840.10008.1.2.4.203": "image/jphc",
+    "1.2.840.10008.1.2.5": "image/dicom-rle",
+}
+
+
+class NotThereError(LookupError):
+    """What is asked for does not exist; the message says what."""
+
+
+class CannotGiveError(Exception):
+    """It exists, but not in the form that is asked for; the message says why."""
+
+
+# ---- Instances ----
+
+
+def instance_offers(instances: Sequence[StoredInstance]) -> list[Offer]:
+    """Forms that all of these Instances can be given in."""
+    stored = {instance.transfer_syntax_uid for instance in instances}
+    as_stored = stored.pop() if len(stored) == 1 else ""
+    syntaxes = (as_stored,) if as_stored == ExplicitVRLittleEndian else (as_stored, ExplicitVRLittleEndian)
+    offers = [Offer(media_type="multipart/related", part=DICOM, transfer_syntaxes=syntaxes)]
+    if len(instances) == 1:
+        offers.append(Offer(media_type=DICOM, transfer_syntaxes=syntaxes))
+    return offers
+
+
+def instance_bytes(instance: StoredInstance, transfer_syntax: str) -> bytes:
+    """A DICOM file. transfer_syntax: "" gives it as it is stored.
+
+    Raises:
+        CannotGiveError: it cannot be transcoded.
+        OSError: it has just gone.
+    """
+    if transfer_syntax in ("", instance.transfer_syntax_uid):
+        return instance.path.read_bytes()
+    try:
+        ds = dcmread(instance.path)
+        if UID(instance.transfer_syntax_uid).is_compressed:
+            ds.decompress(generate_instance_uid=False)
+        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        encoded = BytesIO()
+        ds.save_as(encoded, implicit_vr=False, little_endian=True)
+        return encoded.getvalue()
+    except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
+        name = UID(instance.transfer_syntax_uid).name
+        raise CannotGiveError(
+            f"Instance {instance.sop_instance_uid} cannot be transcoded from {name}; ask for transfer-syntax=*"
+        ) from error
+
+
+def multipart_of_instances(
+    instances: Sequence[StoredInstance], transfer_syntax: str, boundary: str
+) -> tuple[Iterator[list[bytes]], int | None]:
+    """multipart/related of DICOM files, some pieces at a time, and its length in bytes if that is known beforehand."""
+
+    def head(instance: StoredInstance) -> bytes:
+        syntax = transfer_syntax or instance.transfer_syntax_uid
+        return part_head(boundary, f"{DICOM}; transfer-syntax={syntax}")
+
+    def pieces() -> Iterator[list[bytes]]:
+        for start in range(0, len(instances), _NUM_AT_A_TIME):
+            some = instances[start : start + _NUM_AT_A_TIME]
+            yield [piece for one in some for piece in (head(one), instance_bytes(one, transfer_syntax))]
+        yield [end_of(boundary)]
+
+    if any(transfer_syntax not in ("", instance.transfer_syntax_uid) for instance in instances):
+        return pieces(), None
+    length = sum(len(head(instance)) + instance.path.stat().st_size for instance in instances)
+    return pieces(), length + len(end_of(boundary))
+
+
+# ---- metadata ----
+
+
+def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
+    """DICOM JSON of all but bulk data, which is given by address.
+
+    Raises:
+        CannotGiveError: the Instance cannot be parsed.
+        OSError: it has just gone.
+    """
+    url = f"{instance_url(instance, root)}/bulkdata"
+    try:
+        ds = dcmread(instance.path, stop_before_pixels=True)
+        made: dict[str, Any] = {}
+        for element in ds:
+            name = f"{element.tag:08X}"
+            if _is_bulk(element):
+                made[name] = {"vr": element.VR, "BulkDataURI": f"{url}/{name}"}
+            else:
+                made[name] = element.to_json_dict(None, 1 << 31)
+    except PARSE_ERRORS as error:
+        raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
+    if "Rows" in ds:
+        made["7FE00010"] = {"vr": "OW", "BulkDataURI": f"{url}/7FE00010"}
+    return dict(sorted(made.items()))
+
+
+def instance_url(instance: StoredInstance, root: str) -> str:
+    """The address of an Instance."""
+    return (
+        f"{root}/studies/{instance.study_instance_uid}/series/{instance.series_instance_uid}"
+        f"/instances/{instance.sop_instance_uid}"
+    )
+
+
+def _is_bulk(element: DataElement) -> bool:
+    return element.VR in _BULK_VRS and isinstance(element.value, bytes) and len(element.value) > _INLINE_BYTES
+
+
+def bulk_data(instance: StoredInstance, name: str) -> bytes:
+    """The value of a top-level attribute, given by its tag.
+
+    Raises:
+        NotThereError: it has no such attribute.
+    """
+    ds = dcmread(instance.path)
+    tag = Tag(int(name, 16))
+    if tag in _PIXEL_TAGS and "NumberOfFrames" not in ds and UID(instance.transfer_syntax_uid).is_compressed:
+        return get_frame(ds[tag].value, 0, number_of_frames=1)
+    value = ds[tag].value if tag in ds else None
+    if not isinstance(value, bytes):
+        raise NotThereError(f"Instance {instance.sop_instance_uid} has no bulk data at {name}")
+    return value
+
+
+# ---- frames ----
+
+
+def frame_offers(instance: StoredInstance) -> list[Offer]:
+    """Forms that frames of an Instance can be given in."""
+    stored = instance.transfer_syntax_uid
+    if not UID(stored).is_compressed:
+        return [Offer(media_type="multipart/related", part=OCTETS, transfer_syntaxes=(ExplicitVRLittleEndian,))]
+    compressed = _IMAGE_TYPES.get(stored, OCTETS)
+    syntaxes = (stored, ExplicitVRLittleEndian) if _can_decode(stored) else (stored,)
+    return [
+        Offer(media_type="multipart/related", part=OCTETS, transfer_syntaxes=syntaxes),
+        Offer(media_type="multipart/related", part=compressed, transfer_syntaxes=(stored,)),
+    ]
+
+
+def frames(instance: StoredInstance, numbers: Sequence[int], transfer_syntax: str) -> list[bytes]:
+    """Frames, each as compressed in the stored syntax, or as little-endian pixels.
+
+    Raises:
+        NotThereError: there is no such frame, or there are no pixels.
+        CannotGiveError: the pixels cannot be decoded.
+    """
+    if not numbers or max(numbers) > instance.num_frames or min(numbers) < 1:
+        raise NotThereError(
+            f"Instance {instance.sop_instance_uid} has frames 1 to {instance.num_frames}; asked for {list(numbers)}"
+        )
+    try:
+        ds = dcmread(instance.path)
+        if "PixelData" not in ds:
+            raise NotThereError(f"Instance {instance.sop_instance_uid} has no pixels")
+        if UID(instance.transfer_syntax_uid).is_compressed and transfer_syntax == instance.transfer_syntax_uid:
+            total = instance.num_frames
+            return [get_frame(ds.PixelData, number - 1, number_of_frames=total) for number in numbers]
+        return [_native_frame(ds, number - 1) for number in numbers]
+    except (*PARSE_ERRORS, RuntimeError) as error:
+        raise CannotGiveError(f"frames of Instance {instance.sop_instance_uid} cannot be decoded") from error
+
+
+def _native_frame(ds: Dataset, index: int) -> bytes:
+    """Pixels of one frame, little endian, as PixelData would hold them."""
+    bits = int(ds.BitsAllocated)
+    size = int(ds.Rows) * int(ds.Columns) * int(ds.get("SamplesPerPixel", 1)) * bits // 8
+    syntax = ds.file_meta.TransferSyntaxUID
+    if not syntax.is_compressed and syntax.is_little_endian and bits >= 8:
+        found = ds.PixelData[size * index : size * (index + 1)]
+        if len(found) < size:
+            raise EOFError("PixelData is cut short")
+        return bytes(found)
+    pixels = pixel_array(ds, index=index, raw=True)
+    if bits == 1:
+        return np.packbits(pixels.ravel(), bitorder="little").tobytes()
+    return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _can_decode(syntax: str) -> bool:
+    try:
+        return bool(get_decoder(UID(syntax)).is_available)
+    except NotImplementedError:
+        return False
+
+
+def multipart_of(parts: Sequence[bytes], content_type: str, boundary: str) -> bytes:
+    """multipart/related of parts of one type."""
+    return b"".join(part_head(boundary, content_type) + part for part in parts) + end_of(boundary)

@@ -1,0 +1,115 @@
+"""Who may do what over HTTP: loopback, tokens, the word of a proxy, other origins."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from click.testing import CliRunner
+
+from node.cli import main
+from node.config import Config
+from node.index import Index
+from node.web.settings import TrustedProxy, WebConfig
+from node.web.tokens import Tokens
+from tests.web_server import WebServer
+
+Serve = Callable[..., WebServer]
+
+
+@pytest.fixture
+def serve(index: Index) -> Iterator[Serve]:
+    servers: list[WebServer] = []
+
+    def start(**settings: object) -> WebServer:
+        servers.append(WebServer(Config(web=WebConfig(**settings)), index))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def test_on_loopback_nobody_needs_a_token(serve: Serve) -> None:
+    assert serve().get("/studies").status_code == 200
+
+
+def test_with_tokens_everybody_needs_one(serve: Serve) -> None:
+    server = serve(allow="tokens")
+    answer = server.get("/studies")
+    assert answer.status_code == 401
+    assert "Basic" in answer.headers["WWW-Authenticate"]
+    secret = server.tokens.make("viewer", ("read",))
+    assert requests.get(f"{server.url}/studies", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
+    assert requests.get(f"{server.url}/studies", auth=("anyone", secret)).status_code == 200
+    assert requests.get(f"{server.root}/viewer", auth=("anyone", "wrong")).status_code == 401
+    assert requests.get(f"{server.url}/studies", headers={"Authorization": "Bearer "}).status_code == 401
+    assert requests.get(f"{server.url}/studies", headers={"Authorization": "Basic !"}).status_code == 401
+
+
+def test_a_token_allows_what_it_was_made_for(serve: Serve) -> None:
+    server = serve(allow="tokens")
+    secret = server.tokens.make("viewer", ("read",))
+    answer = requests.post(f"{server.url}/studies", headers={"Authorization": f"Bearer {secret}"})
+    assert answer.status_code == 403
+    assert "no right to store" in answer.json()["error"]
+
+
+def test_a_removed_token_is_refused_at_once(serve: Serve) -> None:
+    server = serve(allow="tokens")
+    headers = {"Authorization": f"Bearer {server.tokens.make('viewer', ('read',))}"}
+    assert requests.get(f"{server.url}/studies", headers=headers).status_code == 200
+    assert server.tokens.remove("viewer")
+    assert requests.get(f"{server.url}/studies", headers=headers).status_code == 401
+
+
+def test_only_a_hash_of_a_token_is_kept_and_only_we_can_read_it(tmp_path: Path) -> None:
+    secret = Tokens(tmp_path).make("viewer", ("read",))
+    file = tmp_path / "web-tokens.json"
+    assert secret not in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
+
+
+def test_a_proxy_is_believed_and_nobody_else(serve: Serve) -> None:
+    believed = serve(trusted_proxy=TrustedProxy(addresses=("127.0.0.1",), user_header="X-User"))
+    assert requests.get(f"{believed.url}/studies", headers={"X-User": "eva"}).status_code == 200
+    assert requests.get(f"{believed.url}/studies").status_code == 401
+    assert requests.post(f"{believed.url}/studies", headers={"X-User": "eva"}).status_code == 403
+    other = serve(trusted_proxy=TrustedProxy(addresses=("10.0.0.1",), user_header="X-User"))
+    assert requests.get(f"{other.url}/studies", headers={"X-User": "eva"}).status_code == 401
+
+
+def test_pages_of_other_origins_get_nothing_unless_named(serve: Serve) -> None:
+    closed = requests.get(f"{serve().url}/studies", headers={"Origin": "https://evil.example"})
+    assert "Access-Control-Allow-Origin" not in closed.headers
+    server = serve(cors_origins=("https://viewer.example",))
+    named = requests.get(f"{server.url}/studies", headers={"Origin": "https://viewer.example"})
+    assert named.headers["Access-Control-Allow-Origin"] == "https://viewer.example"
+    asked = {"Origin": "https://viewer.example", "Access-Control-Request-Method": "GET"}
+    assert requests.options(f"{server.url}/studies", headers=asked).status_code == 204
+
+
+def test_an_address_for_other_machines_must_be_closed() -> None:
+    with pytest.raises(ValueError, match="cspine token make"):
+        WebConfig(host="0.0.0.0")
+    WebConfig(host="0.0.0.0", allow="tokens")
+
+
+def test_tokens_are_made_listed_and_removed_by_command(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("data_dir: data\n")
+
+    def cspine(*arguments: str) -> tuple[int, str]:
+        done = CliRunner().invoke(main, ["token", *arguments, "--config", str(config)])
+        return done.exit_code, done.output
+
+    status, secret = cspine("make", "pacs", "--right", "store")
+    assert status == 0
+    token = Tokens(tmp_path / "data").find(secret.strip())
+    assert token is not None
+    assert (token.name, token.rights) == ("pacs", ("store",))
+    assert cspine("list")[1].startswith("pacs  store  20")
+    assert cspine("remove", "pacs") == (0, "pacs is removed.\n")
+    status, said = cspine("remove", "pacs")
+    assert status == 2
+    assert "no token 'pacs'" in said

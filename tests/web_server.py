@@ -1,0 +1,61 @@
+"""The node's HTTP side in a thread of the test, on a port of its own."""
+
+import threading
+import time
+from pathlib import Path
+
+import requests
+import uvicorn
+from pydicom import dcmread
+
+from model import slice_headers
+from node.config import Config
+from node.index import Index, NewInstance
+from node.receive.store import Store
+from node.web.app import make_app
+from node.web.catalog import Catalog
+from node.web.tokens import Tokens
+from tests.ports import free_port
+
+
+class WebServer:
+    """Serves from construction to `stop`; `get` asks it. url: of the DICOMweb service."""
+
+    def __init__(self, config: Config, index: Index) -> None:
+        self.port = free_port()
+        self.root = f"http://127.0.0.1:{self.port}"
+        self.url = f"{self.root}/dicom-web"
+        self.catalog = Catalog(index)
+        self.tokens = Tokens(index.data_dir)
+        self._store = Store(config, index, f"test-{self.port}")
+        app = make_app(config, self.catalog, self._store, self.tokens)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, port=self.port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        )
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        deadline = time.monotonic() + 20
+        while not self._server.started:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def get(self, path: str, accept: str = "", **more: object) -> requests.Response:
+        """The answer to a GET of a path below the service."""
+        headers = {"Accept": accept} if accept else {}
+        return requests.get(self.url + path, headers=headers, timeout=20, **more)  # type: ignore[arg-type]
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._store.close()
+        self.catalog.close()
+
+
+def hold(index: Index, paths: list[Path]) -> None:
+    """Makes the node hold these Instances, as if they had been received."""
+    association = index.open_association("CT1")
+    batch = []
+    for path in paths:
+        headers = [header.to_dict() for header in slice_headers(dcmread(path, stop_before_pixels=True))]
+        batch.append(NewInstance(association_id=association, calling_ae_title="CT1", path=path, headers=headers))
+    index.add_instances(batch, quiet_time_s=30)
