@@ -53,6 +53,8 @@ LIMITS_OF_USE = (
     "diagnosis."
 )
 
+HEIGHTS_CAVEAT = "Heights of bodies are measured on the segmentation and no better than it: up to 5 mm off on phantoms."
+
 _Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
 
 _ANSWERS = {
@@ -339,6 +341,7 @@ def _evaluations(content: Content) -> Dataset:
             _text(codes.CONCLUSION, conclusion),
             _text(codes.COMMENT, LIMITS_OF_USE),
             _text(codes.COMMENT, f"Model {model.name} {model.version}: {model.trained_on}"),
+            *([_text(codes.COMMENT, HEIGHTS_CAVEAT)] if content.heights else []),
             *(_text(codes.COMMENT, warning) for warning in findings.warnings),
         ]
     )

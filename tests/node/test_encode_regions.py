@@ -90,4 +90,5 @@ def test_the_report_says_side_and_size_of_a_finding_and_the_heights_of_the_body(
         for item in children(level, "121207")
     }
     assert heights == pytest.approx({"Anterior": 12.0, "Central": 12.0, "Posterior": 12.0}, abs=0.3)
+    assert "no better than it" in str([item.TextValue for item in children(children(report, "C0034375")[0], "121106")])
     assert value(level, "BODY-HT-RATIO") == pytest.approx(1, abs=0.03)
