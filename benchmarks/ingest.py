@@ -115,6 +115,8 @@ class Receiver:
         self._process = subprocess.Popen(command, env=_ENVIRONMENT, cwd=cwd, stdout=self._log, stderr=self._log)
         self._stopping = threading.Event()
         self._wait_until_listening()
+        while name == "node" and "is ready" not in Path(self._log.name).read_text():
+            time.sleep(0.5)  # its worker loads the model
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
 
@@ -174,8 +176,6 @@ def _receivers(folder: Path, arguments: argparse.Namespace) -> Iterator[list[Rec
     try:
         for name in arguments.receivers:
             running.append(_START[name](folder, arguments))
-        if "node" in arguments.receivers:
-            time.sleep(8)  # its worker loads the model
         yield running
     finally:
         for receiver in running:

@@ -8,12 +8,13 @@ import math
 import re
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
@@ -32,7 +33,7 @@ _SERIES_WIDE_TAGS = tuple(tag for tag in _TAGS if tag not in _SINGLE_SLICE_TAGS)
 _PIXEL_GROUP = 0x7FE0
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
-_MAX_INFLATED_BYTES = 16 * 2**20
+_MAX_HEADER_BYTES = 64 * 2**20  # Enhanced CT of a thousand frames has some 5 MB
 _NUM_SERIES_KEPT = 64
 
 
@@ -160,37 +161,38 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     """The attributes we need of a dataset that is all there.
 
     Raises:
-        RefusedError: it ends before its pixel data do.
+        RefusedError: it ends before its pixel data do, or they begin too far back.
     """
-    prefix, is_deflated = encoded.prefix, transfer_syntax_uid == DeflatedExplicitVRLittleEndian
-    if is_deflated:
-        prefix = zlib.decompressobj(-zlib.MAX_WBITS).decompress(prefix, _MAX_INFLATED_BYTES)
+    is_deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
     is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
-    length = None
-
-    def is_pixel_data(tag: BaseTag, _: str | None, value_length: int) -> bool:
-        nonlocal length
-        length = value_length
-        return (int(tag) >> 16) >= _PIXEL_GROUP
-
-    file = BytesIO(prefix)
     is_little_endian = transfer_syntax_uid != ExplicitVRBigEndian
-    ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
-    at = file.tell()
-    if length is None or at + 8 > len(prefix):  # the pixel data begin further back, if there are any
-        return _read_long(encoded)
-    if not is_deflated:
-        _check_whole(encoded, at + (8 if is_implicit else 12), length)
-    return ds
+    for beginning in _beginnings(encoded):
+        if is_deflated:
+            beginning = zlib.decompressobj(-zlib.MAX_WBITS).decompress(beginning, _MAX_HEADER_BYTES)
+        length = None
+
+        def is_pixel_data(tag: BaseTag, _: str | None, value_length: int) -> bool:
+            nonlocal length
+            is_it = (int(tag) >> 16) >= _PIXEL_GROUP
+            length = value_length if is_it else None
+            return is_it
+
+        file = BytesIO(beginning)
+        ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+        if length is not None:
+            if not is_deflated:
+                _check_whole(encoded, file.tell() + (8 if is_implicit else 12), length)
+            return ds
+    raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
 
-def _read_long(encoded: Encoded) -> Dataset:
-    """The same, of a dataset whose header is longer than the prefix, or which has no pixel data."""
-    with encoded.path.open("rb") as file:
-        ds = dcmread(file, stop_before_pixels=True, specific_tags=_TAGS)
-        if file.tell() >= encoded.start + encoded.num_bytes:
-            raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
-    return ds
+def _beginnings(encoded: Encoded) -> Iterator[bytes]:
+    """The prefix, which is enough for nearly all; then as much as a header may be long."""
+    yield encoded.prefix
+    if encoded.num_bytes > len(encoded.prefix):
+        with encoded.path.open("rb") as file:
+            file.seek(encoded.start)
+            yield file.read(_MAX_HEADER_BYTES)
 
 
 def _check_whole(encoded: Encoded, value_at: int, length: int) -> None:

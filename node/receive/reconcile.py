@@ -49,6 +49,8 @@ def reconcile_run(index: Index, run: str) -> None:
 
 def _remove_strays(index: Index, folder: Path) -> int:
     """Removes files of a folder that no row names, and folders that are empty then; how many files had content."""
+    if not folder.is_dir():  # it died before it made one
+        return 0
     strays = set(folder.rglob("*.dcm")) - index.paths_under(folder)
     num_with_content = sum(path.stat().st_size > 0 for path in strays)  # the others were made ahead
     for path in strays:

@@ -8,6 +8,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
@@ -19,6 +20,7 @@ from node.receive.sender import Source
 from node.receive.spool import Spool
 from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
+_COMPARED_BYTES = 2**20
 _OUR_UIDS = "2.25."  # what all UIDs begin with that this node makes (node/encode/identity.py)
 
 
@@ -138,13 +140,19 @@ def _check_same(known: Path | None, received: Path) -> None:
     """
     if known is None:
         raise RefusedError(OUT_OF_RESOURCES, "the Instance here with this UID is just being removed")
-    if _dataset_of(known.read_bytes()) != _dataset_of(received.read_bytes()):
+    with known.open("rb") as one, received.open("rb") as other:
+        sizes = [_seek_dataset(file) for file in (one, other)]
+        is_same = sizes[0] == sizes[1]
+        while is_same and (piece := one.read(_COMPARED_BYTES)):
+            is_same = piece == other.read(_COMPARED_BYTES)
+    if not is_same:
         raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
 
 
-def _dataset_of(encoded: bytes) -> memoryview:
-    """What follows the File Meta Information, whose length its first element gives (PS3.10 7.1)."""
-    return memoryview(encoded)[144 + int.from_bytes(encoded[140:144], "little") :]
+def _seek_dataset(file: BinaryIO) -> int:
+    """Goes behind the File Meta Information, whose length its first element gives (PS3.10 7.1); what follows, bytes."""
+    start = 144 + int.from_bytes(file.read(144)[140:], "little")
+    return file.seek(0, os.SEEK_END) - file.seek(start)
 
 
 def file_meta(announced: Announced) -> bytes:

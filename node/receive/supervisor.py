@@ -14,12 +14,18 @@ from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from node.config import Config
 from node.index import Index
+from node.process import describe_error
 from node.receive.reconcile import reconcile, reconcile_run
 from node.receive.server import run
 
 log = logging.getLogger(__name__)
+
+_DIED = "a receiver died while starting"
+_MAX_DEATHS = 3  # at the start of the node; later ones are replaced without end
 
 
 class ReceiverError(Exception):
@@ -54,8 +60,15 @@ class Receivers:
         reconcile(self._index)
         for _ in range(self._config.receive.processes):
             self._start()
-        for name in list(self._starting):
-            if problem := self._hear(name):
+        num_died = 0
+        while self._starting:
+            name = next(iter(self._starting))
+            problem = self._hear(name)
+            if problem == _DIED and num_died < _MAX_DEATHS:
+                num_died += 1
+                self._processes.pop(name).join()
+                self._start()
+            elif problem:
                 raise ReceiverError(problem)
 
     def watch(self) -> None:
@@ -66,10 +79,13 @@ class Receivers:
         for name, process in list(self._processes.items()):
             if not process.is_alive():
                 log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
-                reconcile_run(self._index, name)
                 del self._processes[name]
                 process.close()
                 self._start()
+                try:
+                    reconcile_run(self._index, name)
+                except (OSError, SQLAlchemyError) as error:
+                    log.error("action=not-reconciled run=%s: left for the next start (%s)", name, describe_error(error))
 
     def terminate(self) -> None:
         """Has them end: they take no more associations."""
@@ -93,7 +109,7 @@ class Receivers:
             try:
                 return str(ready.recv())
             except EOFError:
-                return "it died while starting"
+                return _DIED
 
     def _start(self) -> None:
         ready, far_end = self._context.Pipe(duplex=False)

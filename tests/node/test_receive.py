@@ -595,6 +595,7 @@ def test_what_a_dead_receiver_left_is_removed_while_another_is_receiving(
     file.close()
     index.open_association("GONE", "dead")
     reconcile_run(index, "dead")
+    reconcile_run(index, "died before it made a folder")
     assert files_under(index.data_dir) == sorted([kept, half])
     assert not path.exists()
     assert carried(index) == (1, 0, 0)  # the other receiver's
