@@ -20,6 +20,7 @@ from pynetdicom.sop_class import Verification
 
 from node.config import DicomPeer
 from node.implementation import make_ae
+from node.reactor import use_checkpoint
 from node.status import Outcome, meaning_of
 from node.tls import TlsError, client_context, last_error
 from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
@@ -225,7 +226,7 @@ def _associate(
             ae_title=peer.ae_title,
             tls_args=None if context is None else (context, server_name),
             ext_neg=list(roles),
-            evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay), *handlers],
+            evt_handlers=[(evt.EVT_CONN_OPEN, _on_open), *handlers],
         )
     except OSError as error:  # the name cannot be resolved
         raise SendError(f"{peer.where} cannot be reached: {error.strerror}; check the host") from error
@@ -246,6 +247,7 @@ def _associate(
     raise SendError(f"{peer.where} cannot be reached; check host and port, and that it runs")
 
 
-def _set_no_delay(event: evt.Event) -> None:
+def _on_open(event: evt.Event) -> None:
     """Without TCP_NODELAY every message waits about 45 ms for a delayed acknowledgement."""
+    use_checkpoint(event.assoc)
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
