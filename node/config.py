@@ -233,6 +233,21 @@ class CommitmentConfig(_Section):
     peers: tuple[DicomPeer, ...] = ()
 
 
+class RetrieveConfig(_Section):
+    """Query and retrieve: whether we answer, and whom we know."""
+
+    enabled: bool = False
+    peers: tuple[DicomPeer, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for what, values in (("name", [p.name for p in self.peers]), ("AE title", [p.ae_title for p in self.peers])):
+            twice = sorted({value for value in values if values.count(value) > 1})
+            if twice:
+                raise ValueError(f"two peers share the {what} {', '.join(twice)}; give each its own")
+        return self
+
+
 class TimeoutsConfig(_Section):
     """How long each step of an analysis may take, by the names that `analyse_series` gives them."""
 
@@ -380,6 +395,7 @@ class Config(_Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     receive: ReceiveConfig = ReceiveConfig()
     commitment: CommitmentConfig = CommitmentConfig()
+    retrieve: RetrieveConfig = RetrieveConfig()
     complete: CompleteConfig = CompleteConfig()
     rules: RulesConfig = RulesConfig()
     priority: PriorityConfig = PriorityConfig()

@@ -25,8 +25,11 @@ from node.profiles import Kind
 from node.receive import status
 from node.receive.access import REJECTIONS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
+from node.retrieve.identifier import MAX_MATCHES, PATIENT_KEYS
+from node.retrieve.scp import LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
 from node.status import STATUSES
 from node.transcode import UNCOMPRESSED
+from node.web.catalog import Level
 
 STORE_STATUSES = {
     status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
@@ -70,6 +73,7 @@ def conformance_statement() -> str:
         _associations(),
         _as_scp(),
         _storage_commitment(),
+        _retrieve(),
         _as_scu(),
         _objects_made(),
         _security(),
@@ -115,13 +119,19 @@ def _overview() -> Iterator[str]:
             ("CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage", "`cspine send`", "yes"),
             (", ".join(delivered), "to destinations whose profile asks for it", "no"),
             ("Storage Commitment Push Model", "to destinations with `verify: storage-commitment`", "yes"),
-            ("Study Root Query/Retrieve, FIND", "to `complete.sources`, and destinations with `verify: query`", "no"),
+            (
+                "Study Root Query/Retrieve, FIND",
+                "to `complete.sources`, and destinations with `verify: query`",
+                "with `retrieve.enabled`",
+            ),
+            ("Study Root Query/Retrieve, GET and MOVE", "no", "with `retrieve.enabled`"),
+            ("Patient Root Query/Retrieve, FIND, GET and MOVE", "no", "with `retrieve.enabled`"),
             ("DICOMweb Store and Search (PS3.18 10.5, 10.6)", "to destinations of `type: dicomweb`", "no"),
         ],
     )
     yield from _prose(
-        """The node stores nothing but CT, so that its own results can never come back to it. It answers no query or
-        retrieve and offers no worklist or media service."""
+        """The node stores nothing but CT, so that its own results can never come back to it. It offers no worklist
+        or media service."""
     )
 
 
@@ -146,6 +156,7 @@ def _associations() -> Iterator[str]:
     yield from ("### 2.1 Extended negotiation", "")
     answers = {
         "Role selection": "the peer is granted the role of the SCU only; who wants to be only the SCP gets no context. "
+        "With `retrieve.enabled` it is granted the role of the SCP of what section 5 lists, for C-GET. "
         "Of storage commitment it is granted both: a destination reports as the SCP",
         "Asynchronous operations window": "1, 1",
         "SOP Class extended, SOP Class common extended": "ignored, as PS3.7 D.3.3.5 and D.3.3.6 provide",
@@ -192,14 +203,45 @@ def _storage_commitment() -> Iterator[str]:
         f"""{REQUESTER_MAY_RELEASE_S:g} s after its answer the N-EVENT-REPORT goes over the requester's association if
         that still stands, else over a new one to the host and port that `commitment.peers`, a destination or a source
         has for its AE title. On that one the node proposes itself as SCP (role selection: SCU 0, SCP 1). A report that
-        does not arrive is tried again as a delivery is (section 5).""",
+        does not arrive is tried again as a delivery is (section 6).""",
     )
     yield from _table("N-ACTION status | When", [(f"0x{c:04X}", t) for c, t in commitment.COMMITMENT_STATUSES.items()])
     yield from _table("Failure Reason | When", [(f"0x{code:04X}", when) for code, when in FAILURE_REASONS.items()])
 
 
+def _retrieve() -> Iterator[str]:
+    yield from ("## 5 As Query/Retrieve SCP", "")
+    yield from _prose("Only with `retrieve.enabled`, and off by default: answers name patients.")
+    yield from _table(
+        "SOP Class | UID | Levels", [(_name(model), model, ", ".join(levels)) for model, levels in LEVELS.items()]
+    )
+    yield from _prose(
+        """Matched, at their level and below; a value, several UIDs, `*` and `?`, and ranges of dates and times. Names
+        are matched whatever the case of A to Z."""
+    )
+    patient = ", ".join(PATIENT_KEYS)
+    study = ", ".join(k for k in Level.STUDY.keywords if k not in PATIENT_KEYS)
+    rows = [("PATIENT", patient), ("STUDY", f"{study}, ModalitiesInStudy")]
+    rows += [(name, ", ".join(level.keywords)) for name, level in (("SERIES", Level.SERIES), ("IMAGE", Level.INSTANCE))]
+    yield from _table("Level | Attributes", rows)
+    yield from _prose(
+        f"""Every other attribute asked for is answered from the first Instance, and not matched (status 0xFF01);
+        NumberOfStudyRelatedSeries, NumberOfStudyRelatedInstances and NumberOfSeriesRelatedInstances are counted. No
+        unique key of a higher level is needed. Answers are in ISO_IR 192, at most {MAX_MATCHES:,}. What arrives is
+        found at once.""",
+        """C-GET and C-MOVE give out received CT and the node's results, by the unique key of the level, which may be a
+        list of UIDs. Each Instance goes in the transfer syntax it is in, or uncompressed to who does not take that one.
+        C-MOVE sends to `retrieve.peers` only, by the AE title there, over an association of its own.""",
+    )
+    yield from _table(
+        "Status | When", [(f"0x{code:04X}", meaning) for code, meaning in sorted(RETRIEVE_STATUSES.items())]
+    )
+    yield from _prose("Given out, besides CT, to a peer that proposes itself as SCP:")
+    yield from _table("SOP Class | UID", _named(*RESULT_SOP_CLASSES))
+
+
 def _as_scu() -> Iterator[str]:
-    yield from ("## 5 As SCU", "")
+    yield from ("## 6 As SCU", "")
     delivered = {uid for _, classes, _ in OBJECTS.values() for uid in classes}
     yield from _table(
         "SOP Class | UID",
@@ -239,7 +281,7 @@ def _as_scu() -> Iterator[str]:
 
 
 def _objects_made() -> Iterator[str]:
-    yield from ("## 6 Objects made", "")
+    yield from ("## 7 Objects made", "")
     kinds = [kind for kind in Kind if kind is not Kind.FINDINGS_JSON]  # that one is for folders
     yield from _table(
         "In a profile | Object | SOP Class | Made when it is asked for and",
@@ -268,7 +310,7 @@ def _security() -> Iterator[str]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.restrict(context)
     names = sorted(str(cipher["name"]) for cipher in context.get_ciphers())
-    yield from ("## 7 Security", "")
+    yield from ("## 8 Security", "")
     yield from _prose(
         f"""TLS as SCP (`receive.tls`) and SCU (`tls` of a destination, source or peer), after the BCP 195 RFC 8996,
         9325 TLS Secure Transport Connection Profile (PS3.15 B.12): TLS 1.2 and 1.3, no renegotiation, no compression,
@@ -279,11 +321,11 @@ def _security() -> Iterator[str]:
 
 
 def _configuration() -> Iterator[str]:
-    yield from ("## 8 Configuration", "")
+    yield from ("## 9 Configuration", "")
     yield from _prose("What of the network can be set in [config.yaml](../config.yaml), with its default:")
     config = Config()
     rows: list[tuple[str, str]] = []
-    for section in ("receive", "commitment", "complete", "deliver"):
+    for section in ("receive", "commitment", "retrieve", "complete", "deliver"):
         rows += _settings(section, getattr(config, section))
     yield from _table("Setting | Default", [row for row in rows if row[0] != "`deliver.destinations`"])
 

@@ -5,7 +5,7 @@ one they go out uncompressed.
 """
 
 import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,7 +64,7 @@ def send_files(
     refused = []
     # The file's bytes go out in pieces as they are; pynetdicom has only this module-wide switch for it.
     pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
-    with associated(peer, _contexts(kinds.values()), calling_ae_title=calling_ae_title) as association:
+    with associated(peer, proposed_contexts(kinds.values()), calling_ae_title=calling_ae_title) as association:
         accepted = {(str(c.abstract_syntax), str(c.transfer_syntax[0])) for c in association.accepted_contexts}
         for path, (sop_class, syntax) in kinds.items():
             answer = _send_as_accepted(association, path, sop_class, syntax, accepted, peer)
@@ -74,7 +74,7 @@ def send_files(
     return refused
 
 
-def _contexts(kinds: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+def proposed_contexts(kinds: Iterable[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """What is proposed: each SOP Class in the transfer syntax its files are in, and uncompressed instead of that."""
     wanted = sorted(set(kinds))
     proposed = [(sop_class, [syntax]) for sop_class, syntax in wanted]
@@ -155,11 +155,11 @@ def associated(
     *,
     calling_ae_title: str,
     handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]] = (),
-    as_scp: bool = False,
+    as_scp_of: Collection[str] = (),
 ) -> Iterator[Association]:
     """An association with the peer, released at the end. contexts: SOP Class and transfer syntaxes of each.
 
-    as_scp: propose that we are the SCP of these SOP Classes, and the peer the SCU (PS3.7 D.3.3.4).
+    as_scp_of: SOP Classes of which it is proposed that we are the SCP, and the peer the SCU (PS3.7 D.3.3.4).
 
     Raises:
         SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
@@ -167,7 +167,7 @@ def associated(
     ae = _client(calling_ae_title, peer)
     for sop_class, transfer_syntaxes in contexts:
         ae.add_requested_context(sop_class, list(transfer_syntaxes))
-    roles = [build_role(sop_class, scp_role=True) for sop_class, _ in contexts] if as_scp else []
+    roles = [build_role(sop_class, scp_role=True) for sop_class in as_scp_of]
     association = _associate(ae, peer, handlers, roles)
     try:
         yield association

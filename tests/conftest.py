@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import SecretStr
 
-from node.config import AnalyseConfig, CommitmentConfig, CompleteConfig, Config, DeliverConfig, ReceiveConfig
+from node.config import (
+    AnalyseConfig,
+    CommitmentConfig,
+    CompleteConfig,
+    Config,
+    DeliverConfig,
+    ReceiveConfig,
+    RetrieveConfig,
+)
 from node.index import Index
 from tests.ports import free_port
 
@@ -42,6 +50,7 @@ def make_config(tmp_path: Path, free_port: Callable[[], int]) -> Callable[..., C
             data_dir=tmp_path / "data",
             receive=ReceiveConfig(**receive),
             commitment=CommitmentConfig(**sections.get("commitment", {})),
+            retrieve=RetrieveConfig(**sections.get("retrieve", {})),
             complete=CompleteConfig(**sections.get("complete", {})),
             analyse=AnalyseConfig(**({"threads": 1} | sections.get("analyse", {}))),
             deliver=DeliverConfig(**({"destinations": ()} | sections.get("deliver", {}))),

@@ -53,7 +53,9 @@ def _report(index: Index, config: Config, commitment: Commitment) -> str:
             "commitment.peers and restart"
         )
     contexts = [(StorageCommitmentPushModel, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])]
-    with associated(peer, contexts, calling_ae_title=config.receive.ae_title, as_scp=True) as association:
+    with associated(
+        peer, contexts, calling_ae_title=config.receive.ae_title, as_scp_of=[StorageCommitmentPushModel]
+    ) as association:
         return send_report(association, index, commitment)
 
 

@@ -24,6 +24,7 @@ from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.guard import Guard, GuardedServer
 from node.receive.lane import take_lane
 from node.receive.store import Store
+from node.retrieve.scp import RetrieveScp, offer
 from node.tls import TlsError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ _ACCEPT_POLL_S = 0.2
 
 class Server(GuardedServer):
     """A guarded server that accepts from a socket that listens already and that other processes may share."""
+
+    retrieve: RetrieveScp | None = None
 
     def __init__(self, *args: Any, listener: socket.socket, store: Store, max_pdu_bytes: int, **values: Any) -> None:
         self.socket: socket.socket
@@ -93,6 +96,9 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
         ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
+    retrieve = RetrieveScp(config, store.index) if config.retrieve.enabled else None
+    if retrieve is not None:
+        offer(ae)
     guard = Guard(config.receive, store.index.data_dir)
     guard.prepare(ae)
     server: Server = ae.make_server(
@@ -104,6 +110,7 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
             (evt.EVT_ACSE_RECV, _on_acse),
             (evt.EVT_N_ACTION, CommitmentScp(store.index).on_n_action),
             (evt.EVT_N_EVENT_REPORT, partial(note_report, store.index)),
+            *(retrieve.handlers if retrieve is not None else ()),
         ],
         server_class=Server,
         request_handler=_Handler,
@@ -112,6 +119,7 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
         store=store,
         max_pdu_bytes=ae.maximum_pdu_size,
     )
+    server.retrieve = retrieve
     ae._servers.append(server)  # its shutdown removes it there
     threading.Thread(target=partial(server.serve_forever, _ACCEPT_POLL_S), name="accept", daemon=True).start()
     return server
@@ -145,3 +153,5 @@ def shut_down(server: Server, grace_s: float) -> None:
         time.sleep(0.05)
     for association in server.active_associations:
         association.abort()
+    if server.retrieve is not None:
+        server.retrieve.close()

@@ -1,14 +1,16 @@
-"""What the node holds, as DICOMweb asks for it: studies, series and instances with the attributes of each.
+"""What the node holds, as DICOMweb and C-FIND ask for it: studies, series and instances with the attributes of each.
 
 A cache in an SQLite file of its own beside the Instances, made from their headers, rebuilt when it is not there. The
 node's database says which Instances and results there are and names no patient; this file does, as the Instances do.
-One process writes it: that of `server.py`.
+The process of `server.py` and those of the receiver keep it, one at a time.
 
 Reference: PS3.18 10.6.1.2 (matching), tables 10.6.3-3 to 10.6.3-5 (what is returned).
 """
 
+import fcntl
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -22,6 +24,7 @@ from sqlalchemy import (
     ColumnElement,
     Connection,
     Engine,
+    Float,
     Integer,
     MetaData,
     String,
@@ -39,7 +42,7 @@ from node.case import Case
 from node.index import Index
 from node.web.matching import Condition
 
-_VERSION = 1  # of the tables below; a file of another version is made anew
+_VERSION = 2  # of the tables below; a file of another version is made anew
 
 
 class Level(Enum):
@@ -105,6 +108,13 @@ _instances = _table(
     Column("transfer_syntax", String, nullable=False),
     Column("order", Integer, nullable=False),
 )
+_cases = Table(
+    "cases",
+    _metadata,
+    Column("case_series", String, primary_key=True),
+    Column("changed_at", Float, nullable=False),  # the case as it was taken in
+    Column("num_instances", Integer, nullable=False),
+)
 _TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
 _READ_TAGS = [Tag(keyword) for level in Level for keyword in level.keywords] + [Tag("SpecificCharacterSet")]
 
@@ -124,14 +134,14 @@ class StoredInstance:
 
 
 class Catalog:
-    """Answers queries. Safe to use from several threads of one process."""
+    """Answers queries. Safe to use from several threads and processes."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
         self._lock = threading.Lock()
         self._seen: tuple[Any, ...] = ()
-        self._cases: dict[str, tuple[float, int]] = {}  # when each changed, and how many Instances it had then
-        self._engine = _open(index.data_dir / "catalog.sqlite")
+        with self._alone():
+            self._engine = _open(index.data_dir / "catalog.sqlite")
 
     def close(self) -> None:
         self._engine.dispose()
@@ -139,19 +149,27 @@ class Catalog:
     def refresh(self) -> None:
         """Takes in what has come, been made, or gone since the last call."""
         with self._lock:
-            seen = self._index.fingerprint()
-            if seen == self._seen:
+            if self._index.fingerprint() == self._seen:
                 return
-            cases = {case.series_instance_uid: case for case in self._index.cases()}
-            states = {uid: (case.changed_at, case.num_instances) for uid, case in cases.items()}
-            with self._engine.connect() as connection:
-                known = set(connection.scalars(select(_instances.c.case_series).distinct()))
-            for uid in known - cases.keys():
-                self._replace(uid, {})
-            for uid, case in cases.items():
-                if states[uid] != self._cases.get(uid):
-                    self._replace(uid, self._files_of(case))
-            self._cases, self._seen = states, seen
+            with self._alone():
+                seen = self._index.fingerprint()
+                cases = {case.series_instance_uid: case for case in self._index.cases()}
+                with self._engine.connect() as connection:
+                    known = {row.case_series: row for row in connection.execute(select(_cases))}
+                for uid in known.keys() - cases.keys():
+                    self._replace(uid, {}, None)
+                for uid, case in cases.items():
+                    row = known.get(uid)
+                    if row is None or (row.changed_at, row.num_instances) != (case.changed_at, case.num_instances):
+                        self._replace(uid, self._files_of(case), case)
+                self._seen = seen
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no other process writes: what one lists before another has written would undo that."""
+        with (self._index.data_dir / "catalog.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _files_of(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Files of a case with the headers that the index keeps of received ones."""
@@ -160,8 +178,8 @@ class Catalog:
             files |= {str(path): [] for path in case.result_dir.glob("*.dcm")}
         return files
 
-    def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]]) -> None:
-        """Makes the rows of a case those of its files."""
+    def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]], case: Case | None) -> None:
+        """Makes the rows of a case those of its files. case: as it is now; None when it has gone."""
         with self._engine.connect() as connection:
             of_case = select(_instances.c.path).where(_instances.c.case_series == case_series)
             known = set(connection.scalars(of_case))
@@ -177,9 +195,11 @@ class Catalog:
             if found is not None:
                 read.append(found)
         gone = sorted(known - here.keys())
-        if not read and not gone:
-            return
         with self._engine.begin() as connection:
+            connection.execute(delete(_cases).where(_cases.c.case_series == case_series))
+            if case is not None:
+                state = {"changed_at": case.changed_at, "num_instances": case.num_instances}
+                connection.execute(insert(_cases).values(case_series=case_series, **state))
             for start in range(0, len(gone), 500):
                 connection.execute(delete(_instances).where(_instances.c.path.in_(gone[start : start + 500])))
             _note(connection, read, case_series)
@@ -220,16 +240,20 @@ class Catalog:
         self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
     ) -> list[StoredInstance]:
         """Instances in the order of their numbers, none if there is no such thing."""
+        uids = (study_instance_uid, series_instance_uid, sop_instance_uid)
+        return self.matching_files(
+            [Condition(level.uid_keyword, uid) for level, uid in zip(Level, uids, strict=True) if uid is not None]
+        )
+
+    def matching_files(self, conditions: Sequence[Condition]) -> list[StoredInstance]:
+        """Instances that match, by Series and in the order of their numbers."""
         query = (
             select(_instances, _series.c.StudyInstanceUID)
             .join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID)
-            .where(_series.c.StudyInstanceUID == study_instance_uid)
+            .join(_studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID)
+            .where(*map(_where, conditions))
             .order_by(_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID)
         )
-        if series_instance_uid is not None:
-            query = query.where(_series.c.SeriesInstanceUID == series_instance_uid)
-        if sop_instance_uid is not None:
-            query = query.where(_instances.c.SOPInstanceUID == sop_instance_uid)
         with self._engine.connect() as connection:
             return [
                 StoredInstance(

@@ -3,7 +3,7 @@
 Reference: PS3.18 8.3.4 (query parameters), 10.6 (Search transaction).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from node.web.catalog import Catalog, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
-_MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
+MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
 _RETRIEVE_URL = "00081190"
 
 
@@ -42,7 +42,7 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     include: list[str] = []
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
     is_fuzzy = False
-    can_match = {keyword for upper in _MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
+    can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
     for name, value in parameters:
         if name in numbers:
             numbers[name] = _whole(name, value)
@@ -79,21 +79,21 @@ def search(catalog: Catalog, level: Level, query: Query, root: str) -> list[dict
     """
     found = catalog.find(level, query.conditions, limit=query.limit, offset=query.offset)
     for answer in found:
-        uids = [_uid(answer, upper) for upper in _MATCHED[level]]
+        uids = [uid_of(answer, upper) for upper in MATCHED[level]]
         names = ("studies", "series", "instances")
         path = "".join(f"/{name}/{uid}" for name, uid in zip(names, uids, strict=False))
         answer[_RETRIEVE_URL] = {"vr": "UR", "Value": [root + path]}
         missing = [keyword for keyword in query.include if f"{Tag(keyword):08X}" not in answer]
         if missing:
-            answer |= _read(catalog, uids, missing)
+            answer |= read_attributes(catalog, uids, missing)
     return found
 
 
-def _uid(answer: dict[str, Any], level: Level) -> str:
+def uid_of(answer: dict[str, Any], level: Level) -> str:
     return str(answer[f"{Tag(level.uid_keyword):08X}"]["Value"][0])
 
 
-def _read(catalog: Catalog, uids: list[str], keywords: list[str]) -> dict[str, Any]:
+def read_attributes(catalog: Catalog, uids: Sequence[str], keywords: Iterable[str]) -> dict[str, Any]:
     """Attributes that the catalog does not keep, from the first Instance."""
     files = catalog.files(*uids)
     if not files:
