@@ -14,7 +14,12 @@ from pydantic import BaseModel
 from pydicom import uid as uids
 from pydicom.uid import UID
 from pynetdicom import DEFAULT_TRANSFER_SYNTAXES
-from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
+from pynetdicom.sop_class import (
+    StudyRootQueryRetrieveInformationModelFind,
+    StudyRootQueryRetrieveInformationModelGet,
+    StudyRootQueryRetrieveInformationModelMove,
+    Verification,
+)
 
 from node import commitment, tls
 from node.commitment.report import FAILURE_REASONS
@@ -121,10 +126,10 @@ def _overview() -> Iterator[str]:
             ("Storage Commitment Push Model", "to destinations with `verify: storage-commitment`", "yes"),
             (
                 "Study Root Query/Retrieve, FIND",
-                "to `complete.sources`, and destinations with `verify: query`",
+                "to `complete.sources`, destinations with `verify: query`, and by `cspine fetch`",
                 "with `retrieve.enabled`",
             ),
-            ("Study Root Query/Retrieve, GET and MOVE", "no", "with `retrieve.enabled`"),
+            ("Study Root Query/Retrieve, GET and MOVE", "`cspine fetch`", "with `retrieve.enabled`"),
             ("Patient Root Query/Retrieve, FIND, GET and MOVE", "no", "with `retrieve.enabled`"),
             ("DICOMweb Store and Search (PS3.18 10.5, 10.6)", "to destinations of `type: dicomweb`", "no"),
         ],
@@ -245,7 +250,14 @@ def _as_scu() -> Iterator[str]:
     delivered = {uid for _, classes, _ in OBJECTS.values() for uid in classes}
     yield from _table(
         "SOP Class | UID",
-        _named(Verification, *sorted(delivered), StudyRootQueryRetrieveInformationModelFind, commitment.SOP_CLASS),
+        _named(
+            Verification,
+            *sorted(delivered),
+            StudyRootQueryRetrieveInformationModelFind,
+            StudyRootQueryRetrieveInformationModelGet,
+            StudyRootQueryRetrieveInformationModelMove,
+            commitment.SOP_CLASS,
+        ),
     )
     fallback = " or ".join(UID(uid).name for uid in UNCOMPRESSED)
     yield from _prose(
@@ -262,6 +274,10 @@ def _as_scu() -> Iterator[str]:
         `verify_timeout_s`, or not committed to, is sent again.""",
         """As Query SCU the node asks the peers of `complete.sources`, at SERIES level and with both unique keys, for
         NumberOfSeriesRelatedInstances, each time over an association of its own.""",
+        """`cspine fetch` asks one of `retrieve.peers` by C-FIND, at STUDY level by AccessionNumber, StudyInstanceUID or
+        PatientID, then at SERIES level for CT, and fetches each Series by C-GET or C-MOVE at SERIES level. For C-GET it
+        proposes itself as SCP of the CT classes of section 3, each transfer syntax in a presentation context of its
+        own, and answers C-STORE as section 3.2 says; C-MOVE names `receive.ae_title` as the destination.""",
         """DICOMweb: all objects of a case go in one Store request (`multipart/related` with its length), and one
         each if that is answered by 413. The Referenced, Failed and Other Failures SOP Sequences of an answer in
         `application/dicom+json` are read. Search asks for each SOP Instance UID under its Study and Series.""",

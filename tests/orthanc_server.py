@@ -48,10 +48,18 @@ class OrthancServer:
     """Runs from construction to `stop`. port: its own, for DICOM. node_port: where the node listens, or will.
 
     http_port: if it is to be the one from before, with what is in `folder`. password: of the user `cspine`, if it asks.
+    is_archive: it gives out what it is asked for by C-GET and C-MOVE, and sends nothing by itself.
     """
 
     def __init__(
-        self, folder: Path, *, port: int, node_port: int, http_port: int | None = None, password: str = ""
+        self,
+        folder: Path,
+        *,
+        port: int,
+        node_port: int,
+        http_port: int | None = None,
+        password: str = "",
+        is_archive: bool = False,
     ) -> None:
         executable = find_orthanc()
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +80,9 @@ class OrthancServer:
         }
         if password:
             config |= {"AuthenticationEnabled": True, "RegisteredUsers": {"cspine": password}}
+        if is_archive:
+            config["LuaScripts"] = []
+            config["DicomModalities"]["cspine"] |= {"AllowGet": True, "AllowMove": True}
         config_path = folder / "orthanc.json"
         config_path.write_text(json.dumps(config), encoding="utf-8")
         self._log_path = folder / "orthanc.log"
