@@ -102,7 +102,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
 
     def __init__(self, assoc: Association, store: Store, max_pdu_bytes: int) -> None:
         super().__init__(assoc)
-        self.sender = Sender(assoc, store.index, store.run)
+        self.sender = Sender(lambda: str(assoc.requestor.ae_title), store.index, store.run)
         self._store, self._max_pdu_bytes = store, max_pdu_bytes
         self._view = memoryview(bytearray(_FIRST_BUFFER_BYTES))  # a connection that sends no Instance needs no more
         self._begin = self._end = 0  # what of the buffer is still to be read

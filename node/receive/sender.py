@@ -1,10 +1,10 @@
-"""Who is at the other end of an association, and the association's row in the index."""
+"""Who is at the other end of an association, and the association's row in the index; over HTTP, what stands for one."""
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
-from pynetdicom.association import Association
 from sqlalchemy.exc import SQLAlchemyError
 
 from node.index import Index
@@ -25,17 +25,17 @@ class Source(Protocol):
 
 
 class Sender:
-    """Of one association. run: of the receiver process that has it."""
+    """Of one association. name: gives its AE title. run: of the process that has it."""
 
-    def __init__(self, assoc: Association, index: Index, run: str) -> None:
-        self._assoc, self._index, self._run = assoc, index, run
+    def __init__(self, name: Callable[[], str], index: Index, run: str) -> None:
+        self._name, self._index, self._run = name, index, run
         self._id: int | None = None
         self._lock = threading.Lock()
 
     @property
     def ae_title(self) -> str:
         """As it calls itself."""
-        return str(self._assoc.requestor.ae_title)
+        return self._name()
 
     def association_id(self) -> int:
         """The row of the association, made with its first Instance: one that only sends C-ECHO leaves none."""

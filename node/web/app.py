@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from node.case import CaseState
 from node.config import Config
 from node.process import describe_error
 from node.receive.headers import is_uid
+from node.receive.sender import Sender
 from node.receive.store import Store
 from node.remove import delete_case
 from node.web import qido, rendered, viewer, wado
@@ -327,26 +327,6 @@ def _middle(instances: list[StoredInstance]) -> StoredInstance:
 # ---- STOW-RS, and what administrators may remove ----
 
 
-class _HttpSource:
-    """Who sent a request, as a source of Instances: one row of the index for each request."""
-
-    def __init__(self, catalog: Catalog, store: Store, name: str) -> None:
-        self.ae_title = name
-        self._catalog, self._store = catalog, store
-        self._id: int | None = None
-        self._lock = threading.Lock()
-
-    def association_id(self) -> int:
-        with self._lock:
-            if self._id is None:
-                self._id = self._store.index.open_association(self.ae_title, self._store.run)
-            return self._id
-
-    def end(self, *, released: bool) -> None:
-        if self._id is not None:
-            self._store.index.end_association(self._id, released=released)
-
-
 def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRouter:
     router = APIRouter()
 
@@ -355,7 +335,7 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
         length = request.headers.get("content-length", "0")
         if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
             raise TooLargeError(f"a request may have {config.max_body_mb} MB (web.max_body_mb)")
-        source = _HttpSource(catalog, store, "STOW-RS")
+        source = Sender(lambda: "STOW-RS", store.index, store.run)
         is_whole = False
         try:
             stored = await store_parts(

@@ -10,28 +10,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from functools import cache
-from io import BytesIO
 from typing import Any
 
-from pydicom import dcmread
 from sqlalchemy.exc import SQLAlchemyError
 
 from model import PARSE_ERRORS
 from node.process import describe_error
-from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.headers import Announced
+from node.receive.incoming import IncomingFile
 from node.receive.sender import Source
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, RefusedError
-from node.receive.store import Arriving, Store
+from node.receive.store import Store
 from node.web.multipart import MultipartReader, PartBegins, PartData, PartEnds
 
 log = logging.getLogger(__name__)
 
-_PREAMBLE_BYTES = 144  # preamble, prefix, and the element that gives the length of the File Meta Information
-_MAX_META_BYTES = 65536
-# Failure Reasons that C-STORE has no need for: it refuses the presentation context (PS3.18 table I.2-2).
-_NO_SOP_CLASS, _NO_TRANSFER_SYNTAX = 0x0122, 0xC122
 _MAX_PENDING = 8  # parts that are being made durable at the same time
 
 
@@ -83,85 +76,6 @@ def _path(announced: Announced) -> str:
     return f"instances?SOPInstanceUID={announced.sop_instance_uid}"
 
 
-class _Part:
-    """One part of the body: a DICOM file, of which the File Meta Information comes first."""
-
-    def __init__(self, store: Store, source: Source, study_instance_uid: str) -> None:
-        self._store, self._source, self._study = store, source, study_instance_uid
-        self._head = bytearray()
-        self._arriving: Arriving | None = None
-        self.announced: Announced | None = None
-        self.refusal: RefusedError | None = None
-
-    def write(self, data: memoryview) -> None:
-        """Takes the next bytes; what is refused is read on and thrown away."""
-        try:
-            if self.refusal is not None:
-                return
-            if self._arriving is None:
-                self._head += data
-                data = self._begin()
-            if self._arriving is not None:
-                self._arriving.write(data)
-        except RefusedError as refusal:
-            self.refusal, self._arriving = refusal, None
-
-    def _begin(self) -> memoryview:
-        """Reads the File Meta Information once it is here; what has come of the dataset.
-
-        Raises:
-            RefusedError: it is no DICOM file, or is not taken.
-        """
-        nothing = memoryview(b"")
-        if len(self._head) < _PREAMBLE_BYTES:
-            return nothing
-        end = _PREAMBLE_BYTES + int.from_bytes(self._head[140:144], "little")
-        if self._head[128:138] != b"DICM\x02\x00\x00\x00UL" or end > _MAX_META_BYTES:
-            raise RefusedError(CANNOT_UNDERSTAND, "the part is not a DICOM file (PS3.10 7.1)")
-        if len(self._head) < end:
-            return nothing
-        try:
-            meta = dcmread(BytesIO(bytes(self._head[:end]))).file_meta
-            self.announced = Announced(
-                sop_class_uid=str(meta.MediaStorageSOPClassUID),
-                sop_instance_uid=str(meta.MediaStorageSOPInstanceUID),
-                transfer_syntax_uid=str(meta.TransferSyntaxUID),
-                study_instance_uid=self._study,
-            )
-        except PARSE_ERRORS as error:
-            raise RefusedError(CANNOT_UNDERSTAND, "its File Meta Information lacks a UID (PS3.10 7.1)") from error
-        if self.announced.sop_class_uid not in CT_SOP_CLASSES:
-            raise RefusedError(_NO_SOP_CLASS, "only CT is taken")
-        if self.announced.transfer_syntax_uid not in _transfer_syntaxes():
-            raise RefusedError(_NO_TRANSFER_SYNTAX, "its transfer syntax cannot be decoded here")
-        self._arriving = self._store.begin(self.announced, self._source)
-        rest = memoryview(bytes(self._head[end:]))
-        self._head.clear()
-        return rest
-
-    def finish(self) -> None:
-        """Makes it durable; called in a thread.
-
-        Raises:
-            RefusedError, OSError, SQLAlchemyError: it is not taken.
-        """
-        if self.refusal is not None:
-            raise self.refusal
-        if self._arriving is None:
-            raise RefusedError(CANNOT_UNDERSTAND, "the part is not a DICOM file (PS3.10 7.1)")
-        self._arriving.finish()
-
-    def abandon(self) -> None:
-        """The request broke off."""
-        if self._arriving is not None:
-            self._arriving.abandon()
-
-
-@cache
-def _transfer_syntaxes() -> frozenset[str]:
-    return frozenset(decodable_transfer_syntaxes())
-
-
 async def store_parts(
     body: AsyncIterator[bytes],
     reader: MultipartReader,
@@ -183,7 +97,7 @@ async def store_parts(
     """
     stored = Stored()
     pending: set[asyncio.Task[None]] = set()
-    part: _Part | None = None
+    part: IncomingFile | None = None
     num_bytes = 0
     try:
         while chunk := await asyncio.wait_for(anext(body, b""), timeout_s):
@@ -192,7 +106,7 @@ async def store_parts(
                 raise TooLargeError(f"a request may have {max_bytes >> 20} MB (web.max_body_mb)")
             for event in reader.feed(chunk):
                 if isinstance(event, PartBegins):
-                    part = _Part(store, source, study_instance_uid)
+                    part = IncomingFile(store, source, study_instance_uid)
                 elif isinstance(event, PartData):
                     assert part is not None
                     part.write(memoryview(event.data))
@@ -211,7 +125,7 @@ async def store_parts(
     return stored
 
 
-async def _finish(part: _Part, stored: Stored) -> None:
+async def _finish(part: IncomingFile, stored: Stored) -> None:
     """Makes a part durable and notes how that went."""
     cause = ""
     try:
