@@ -19,8 +19,9 @@ RUN /opt/cspine/bin/pip install --constraint constraints.txt --no-deps --index-u
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY node node
+COPY orthanc orthanc
 COPY training training
-RUN /opt/cspine/bin/pip install --constraint constraints.txt .
+RUN /opt/cspine/bin/pip install --constraint constraints.txt '.[orthanc]'
 
 FROM python:3.11-slim
 ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib

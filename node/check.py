@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from model import BundleError, load_pipeline
-from node.config import Config, Destination, FolderDestination
+from node.config import ClientTls, Config, Destination, FolderDestination, OrthancSource
 from node.deliver import open_courier
 from node.index import DatabaseError, Index
 from node.process import try_write
@@ -28,6 +28,8 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield _check_disk(config)
     yield _check_database(config)
     yield _check_model(config)
+    for source in config.sources.orthanc:
+        yield _check_source(source)
     for destination in config.deliver.destinations:
         yield _check_destination(config, destination)
 
@@ -58,10 +60,15 @@ def check_certificates(config: Config) -> Iterator[Check]:
     contexts: list[tuple[str, Callable[[], object], list[Path]]] = []
     if (ours := config.receive.tls) is not None:
         contexts.append(("receive.tls", partial(server_context, ours), [ours.certificate]))
-    for destination in config.deliver.destinations:
-        if not isinstance(destination, FolderDestination) and (tls := destination.tls) is not None:
-            paths = [tls.certificate] if tls.certificate else []
-            contexts.append((f"destination {destination.name}", partial(client_context, tls), paths))
+    called: list[tuple[str, ClientTls | None]] = [(f"source {item.name}", item.tls) for item in config.sources.orthanc]
+    called += [
+        (f"destination {item.name}", item.tls)
+        for item in config.deliver.destinations
+        if not isinstance(item, FolderDestination)
+    ]
+    for name, tls in called:
+        if tls is not None:
+            contexts.append((name, partial(client_context, tls), [tls.certificate] if tls.certificate else []))
     for name, make, paths in contexts:
         try:
             make()
@@ -97,6 +104,18 @@ def _check_model(config: Config) -> Check:
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
         return "model", str(error), ""
     return "model", "", f"{info.name} {info.version}: {info.trained_on}"
+
+
+def _check_source(source: OrthancSource) -> Check:
+    name = f"source {source.name}"
+    try:
+        from node.watch.orthanc import check_source
+    except ModuleNotFoundError as error:
+        return name, f"needs {error.name}: pip install 'cspine-node[orthanc]'", ""
+    try:
+        return name, "", f"{source.where} {check_source(source)}"
+    except SendError as error:
+        return name, str(error), ""
 
 
 def _check_destination(config: Config, destination: Destination) -> Check:

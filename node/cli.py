@@ -23,6 +23,7 @@ from node.commands.fetch import fetch
 from node.commands.notifications import notifications
 from node.commands.purge import purge
 from node.commands.rules import rules
+from node.commands.sources import sources
 from node.commands.token import token
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def _say_how_to_use(config: "Config") -> None:
     click.echo(f"\nC-Spine Node is ready. {NOTICE}\n")
     click.echo(f"  Send CT Series to  AE title {receive.ae_title}, {receive.host}:{receive.port}")
     click.echo(f"  for example        cspine send DIR --to {receive.host}:{receive.port} --aet {receive.ae_title}")
+    for source in config.sources.orthanc:
+        click.echo(f"  Watched            {source.where}")
     for destination in config.deliver.destinations:
         click.echo(f"  Results go to      {destination.where}")
     if config.web.enabled:
@@ -253,4 +256,5 @@ main.add_command(fetch)
 main.add_command(notifications)
 main.add_command(purge)
 main.add_command(rules)
+main.add_command(sources)
 main.add_command(token)

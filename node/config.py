@@ -292,19 +292,18 @@ class HttpAuth(WithSecret):
         return self
 
 
-class _HttpDestination(_Section):
+class _HttpPeer(_Section):
+    """A server that we call over HTTP."""
+
     name: str = Field(min_length=1)
     url: str
     auth: HttpAuth | None = None
     tls: ClientTls | None = None
     timeout_s: Seconds = 30.0
-    verify: Literal["query", "none"] = "query"
-    verify_timeout_s: Seconds = 300.0
-    profile: ProfileSetting = Profile()
 
     @property
     def where(self) -> str:
-        """The destination as messages call it."""
+        """The server as messages call it."""
         return self.url
 
     @model_validator(mode="after")
@@ -316,6 +315,34 @@ class _HttpDestination(_Section):
         if parts.username is not None:
             raise ValueError("url must not hold a user or password; give them under auth")
         return self
+
+
+class OrthancSource(_HttpPeer):
+    """An Orthanc whose new CT Series are fetched. ae_title: what stands for it where a sender's AE title would."""
+
+    ae_title: AETitle = "ORTHANC"
+    begin: Literal["now", "oldest"] = "now"
+    poll_s: Seconds = 5.0
+    connections: int = Field(default=4, ge=1, le=32)
+
+
+class SourcesConfig(_Section):
+    """Archives that are watched for new Series, besides those that send by themselves."""
+
+    orthanc: tuple[OrthancSource, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.orthanc]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
+        return self
+
+
+class _HttpDestination(_HttpPeer):
+    verify: Literal["query", "none"] = "query"
+    verify_timeout_s: Seconds = 300.0
+    profile: ProfileSetting = Profile()
 
 
 class DicomWebDestination(_HttpDestination):
@@ -394,6 +421,7 @@ class Config(_Section):
     database: PostgreSQLURL | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     receive: ReceiveConfig = ReceiveConfig()
+    sources: SourcesConfig = SourcesConfig()
     commitment: CommitmentConfig = CommitmentConfig()
     retrieve: RetrieveConfig = RetrieveConfig()
     complete: CompleteConfig = CompleteConfig()

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from apscheduler.schedulers.background import BackgroundScheduler
 
@@ -34,6 +34,9 @@ from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.web.supervisor import WebError, WebProcess
 from node.workers import Analysed, Job, JobOutcome, NotAnalysable, WorkerPool
+
+if TYPE_CHECKING:
+    from node.watch import Watches
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +73,10 @@ class Service:
         self._pool: WorkerPool | None = None
         self._receivers: Receivers | None = None
         self._web: WebProcess | None = None
+        self._watches: Watches | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
         num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
+        num_threads += len(config.sources.orthanc)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
@@ -117,6 +122,8 @@ class Service:
         self._scheduler.add_job(
             run_retention, "interval", (index, config), hours=1, jitter=_RETENTION_JITTER_S, next_run_time=soon
         )
+        if config.sources.orthanc:
+            self._start_watching()
         self._scheduler.start()
         log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
 
@@ -128,6 +135,8 @@ class Service:
         for process in (self._receivers, self._web):
             if process is not None:
                 process.terminate()
+        if self._watches is not None:
+            self._watches.stop()
         if self._pool is not None:
             self._pool.stop()
         for process in (self._receivers, self._web):
@@ -145,6 +154,20 @@ class Service:
         except WebError as error:
             raise StartError(str(error)) from error
         self._every_tick(self._web.watch)
+
+    def _start_watching(self) -> None:
+        try:
+            from node.watch import Watches
+        except ModuleNotFoundError as error:
+            raise StartError(
+                f"sources.orthanc needs {error.name}, which is not installed: pip install 'cspine-node[orthanc]'"
+            ) from error
+        self._watches = Watches(self._config, self._index)
+        for watch in self._watches.each:
+            poll_s = watch.source.poll_s
+            self._scheduler.add_job(
+                watch.look, "interval", seconds=poll_s, jitter=poll_s / 4, next_run_time=datetime.now()
+            )
 
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)

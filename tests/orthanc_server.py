@@ -34,6 +34,17 @@ def find_orthanc() -> str:
     pytest.skip(missing)
 
 
+def find_plugin(name: str) -> str:
+    """The path of a plugin of Orthanc; likewise."""
+    path = Path("/usr/share/orthanc/plugins") / name
+    if not path.exists():
+        missing = f"There is no {name} on this machine; on Debian: apt-get install orthanc-python"
+        if os.environ.get("CSPINE_REQUIRE_SERVERS"):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return str(path)
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoredSeries:
     """A Series in Orthanc; ids are Orthanc's own."""
@@ -49,6 +60,7 @@ class OrthancServer:
 
     http_port: if it is to be the one from before, with what is in `folder`. password: of the user `cspine`, if it asks.
     is_archive: it gives out what it is asked for by C-GET and C-MOVE, and sends nothing by itself.
+    routes_by: what sends to the node: "lua", "python" (the plugin, with `plugin_settings`) or "" for nothing.
     """
 
     def __init__(
@@ -60,6 +72,8 @@ class OrthancServer:
         http_port: int | None = None,
         password: str = "",
         is_archive: bool = False,
+        routes_by: str = "lua",
+        plugin_settings: dict[str, str] | None = None,
     ) -> None:
         executable = find_orthanc()
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +92,11 @@ class OrthancServer:
             "StableAge": STABLE_AGE_S,
             "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
         }
+        if routes_by != "lua":
+            config["LuaScripts"] = []
+        if routes_by == "python":
+            config["Plugins"].append(find_plugin("libOrthancPython.so"))
+            config |= {"PythonScript": str(ORTHANC_FOLDER / "cspine_plugin.py"), "CSpine": plugin_settings or {}}
         if password:
             config |= {"AuthenticationEnabled": True, "RegisteredUsers": {"cspine": password}}
         if is_archive:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("model", "node", "training")
+PACKAGES = ("model", "node", "orthanc", "training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,18 @@ def test_node_never_imports_training_or_torch() -> None:
     assert_none(broken, "node/ never imports training, torch or safetensors")
 
 
+def test_orthanc_knows_nothing_of_the_node() -> None:
+    broken = [str(i) for i in imports("orthanc") if is_within(i.module, "node", "model", "training", "tests")]
+    assert_none(broken, "orthanc/ never imports node, model or training")
+
+
+def test_the_plugin_inside_orthanc_needs_nothing_installed() -> None:
+    path = Path("orthanc/cspine_plugin.py")
+    modules = {i.module.split(".")[0] for i in imports_in(path, parse(path))}
+    assert "orthanc" in modules
+    assert modules <= {*sys.stdlib_module_names, "orthanc"}
+
+
 def test_node_enters_the_model_by_its_doors_only() -> None:
     """`model` and `model.phantom`; types of what the door hands out may be named from behind it."""
     doors = {"model": "model/__init__.py", "model.phantom": "model/phantom/__init__.py"}
@@ -146,7 +158,7 @@ def test_the_rules_see_an_import_wherever_it_stands() -> None:
     ("module", "heavy"),
     [
         ("model", ("torch", "highdicom", "pynetdicom", "node", "training")),
-        ("node.service", ("torch", "highdicom", "matplotlib", "training")),
+        ("node.service", ("torch", "highdicom", "matplotlib", "training", "orthanc_api_client")),
         ("node.receive", ("torch", "highdicom", "scipy", "apscheduler", "training")),
         ("node.notify.clock", ("torch", "highdicom", "hl7apy", "training")),
         ("node.analyse", ("torch", "matplotlib", "training")),

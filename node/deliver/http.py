@@ -43,7 +43,7 @@ class HttpPeer:
         self._session.trust_env = False
         self._session.auth = _credentials(destination.auth, self.name)
         if self._root.startswith("https:"):
-            self._session.mount("https://", _TlsAdapter(destination.tls or ClientTls(), self.name))
+            self._session.mount("https://", TlsAdapter(destination.tls or ClientTls(), self.name))
 
     def close(self) -> None:
         self._session.close()
@@ -73,37 +73,47 @@ class HttpPeer:
                 timeout=self._timeout_s,
                 allow_redirects=False,
             )
-        except requests.exceptions.SSLError as error:
-            raise self._tls_error(error) from error
-        except requests.exceptions.Timeout as error:
-            raise SendError(f"{self.name} did not answer within {self._timeout_s:g} s") from error
-        except requests.exceptions.ConnectionError as error:
-            raise SendError(f"{self.name} {_describe_break(error)}") from error
         except requests.exceptions.RequestException as error:
-            raise SendError(f"{self.name} did not answer properly ({type(error).__name__})") from error
+            raise failure(self.name, error, self._timeout_s) from error
         if 200 <= response.status_code < 300 or response.status_code in also:
             return response
         raise self.refusal(response)
 
     def refusal(self, response: requests.Response) -> SendError:
         """The error that an answer amounts to."""
-        status = response.status_code
-        told = f"{self.name} answered {status} ({response.reason})"
-        if 300 <= status < 400:
-            return SendError(f"{told}: it sends us elsewhere; put the final address into url", permanent=True)
-        if status in _WHAT_TO_DO:
-            return SendError(f"{told}: {_WHAT_TO_DO[status]}", permanent=True)
-        return SendError(told)
-
-    def _tls_error(self, error: requests.exceptions.SSLError) -> SendError:
-        cause = _cause(error, ssl.SSLError)
-        why = describe_tls_error(cause) if cause else type(error).__name__
-        untrusted = isinstance(cause, ssl.SSLCertVerificationError)
-        remedy = "; name its authority under tls.ca" if untrusted else ""
-        return SendError(f"{self.name} cannot be spoken to under TLS: {why}{remedy}", permanent=untrusted)
+        return refusal(self.name, response.status_code, response.reason)
 
 
-class _TlsAdapter(HTTPAdapter):
+def failure(name: str, error: requests.RequestException, timeout_s: float) -> SendError:
+    """The error that a request without an answer amounts to. name: of the server, as messages call it."""
+    if isinstance(error, requests.exceptions.SSLError):
+        return _tls_error(name, error)
+    if isinstance(error, requests.exceptions.Timeout):
+        return SendError(f"{name} did not answer within {timeout_s:g} s")
+    if isinstance(error, requests.exceptions.ConnectionError):
+        return SendError(f"{name} {_describe_break(error)}")
+    return SendError(f"{name} did not answer properly ({type(error).__name__})")
+
+
+def refusal(name: str, status: int, reason: str) -> SendError:
+    """The error that an answer with this status amounts to."""
+    told = f"{name} answered {status} ({reason})"
+    if 300 <= status < 400:
+        return SendError(f"{told}: it sends us elsewhere; put the final address into url", permanent=True)
+    if status in _WHAT_TO_DO:
+        return SendError(f"{told}: {_WHAT_TO_DO[status]}", permanent=True)
+    return SendError(told)
+
+
+def _tls_error(name: str, error: requests.exceptions.SSLError) -> SendError:
+    cause = _cause(error, ssl.SSLError)
+    why = describe_tls_error(cause) if cause else type(error).__name__
+    untrusted = isinstance(cause, ssl.SSLCertVerificationError)
+    remedy = "; name its authority under tls.ca" if untrusted else ""
+    return SendError(f"{name} cannot be spoken to under TLS: {why}{remedy}", permanent=untrusted)
+
+
+class TlsAdapter(HTTPAdapter):
     """Uses the node's TLS settings, and trusts the authorities they name and no others."""
 
     def __init__(self, tls: ClientTls, name: str) -> None:
@@ -132,6 +142,18 @@ class _Bearer(AuthBase):
         return request
 
 
+def read_secret(auth: HttpAuth, name: str) -> str:
+    """The password or token.
+
+    Raises:
+        SendError: it is not there.
+    """
+    try:
+        return auth.read_secret()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SendError(f"the secret for {name} cannot be read: {error}", permanent=True) from error
+
+
 def _credentials(auth: HttpAuth | None, name: str) -> AuthBase | None:
     """Read at each use, so that a changed secret needs no restart.
 
@@ -140,10 +162,7 @@ def _credentials(auth: HttpAuth | None, name: str) -> AuthBase | None:
     """
     if auth is None:
         return None
-    try:
-        secret = auth.read_secret()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SendError(f"the secret for {name} cannot be read: {error}", permanent=True) from error
+    secret = read_secret(auth, name)
     if auth.type == "bearer":
         return _Bearer(secret)
     return HTTPBasicAuth(auth.user.encode(), secret.encode())

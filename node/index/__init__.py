@@ -14,9 +14,10 @@ from node.index.notifications import Notifications
 from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving
 from node.index.retaining import Retaining
+from node.index.watching import WatchedSource, Watching
 
-__all__ = ["Commitment", "DatabaseError", "HeldInstance", "Index", "NewInstance", "StoredSeries"]
+__all__ = ["Commitment", "DatabaseError", "HeldInstance", "Index", "NewInstance", "StoredSeries", "WatchedSource"]
 
 
-class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining, Committing):
+class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining, Committing, Watching):
     """The database of one node. Safe to use from several threads and processes at once."""

@@ -44,6 +44,8 @@ STEPS = (
     ),
     # 9: a Series that somebody asks for is analysed whatever the rules say.
     ("ALTER TABLE cases ADD COLUMN is_asked_for INTEGER DEFAULT '0' NOT NULL",),
+    # 10: archives that are followed, a new table.
+    (),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -132,3 +132,14 @@ commitments = Table(
     Column("reason", String, nullable=False, default=""),
     TableIndex("commitments_due", "state", "next_attempt_at"),
 )
+watched = Table(  # archives that are followed
+    "watched",
+    metadata,
+    Column("source", String, primary_key=True),
+    Column("position", Integer),  # number of the last change that is done with; None before the first look
+    Column("num_series", Integer, nullable=False),  # fetched so far
+    Column("succeeded_at", Float),  # the last look that found all well
+    Column("failed_at", Float),  # the last one that did not
+    Column("error", String, nullable=False),  # why
+    Column("is_failing", Integer, nullable=False),  # 1: the last look was one that failed
+)

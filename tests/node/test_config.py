@@ -19,6 +19,7 @@ from node.config import (
     FolderDestination,
     HttpAuth,
     OrthancDestination,
+    OrthancSource,
     Peer,
     Source,
     load_config,
@@ -351,6 +352,17 @@ def test_the_example_of_a_source_in_config_yaml_is_valid(load: Load) -> None:
     (source,) = load(f"complete:\n  sources:\n{listed}\n").complete.sources
     assert source.sends_as == ("PACS", "PACS2")
     assert set(Source.model_fields) == set(yaml.safe_load(listed)[0])
+
+
+def test_the_example_of_a_watched_orthanc_in_config_yaml_holds_the_defaults(load: Load) -> None:
+    text = CONFIG_YAML.read_text(encoding="utf-8")
+    text = text.partition("  # Orthancs, whose changes")[2].partition("  orthanc: []")[0]
+    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    (source,) = load(f"sources:\n  orthanc:\n{listed}\n").sources.orthanc
+    assert source == OrthancSource(name="orthanc", url="http://127.0.0.1:8042")
+    assert set(OrthancSource.model_fields) == set(yaml.safe_load(listed)[0])
+    two = "sources:\n  orthanc: [{name: a, url: 'http://a'}, {name: a, url: 'http://b'}]\n"
+    assert faults(load, two) == ["line 1: sources: two sources share the name a; give each its own"]
 
 
 def test_two_sources_cannot_send_with_one_ae_title(load: Load) -> None:

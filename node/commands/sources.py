@@ -1,0 +1,72 @@
+"""`cspine sources`: how far each watched archive has been followed; with and without a running node."""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from node.commands import EXIT_FAILED, config_option, load_config, open_index
+
+if TYPE_CHECKING:
+    from node.config import OrthancSource
+    from node.index import WatchedSource
+
+
+@click.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one source per line.")
+def sources(config_path: Path | None, as_json: bool) -> None:
+    """See the archives that are watched: state, last success, last error.
+
+    Exit status 1 while one of them fails.
+    """
+    config = load_config(config_path)
+    if not config.sources.orthanc:
+        click.echo("No archive is watched; sources.orthanc in the configuration is empty.", err=True)
+        return
+    with open_index(config) as index:
+        found = [(source, index.watched_source(source.name)) for source in config.sources.orthanc]
+    if as_json:
+        for source, known in found:
+            click.echo(json.dumps({"url": source.url, "state": _state(known), **asdict(known)}))
+    else:
+        _print_table(found)
+    if any(known.is_failing for _, known in found):
+        sys.exit(EXIT_FAILED)
+
+
+def _state(known: "WatchedSource") -> str:
+    if known.is_failing:
+        return "failing"
+    return "watching" if known.succeeded_at is not None else "not looked at"
+
+
+def _print_table(found: "list[tuple[OrthancSource, WatchedSource]]") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("Source", "State", "Last success", "Series fetched", "Change", "Last error"):
+        table.add_column(title, overflow="fold")
+    for source, known in found:
+        state = _state(known)
+        error = f"{_when(known.failed_at)}: {known.error}" if known.error else ""
+        table.add_row(
+            Text(f"{source.name}\n{source.url}"),
+            Text(state, style="red" if known.is_failing else "green" if state == "watching" else ""),
+            _when(known.succeeded_at),
+            str(known.num_series),
+            "" if known.position is None else str(known.position),
+            Text(error),
+        )
+    Console().print(table)
+
+
+def _when(time_s: float | None) -> str:
+    return "" if time_s is None else f"{datetime.fromtimestamp(time_s):%Y-%m-%d %H:%M:%S}"

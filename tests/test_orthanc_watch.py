@@ -1,0 +1,303 @@
+"""A real Orthanc that the node watches: what it fetches, what it leaves there, and what survives which death."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydicom import dcmread
+
+from model.phantom import Fracture
+from node.case import CaseState
+from node.config import Config, HttpAuth, OrthancSource
+from node.index import Index
+from node.receive.store import Store
+from node.watch import OrthancWatch
+from node.watch.describe import describe
+from orthanc.client import Instance, Orthanc, OrthancError, StableSeries
+from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
+from tests.orthanc_server import STABLE_AGE_S, OrthancServer
+from tests.ports import free_port
+from tests.running_node import RunningNode, phantom_series
+
+Watch = Callable[..., OrthancWatch]
+
+
+@pytest.fixture
+def orthanc(tmp_path: Path) -> Iterator[OrthancServer]:
+    """An Orthanc that sends nothing by itself."""
+    server = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port(), routes_by="")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def watch(make_config: Callable[..., Config], index: Index) -> Iterator[Watch]:
+    """Makes a watch of the Orthanc at a URL, from its oldest change on."""
+    stores: list[Store] = []
+
+    def make(url: str, **settings: Any) -> OrthancWatch:
+        config = make_config()
+        stores.append(Store(config, index, f"watch{len(stores)}"))
+        source = OrthancSource(name="orthanc", url=url, **{"begin": "oldest", **settings})
+        return OrthancWatch(config, source, index, stores[-1])
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+def wait_until_stable(orthanc: OrthancServer, num_series: int) -> None:
+    deadline = time.monotonic() + 20
+    while orthanc.num_stable() < num_series:
+        assert time.monotonic() < deadline, orthanc.log()
+        time.sleep(0.1)
+
+
+def held(index: Index) -> dict[str, int]:
+    """How many Instances are here, by Series."""
+    return {case.series_instance_uid: case.num_instances for case in index.cases()}
+
+
+def test_new_ct_series_are_fetched_once_and_all_else_is_left_there(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    series = [make_ct_series(tmp_path / f"in/{number:02d}", num_slices=4 + number % 3) for number in range(20)]
+    make_screen_save(tmp_path / "in/00/dose.dcm", like=series[0][0])  # in the CT Series, and no CT Image
+    make_report(tmp_path / "in/report.dcm")
+    make_localizer(tmp_path / "in/scout.dcm")  # the rules pass it over
+    orthanc.upload(tmp_path / "in")
+    wait_until_stable(orthanc, 22)
+    watch(orthanc.url).look()
+    expected = {dcmread(paths[0]).SeriesInstanceUID: len(paths) for paths in series}
+    assert held(index) == expected
+    assert {case.calling_ae_title for case in index.cases()} == {"ORTHANC"}
+    assert {carrier.released for uid in expected for carrier in index.stored_series(uid).carriers} == {True}
+    known = index.watched_source("orthanc")
+    assert (known.num_series, known.is_failing, known.error) == (20, False, "")
+    assert known.position == orthanc.client.get_json("changes?last")["Last"]
+
+    # The node is restarted, and a Series grows.
+    uid = dcmread(series[1][0]).SeriesInstanceUID
+    make_ct_series(tmp_path / "late", num_slices=1, series_instance_uid=uid)
+    orthanc.upload(tmp_path / "late")
+    wait_until_stable(orthanc, 23)
+    watch(orthanc.url).look()
+    assert held(index) == expected | {uid: len(series[1]) + 1}
+
+
+def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    make_ct_series(tmp_path / "old")
+    orthanc.upload(tmp_path / "old")
+    wait_until_stable(orthanc, 1)
+    new = watch(orthanc.url, begin="now")
+    new.look()
+    assert held(index) == {}
+    (first, *_) = make_ct_series(tmp_path / "new")
+    orthanc.upload(tmp_path / "new")
+    wait_until_stable(orthanc, 2)
+    new.look()
+    assert list(held(index)) == [dcmread(first).SeriesInstanceUID]
+    # As after a change of Orthanc's database: numbers that it has not reached.
+    index.note_position("orthanc", 10**6)
+    new.look()
+    assert len(held(index)) == 2
+
+
+def test_an_orthanc_that_is_restarted_in_the_middle_gives_the_rest(
+    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = {"port": free_port(), "node_port": free_port(), "http_port": free_port()}
+    folder = tmp_path / "orthanc"
+    orthanc = OrthancServer(folder, password="hunter2", routes_by="", **ports)
+    auth = HttpAuth(type="basic", user="cspine", secret_env="ORTHANC_PASSWORD")
+    series = [make_ct_series(tmp_path / f"in/{number}", num_slices=8) for number in range(2)]
+    uids = [dcmread(paths[0]).SeriesInstanceUID for paths in series]
+    orthanc.upload(tmp_path / "in")
+    wait_until_stable(orthanc, 2)
+    try:
+        monkeypatch.setenv("ORTHANC_PASSWORD", "wrong")
+        watch(orthanc.url, auth=auth).look()
+        known = index.watched_source("orthanc")
+        assert known.is_failing
+        assert "answered 401" in known.error
+        assert "check auth" in known.error
+        monkeypatch.setenv("ORTHANC_PASSWORD", "hunter2")
+        read, fetched = Orthanc.read, list[str]()
+
+        def stop_after_three(self: Orthanc, instance: Instance) -> Generator[bytes, None, None]:
+            if len(fetched) == 3:
+                orthanc.stop()
+            fetched.append(instance.sop_instance_uid)
+            return read(self, instance)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Orthanc, "read", stop_after_three)
+            watch(orthanc.url, auth=auth, connections=1).look()
+        assert list(held(index).values()) == [3]
+        assert "cannot be reached: connection refused" in index.watched_source("orthanc").error
+        orthanc = OrthancServer(folder, password="hunter2", routes_by="", **ports)
+        asked = list[str]()
+        with monkeypatch.context() as patch:
+            patch.setattr(Orthanc, "read", lambda self, one: (asked.append(one.sop_instance_uid), read(self, one))[1])
+            watch(orthanc.url, auth=auth).look()
+        assert held(index) == dict.fromkeys(uids, 8)
+        assert len(asked) == 13
+        known = index.watched_source("orthanc")
+        assert (known.num_series, known.is_failing) == (2, False)
+        assert known.succeeded_at is not None
+    finally:
+        orthanc.stop()
+
+
+def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
+    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch, cspine: Callable[..., Any], tmp_path: Path
+) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    opened: list[float] = []
+    now = 1000.0
+    monkeypatch.setattr("node.watch.orthanc.time.monotonic", lambda: now)
+    last_change = Orthanc.last_change
+    monkeypatch.setattr(Orthanc, "last_change", lambda self: (opened.append(now), last_change(self))[1])
+    absent = watch(url)
+    for _ in range(600):
+        absent.look()
+        now += 1
+    pauses = [later - earlier for earlier, later in pairwise(opened)]
+    assert 4 <= pauses[0] <= 6
+    assert pauses == sorted(pauses)
+    assert pauses[-1] > 100
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data_dir: {index.data_dir}\nsources:\n  orthanc: [{{name: orthanc, url: '{url}'}}]\n")
+    shown = cspine("sources", "--config", config, "--json")
+    assert shown.exit_code == 1
+    told = json.loads(shown.output)
+    assert (told["state"], told["position"]) == ("failing", None)
+    assert told["error"] == f"{url} cannot be reached: connection refused; check url, and that it runs"
+    assert "failing" in cspine("sources", "--config", config).output
+
+
+def test_a_token_is_shown_and_what_is_no_orthanc_is_told(
+    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[str | None] = []
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            shown.append(self.headers["Authorization"])
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    monkeypatch.setenv("TOKEN", "s3cret")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/below"
+        watch(url, auth=HttpAuth(type="bearer", secret_env="TOKEN")).look()
+        server.shutdown()
+    assert shown == ["Bearer s3cret"]
+    assert index.watched_source("orthanc").error == f"{url} does not answer like an Orthanc; check url"
+
+
+def test_a_series_that_orthanc_cannot_give_out_holds_up_the_others_for_a_while_only(
+    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is lost from Orthanc's disk, say."""
+    monkeypatch.setattr(Orthanc, "last_change", lambda self: 2)
+    stable = [StableSeries(number=number, series_id=str(number)) for number in (1, 2)]
+    monkeypatch.setattr(Orthanc, "changes", lambda self, since: type("Page", (), {"stable": stable[since:], "last": 2}))
+    asked = list[str]()
+
+    def refuse_the_first(self: Orthanc, series_id: str) -> dict[str, Any]:
+        asked.append(series_id)
+        if series_id == "1":
+            raise OrthancError("answered 500", status=500)
+        return {"Modality": "SR"}
+
+    monkeypatch.setattr(Orthanc, "series_tags", refuse_the_first)
+    monkeypatch.setattr("node.watch.orthanc.retry_wait_s", lambda *_: 0.0)
+    broken = watch("http://127.0.0.1:1")
+    for _ in range(5):
+        broken.look()
+    assert asked == ["1"] * 5 + ["2"]
+    assert index.watched_source("orthanc").position == 2
+
+
+def test_the_rules_can_ask_what_they_can_ask_of_a_series_that_is_here() -> None:
+    tags = {
+        "Modality": "CT",
+        "ImageType": "ORIGINAL\\PRIMARY\\AXIAL",
+        "ImageOrientationPatient": "1\\0\\0\\0\\1\\0",
+        "SeriesDescription": "C-Spine 1.0 Br60 ",
+        "ConvolutionKernel": "Br60s\\3",
+        "SliceThickness": "1.0",
+        "Rows": "512",
+        "KVP": "",
+        "PatientName": "Doe^Jane",
+    }
+    traits = describe(tags, "ORTHANC")
+    assert traits.image_type == ("ORIGINAL", "PRIMARY", "AXIAL")
+    assert (traits.plane, traits.series_description, traits.rows) == ("axial", "C-Spine 1.0 Br60", 512)
+    assert (traits.slice_thickness_mm, traits.kvp, traits.calling_ae_title) == (1.0, None, "ORTHANC")
+    assert traits.kernel == ("Br60s", "3")
+    assert describe({"Modality": {"odd": 1}}, "X").modality == ""
+
+
+def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:
+    http_port = free_port()
+    url = f"http://127.0.0.1:{http_port}"
+    (tmp_path / "node").mkdir()
+    node = RunningNode(
+        tmp_path / "node",
+        analyse={"threads": 1},
+        complete={"quiet_time_s": 5},
+        sources={"orthanc": [{"name": "pacs", "url": url, "connections": 1, "poll_s": 1, "begin": "oldest"}]},
+        deliver={"destinations": [{"name": "pacs", "type": "orthanc", "url": url, "source_metadata": 4100}]},
+    )
+    orthanc = OrthancServer(
+        tmp_path / "orthanc", port=free_port(), node_port=node.port, http_port=http_port, routes_by=""
+    )
+    try:
+        fracture = Fracture(level="C5", kind="body", width_mm=2.0)
+        paths = phantom_series(tmp_path / "in", seed=5, fractures=(fracture,))
+        orthanc.upload(tmp_path / "in")
+        deadline = time.monotonic() + 60
+        while not (cases := node.cases()):
+            assert time.monotonic() < deadline, node.log()
+            time.sleep(0.02)
+        if node.process.poll() is None:
+            node.kill()
+        assert cases[0].num_instances < len(paths)
+        node.wait_until_gone()
+        node.start()
+        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
+        (case,) = node.cases()
+        assert case.num_instances == len(paths)
+        found = orthanc.series()
+        assert {"CT", "SEG", "SR"} <= {series.modality for series in found}
+        for series in found:
+            if series.modality != "CT":
+                linked = orthanc.client.get_binary(f"series/{series.orthanc_id}/metadata/4100")
+                assert linked.decode() == case.series_instance_uid
+        # The results become stable too, and nothing comes of it.
+        before = orthanc.instances()
+        wait_until_stable(orthanc, len(found))
+        time.sleep(2 * STABLE_AGE_S)
+        assert orthanc.instances() == before
+        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
+        assert node.stop() < 10
+    finally:
+        if node.process.poll() is None:
+            node.kill()
+        orthanc.stop()
