@@ -108,6 +108,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         self._begin = self._end = 0  # what of the buffer is still to be read
         self._deadline = 0.0
         self._message: _Message | None = None
+        self.acknowledges_at_once = False  # what is received; for a peer that answers in small pieces, see `retrieve/`
 
     def run_reactor(self) -> None:
         """pynetdicom's thread; whatever ended it, nothing half received stays."""
@@ -362,6 +363,8 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
     def _receive(self) -> None:
         try:
             received = self._connection().recv_into(self._view)
+            if self.acknowledges_at_once and hasattr(socket, "TCP_QUICKACK"):  # Linux has it
+                self._connection().setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         except TimeoutError:
             raise _BrokenError(_INVALID_PDU) from None
         except OSError:

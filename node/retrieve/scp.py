@@ -153,6 +153,8 @@ class RetrieveScp:
             return
         yield len(found)
         accepted = {_kind(context) for context in event.assoc.accepted_contexts if context.as_scu}
+        # dcmtk writes an answer in two pieces, the second of which waits 40 ms for a delayed acknowledgement.
+        event.assoc.dul.acknowledges_at_once = True
         yield from _instances(event, found, lambda: accepted)
         log.info("action=retrieved calling=%r by=C-GET instances=%d", _calling(event), len(found))
 

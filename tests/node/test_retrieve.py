@@ -1,5 +1,6 @@
 """C-FIND, C-GET and C-MOVE for what the node holds: dcmtk's tools, pynetdicom, and answers beside a real Orthanc's."""
 
+import os
 import shutil
 import subprocess
 import time
@@ -490,3 +491,21 @@ def test_the_connection_still_stores_while_it_retrieves(held: Held, tmp_path: Pa
     query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", dcmread(path).StudyInstanceUID
     assert [status.Status for status, _ in association.send_c_find(query, STUDY_FIND)] == [0xFF00, 0x0000]
     association.release()
+
+
+def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: Path) -> None:
+    """getscu writes each answer in two pieces unless TCP_NODELAY, a variable of dcmtk, is set."""
+    num = 30
+    made = make_ct_series(held.index.data_dir / "instances" / "many", num_slices=num)
+    hold(held.index, made)
+    study = f"StudyInstanceUID={dcmread(made[0]).StudyInstanceUID}"
+    arguments = [tool("getscu"), "-S", "-aec", "CSPINE", "127.0.0.1", str(held.peer.port), "--ignore"]
+    arguments += ["-k", "QueryRetrieveLevel=STUDY", "-k", study]
+
+    def seconds(**environment: str) -> float:
+        started = time.monotonic()
+        subprocess.run(arguments, env=os.environ | environment, check=True, timeout=30, cwd=tmp_path)
+        return time.monotonic() - started
+
+    seconds()
+    assert min(seconds() for _ in range(2)) < min(seconds(TCP_NODELAY="1") for _ in range(2)) + num * 0.02
