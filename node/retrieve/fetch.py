@@ -4,7 +4,6 @@ For `cspine fetch`, in its own process. C-GET writes by the same way as the rece
 node runs or not; with C-MOVE the peer sends to the node, which must run and be known there.
 """
 
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from model import PARSE_ERRORS
 from node.config import DicomPeer
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.headers import Announced
+from node.receive.sender import Sender
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, SUCCESS, RefusedError
 from node.receive.store import Store
 from node.send import SendError, associated
@@ -142,7 +142,7 @@ def get_series(series: FoundSeries, peer: DicomPeer, store: Store, *, calling_ae
             problem = _outcome(_said_to(lambda: association.send_c_get(_names(series), model), peer, "C-GET"), peer)
             released = not problem
     finally:
-        receiving.end(released=released)
+        receiving.sender.end(released=released)
     refused = "; ".join(f"{num} refused here: {why}" for why, num in receiving.refused.items())
     return _judged(series, receiving.num_taken, "; ".join(filter(None, (problem, refused))))
 
@@ -215,25 +215,12 @@ def _judged(series: FoundSeries, num_taken: int, problem: str) -> Fetched:
 
 
 class _Receiving:
-    """Takes the Instances of one C-GET. Its `ae_title` and `association_id` are those of the peer, as of a sender."""
+    """Takes the Instances of one C-GET; for the index they are an association of the peer."""
 
     def __init__(self, store: Store, peer: DicomPeer) -> None:
-        self.ae_title = peer.ae_title
+        self.sender = Sender(lambda: peer.ae_title, store.index, store.run)
         self.num_taken, self.refused = 0, Counter[str]()
         self._store = store
-        self._id: int | None = None
-        self._lock = threading.Lock()
-
-    def association_id(self) -> int:
-        with self._lock:
-            if self._id is None:
-                self._id = self._store.index.open_association(self.ae_title, self._store.run)
-            return self._id
-
-    def end(self, *, released: bool) -> None:
-        """Nothing more comes. released: all came that was to come."""
-        if self._id is not None:
-            self._store.index.end_association(self._id, released=released)
 
     def on_c_store(self, event: evt.Event) -> int:
         """Stores an Instance as the receiver does; the statuses are those of `receive/status.py`."""
@@ -243,7 +230,7 @@ class _Receiving:
             transfer_syntax_uid=str(event.context.transfer_syntax),
         )
         try:
-            arriving = self._store.begin(announced, self)
+            arriving = self._store.begin(announced, self.sender)
             arriving.write(event.request.DataSet.getbuffer())
             arriving.finish()
         except RefusedError as refusal:
