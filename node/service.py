@@ -193,7 +193,7 @@ class Service:
             )
             job = Job(
                 previous_dir=case.result_dir,
-                paths=self._index.instance_paths(case.series_instance_uid),
+                files=self._index.instance_files(case.series_instance_uid),
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )
             self._pool.submit(job).add_done_callback(partial(self._on_analysed, case))

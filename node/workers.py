@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -32,12 +32,12 @@ _START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One Series to analyse: its files, and the folder under which its result folder goes.
+    """One Series to analyse: its files by SOPInstanceUID, and the folder under which its result folder goes.
 
     previous_dir: the folder of earlier results, which those of this job supersede; None if there are none.
     """
 
-    paths: Sequence[Path]
+    files: Mapping[str, Path]
     results_dir: Path
     previous_dir: Path | None = None
 
@@ -264,10 +264,10 @@ def _do(
     from node.encode import NodeIdentity, conclude
 
     node, profiles = NodeIdentity(ae_title=config.receive.ae_title), config.deliver.profiles
-    uids = [path.stem for path in job.paths]  # a stored file is named by its SOP Instance UID
+    uids, paths = list(job.files), list(job.files.values())
     try:
         results = analyse_series(
-            job.paths,
+            paths,
             job.results_dir / result_folder_name(uids, pipeline.info),
             pipeline,
             series_rules(config.complete),
@@ -282,7 +282,7 @@ def _do(
         if not config.deliver.report_not_analysed:
             return NotAnalysable(reason=reason)
         folder = job.results_dir / result_folder_name(uids, pipeline.info, reason)
-        objects = report_refusal(job.paths, folder, reason, pipeline.info, node, profiles, job.previous_dir)
+        objects = report_refusal(paths, folder, reason, pipeline.info, node, profiles, job.previous_dir)
         return NotAnalysable(
             reason=reason, folder=folder, sop_instance_uids=tuple(made.sop_instance_uid for made in objects)
         )

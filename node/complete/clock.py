@@ -104,9 +104,8 @@ class _Study:
         return _Judged(case=case, verdict=verdict, traits=traits, decision=decision, num_at_source=num_at_source)
 
     def _describe(self, case: Case, headers: list[SliceHeader]) -> Traits:
-        # The stored file's name is its SOP Instance UID.
-        paths = {path.stem: path for path in self._index.instance_paths(case.series_instance_uid)}
-        return describe_series(headers, paths, case.calling_ae_title)
+        files = self._index.instance_files(case.series_instance_uid)
+        return describe_series(headers, files, case.calling_ae_title)
 
     def _wait_until(self) -> float:
         """Until when a whole Series waits for the others of the Study."""

@@ -35,11 +35,16 @@ class Analysing(Operating):
                 return replace(case, state=CaseState.ANALYSING, reason="", attempts=case.attempts + 1)
         return None
 
-    def instance_paths(self, series_instance_uid: str) -> list[Path]:
-        """Files of a Series, in no order."""
-        here = select(_instances.c.path).where(_instances.c.series_instance_uid == series_instance_uid)
+    def instance_files(self, series_instance_uid: str) -> dict[str, Path]:
+        """Files of a Series by SOPInstanceUID, in no order. Their names say nothing."""
+        columns = select(_instances.c.sop_instance_uid, _instances.c.path)
+        here = columns.where(_instances.c.series_instance_uid == series_instance_uid)
         with self._engine.connect() as connection:
-            return [self.data_dir / path for path in connection.scalars(here)]
+            return {uid: self.data_dir / path for uid, path in connection.execute(here)}
+
+    def instance_paths(self, series_instance_uid: str) -> list[Path]:
+        """The same files, in no order."""
+        return list(self.instance_files(series_instance_uid).values())
 
     def instance_headers(self, series_instance_uid: str) -> dict[Path, list[dict[str, Any]]]:
         """`SliceHeader.to_dict()` of every frame, by the file of its Instance."""

@@ -66,7 +66,7 @@ class Node:
                 NewInstance(
                     association_id=association_id,
                     calling_ae_title="SCANNER",
-                    path=self.index.data_dir / "instances" / series / f"{uid}.dcm",
+                    path=self.index.data_dir / "instances" / series / f"000-{uid.rsplit('.', 1)[1]}.dcm",
                     headers=[named.to_dict()],
                 )
             )
@@ -405,7 +405,7 @@ def test_descriptions_and_kernels_are_read_from_the_file_of_a_typical_slice(node
         node.send(WHOLE, series)
         (made,) = make_ct_series(tmp_path / series, num_slices=1, edit=describe(kernel))
         uids = sorted(header["sop_instance_uid"] for header in node.index.stored_series(series).headers)
-        typical = node.index.data_dir / "instances" / series / f"{uids[len(uids) // 2]}.dcm"
+        typical = node.index.instance_files(series)[uids[len(uids) // 2]]
         typical.parent.mkdir(parents=True)
         made.rename(typical)
     node.check()

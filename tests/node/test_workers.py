@@ -35,7 +35,7 @@ def play(config: Config, connection: Connection) -> None:
     connection.send(workers._Ready())
     while True:
         job: Job = connection.recv()
-        match job.paths[0].name:
+        match next(iter(job.files.values())).name:
             case "hang":
                 time.sleep(60)
             case "die":
@@ -53,8 +53,15 @@ def play(config: Config, connection: Connection) -> None:
         connection.send(Analysed(folder=job.results_dir, sop_instance_uids=(), summary=summary, total_s=0.0))
 
 
+def make_job(paths: list[Path], results_dir: Path) -> Job:
+    from pydicom import dcmread
+
+    files = {str(dcmread(path, stop_before_pixels=True).SOPInstanceUID): path for path in paths}
+    return Job(files=files, results_dir=results_dir)
+
+
 def job(what: str) -> Job:
-    return Job(paths=[Path(what)], results_dir=Path("results"))
+    return Job(files={"1.2": Path(what)}, results_dir=Path("results"))
 
 
 @pytest.fixture
@@ -207,17 +214,22 @@ def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
     from tests.factories import make_ct_series
 
     pool = make_real_pool(analyse={"bundle": untrained_bundle})
-    too_few = Job(paths=make_ct_series(tmp_path / "series", num_slices=5), results_dir=tmp_path / "results")
-    outcome = pool.submit(too_few).result(60)
+    paths = make_ct_series(tmp_path / "series", num_slices=5)
+    outcome = pool.submit(make_job(paths, tmp_path / "results")).result(60)
     assert isinstance(outcome, NotAnalysable)
     assert "5 slices; at least 30 are needed" in outcome.reason
     assert outcome.folder is not None
     assert [path.name for path in outcome.folder.iterdir()] == ["report.sr.dcm"]
     assert len(outcome.sop_instance_uids) == 1
+    for path in make_ct_series(tmp_path / "other", num_slices=5):  # other Instances in files of the same names
+        path.replace(tmp_path / "series" / path.name)
+    other = pool.submit(make_job(paths, tmp_path / "results")).result(60)
+    assert isinstance(other, NotAnalysable)
+    assert other.folder != outcome.folder
 
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     whole = make_ct_series(tmp_path / "whole", num_slices=30, spacing_mm=2.5, rows=64, columns=64)
-    outcome = pool.submit(Job(paths=whole, results_dir=tmp_path / "file")).result(120)
+    outcome = pool.submit(make_job(whole, tmp_path / "file")).result(120)
     assert isinstance(outcome, Broken)
     assert outcome.reason.startswith("Not a directory")
 
