@@ -20,7 +20,7 @@ run: install
 
 # Two processes: much of what the tests do is wait, for a clock, a port or a process.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --max-worker-restart=0
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -93,13 +93,16 @@ class ResidualBlock2d(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        self.stride = stride
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, C, Y, X)` to `(B, out_channels, Y / stride, X / stride)`."""
         y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
+        # The stride is taken before the convolution, which is the same: oneDNN 3.12, in PyTorch 2.13, crashes in the
+        # backward pass of a 1 x 1 convolution with a stride on CPUs with AVX-512.
+        return F.relu(y + self.shortcut(x[..., :: self.stride, :: self.stride]), inplace=True)
 
 
 class SliceEncoder(nn.Module):
