@@ -9,6 +9,7 @@ Only Instances of CT SOP Classes are sent, so neither the node's results (SEG, S
 ever goes there, and nothing goes round in circles. Whether a Series can be analysed is the node's decision.
 """
 
+import http.client
 import json
 import queue
 import threading
@@ -86,9 +87,9 @@ def send_by_stow():
             if instances := ct_instances(series_id):
                 orthanc.LogWarning(f"cspine: sending {len(instances)} Instances of Series {series_id}")
                 stow(instances)
-        except orthanc.OrthancException:  # it was deleted
-            continue
-        except OSError as error:
+        except orthanc.OrthancException as error:  # it was deleted, say
+            orthanc.LogError(f"cspine: NOT SENT: Series {series_id}: Orthanc does not give it out: {error}")
+        except (OSError, ValueError, http.client.HTTPException) as error:
             wait_s = min(5 * 2**attempts, LONGEST_WAIT_S)
             orthanc.LogError(f"cspine: NOT SENT: Series {series_id}: {error}. Tried again in {wait_s} s")
             timer = threading.Timer(wait_s, to_send.put, [(series_id, attempts + 1)])

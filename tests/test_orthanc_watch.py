@@ -159,7 +159,12 @@ def test_an_orthanc_that_is_restarted_in_the_middle_gives_the_rest(
 
 
 def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
-    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch, cspine: Callable[..., Any], tmp_path: Path
+    watch: Watch,
+    index: Index,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    cspine: Callable[..., Any],
+    tmp_path: Path,
 ) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     opened: list[float] = []
@@ -175,6 +180,7 @@ def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
     assert 4 <= pauses[0] <= 6
     assert pauses == sorted(pauses)
     assert pauses[-1] > 100
+    assert caplog.text.count("action=source-failed") == 1
     config = tmp_path / "config.yaml"
     config.write_text(f"data_dir: {index.data_dir}\nsources:\n  orthanc: [{{name: orthanc, url: '{url}'}}]\n")
     shown = cspine("sources", "--config", config, "--json")

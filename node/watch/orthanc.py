@@ -47,7 +47,7 @@ class OrthancWatch:
         self._config, self._index, self._store = config, index, store
         self._stopping, self._looking = threading.Event(), threading.Lock()
         self._not_before = 0.0  # monotonic, s
-        self._num_failures = 0
+        self._num_failures, self._reason = 0, ""
         self._attempts: Counter[str] = Counter()  # at Series that Orthanc does not give out
 
     def stop(self) -> None:
@@ -69,7 +69,7 @@ class OrthancWatch:
                 self._follow(orthanc)
             if self._num_failures:
                 log.info("action=source-answers source=%r", name)
-            self._num_failures = 0
+            self._num_failures, self._reason = 0, ""
             self._index.note_success(name)
         except _StoppingError:
             return
@@ -189,9 +189,9 @@ class OrthancWatch:
         self._num_failures += 1
         wait_s = retry_wait_s(self._num_failures, self.source.poll_s, max(_LONGEST_WAIT_S, self.source.poll_s))
         self._not_before = time.monotonic() + wait_s
-        # Each new failure once: an archive that is down for a night says so in one line.
-        level = logging.WARNING if self._num_failures == 1 else logging.DEBUG
-        log.log(level, "action=source-failed source=%r: %s", self.source.name, reason)
+        if reason != self._reason:  # an archive that is down for a night says so in one line
+            log.warning("action=source-failed source=%r: %s", self.source.name, reason)
+        self._reason = reason
         try:
             self._index.note_failure(self.source.name, reason)
         except (OSError, SQLAlchemyError) as error:
