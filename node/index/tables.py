@@ -1,6 +1,6 @@
 """The tables. Nothing here names a patient. A change of them is a new step in `schema.py`."""
 
-from sqlalchemy import JSON, Column, Float, ForeignKey, Integer, MetaData, String, Table, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Column, Float, ForeignKey, Integer, MetaData, String, Table, UniqueConstraint
 from sqlalchemy import Index as TableIndex
 
 metadata = MetaData()
@@ -136,7 +136,7 @@ watched = Table(  # archives that are followed
     "watched",
     metadata,
     Column("source", String, primary_key=True),
-    Column("position", Integer),  # number of the last change that is done with; None before the first look
+    Column("position", BigInteger),  # number of the last change that is done with; None before the first look
     Column("num_series", Integer, nullable=False),  # fetched so far
     Column("succeeded_at", Float),  # the last look that found all well
     Column("failed_at", Float),  # the last one that did not

@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
-from node.index import Index, NewInstance, tables
+from node.index import Index, NewInstance, WatchedSource, tables
 
 SERIES, STUDY = "1.2.3", "1.2"
 
@@ -310,3 +310,18 @@ def test_sqlite_commits_survive_a_power_cut(index: Index) -> None:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
         connection.close()
+
+
+def test_how_far_a_watched_archive_was_followed_is_kept(index: Index) -> None:
+    assert index.watched_source("orthanc") == WatchedSource(source="orthanc")
+    index.note_failure("orthanc", "it cannot be reached")
+    index.note_position("orthanc", 2**40)
+    index.note_position("orthanc", 2**40 + 7, num_fetched=1)
+    index.note_position("orthanc", 2**40 + 9, num_fetched=2)
+    known = index.watched_source("orthanc")
+    assert (known.position, known.num_series) == (2**40 + 9, 3)
+    assert (known.is_failing, known.error, known.succeeded_at) == (True, "it cannot be reached", None)
+    index.note_success("orthanc")
+    known = index.watched_source("orthanc")
+    assert (known.is_failing, known.position, known.error) == (False, 2**40 + 9, "it cannot be reached")
+    assert index.watched_source("another").position is None
