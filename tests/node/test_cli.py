@@ -213,7 +213,10 @@ def some_cases(index: Index) -> None:
     assert index.refuse(case, "it is [Errno 13] sagittal")
 
 
-def test_cases_shows_state_and_reason_as_they_are(cspine: Cspine, index: Index) -> None:
+def test_cases_shows_state_and_reason_as_they_are(
+    cspine: Cspine, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal folds words
     some_cases(index)
     result = cspine("cases")
     assert result.exit_code == 0
@@ -373,6 +376,9 @@ def test_serve_stops_within_10_s_while_a_destination_hangs(
         quiet_time_s=0,
     )
     case = index.case("1.2.3")
+    assert case is not None
+    assert index.queue(case)
+    case = index.claim_next()
     assert case is not None
     assert index.finish(case, folder, summary="", sop_instance_uids=(), destinations=["pacs"])
     index.close()
