@@ -43,6 +43,7 @@ class _Connection:
     deadline: float  # for the A-ASSOCIATE-RQ
     assoc: Association | None = None
     was_greeted: bool = False  # it is pynetdicom's now
+    was_started: bool = False  # its thread runs, or has ended; before, `is_alive` does not tell
     was_requested: bool = False
     was_cut: bool = False
     ending_since: float | None = None
@@ -110,7 +111,7 @@ class Guard:
             self._say(("full", address), "action=connection-closed address=%s: %s", address, problem)
         return is_answered
 
-    def greet(self, connection: socket.socket) -> socket.socket | None:
+    def greet(self, connection: socket.socket) -> _Connection | None:
         """The connection, under TLS if that is configured, once its peer speaks; None if it is over before that.
 
         pynetdicom would hold an association for a health check that only connects until a timeout.
@@ -123,11 +124,11 @@ class Guard:
                 )
                 known.socket.do_handshake()
                 known.was_greeted = True
-                return known.socket
+                return known
             first = connection.recv(1, socket.MSG_PEEK)
             if first and first != _TLS_HANDSHAKE:
                 known.was_greeted = True
-                return connection
+                return known
             problem = "it speaks TLS, and receive.tls is not set" if first else ""
         except OSError as error:
             problem = describe_tls_error(error) if self._tls and not known.was_cut else ""
@@ -207,7 +208,7 @@ class Guard:
         is_running = assoc is not None and assoc.is_alive()
         if known.was_greeted and not is_running and known.socket.fileno() < 0:  # closed, say for lack of a thread
             self.forget(known)
-        elif assoc is not None and assoc.ident is not None and not assoc.is_alive():
+        elif assoc is not None and known.was_started and not assoc.is_alive():
             if not assoc.dul.is_alive():
                 self.forget(known)
                 return
@@ -273,7 +274,8 @@ class GuardedServer(ThreadedAssociationServer):  # type: ignore[misc]
         """Called in a thread of the connection: a slow peer holds up nobody else."""
         greeted = self._guard.greet(request)
         if greeted is not None:
-            super().finish_request(greeted, client_address)
+            super().finish_request(greeted.socket, client_address)
+            greeted.was_started = True
 
     def shutdown(self) -> None:
         super().shutdown()

@@ -325,6 +325,23 @@ def test_a_connection_that_could_not_be_served_gives_its_place_back(
     assert "ZeroDivisionError" in capsys.readouterr().err
 
 
+def test_an_association_whose_thread_is_slow_to_start_is_not_taken_for_one_that_has_ended(
+    start: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that is just starting has a number and is not yet alive; on a busy machine that can take a while."""
+    config = start()
+    set_id = threading.Thread._set_native_id
+
+    def set_id_slowly(thread: threading.Thread) -> None:
+        time.sleep(0.3)  # the guard looks ten times a second
+        set_id(thread)
+
+    monkeypatch.setattr(Association, "_set_native_id", set_id_slowly, raising=False)
+    association = associate(config)
+    assert rejected(association) is None
+    association.release()
+
+
 @pytest.mark.skipif(not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists(), reason="there is no IPv6")
 def test_peers_are_told_apart_by_ipv6_addresses_too(start: Callable[..., Config]) -> None:
     config = start(host="::1", allow=[{"ae_title": "CT1", "address": "::1"}])
