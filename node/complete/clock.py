@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model import SeriesRules, SliceHeader
 from node.case import Case, CaseState
 from node.complete.choose import Contender, choose
-from node.complete.judge import Answer, Evidence, Verdict, habit_s, is_quiet, judge
+from node.complete.judge import Answer, Evidence, Verdict, await_sender, habit_s, is_quiet, judge
 from node.complete.sources import Sources
 from node.config import CompleteConfig, Config
 from node.index import Index
@@ -83,25 +83,31 @@ class _Study:
             self._choose(whole)
 
     def _judge(self, case: Case) -> _Judged:
-        stored = self._index.stored_series(case.series_instance_uid)
-        headers = [SliceHeader.from_dict(header) for header in stored.headers]
+        carriers = self._index.carriers(case.series_instance_uid)
         quiet_time_s = self._config.complete.quiet_time_s
-        is_asked, num_at_source = self._sources.ask(case) if is_quiet(stored.carriers) else (False, None)
+        is_asked, num_at_source = self._sources.ask(case) if is_quiet(carriers) else (False, None)
         evidence = Evidence(
-            headers=headers,
-            carriers=stored.carriers,
+            headers=(),
+            carriers=carriers,
             last_received_at=case.last_received_at,
             num_instances=case.num_instances,
             habit_s=habit_s(self._index.earlier_carriers(case, _NUM_EARLIER, _MIN_INSTANCES), quiet_time_s),
             is_source_asked=is_asked,
             num_at_source=num_at_source,
         )
-        verdict = judge(evidence, series_rules(self._config.complete), quiet_time_s=quiet_time_s, now=self._now)
         traits, decision = Traits(), _UNDECIDED
-        if verdict.is_settled:  # before, the scout of a Series may be all that is here
+        verdict = await_sender(evidence, quiet_time_s=quiet_time_s, now=self._now)
+        if verdict is None:
+            headers = self._headers(case)
+            evidence = replace(evidence, headers=headers)
+            verdict = judge(evidence, series_rules(self._config.complete), quiet_time_s=quiet_time_s, now=self._now)
             traits = self._describe(case, headers)
             decision = decide(self._config.rules, traits, is_whole=verdict.answer is not Answer.WAIT)
         return _Judged(case=case, verdict=verdict, traits=traits, decision=decision, num_at_source=num_at_source)
+
+    def _headers(self, case: Case) -> list[SliceHeader]:
+        stored = self._index.stored_series(case.series_instance_uid)
+        return [SliceHeader.from_dict(header) for header in stored.headers]
 
     def _describe(self, case: Case, headers: list[SliceHeader]) -> Traits:
         files = self._index.instance_files(case.series_instance_uid)
@@ -127,9 +133,7 @@ class _Study:
             came_to_nothing = case.state is CaseState.REFUSED or (case.state is CaseState.FAILED and not case.summary)
             if case.state in (CaseState.RECEIVING, CaseState.SKIPPED) or came_to_nothing:
                 continue
-            stored = self._index.stored_series(case.series_instance_uid)
-            if stored.headers:
-                headers = [SliceHeader.from_dict(header) for header in stored.headers]
+            if headers := self._headers(case):
                 yield Contender(case=case, traits=self._describe(case, headers))
 
     def _queue(self, item: _Judged) -> None:

@@ -39,12 +39,11 @@ class Answer(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The answer; for a refusal the reason, for a wait until when. is_settled: its sender is believed to be done."""
+    """The answer; for a refusal the reason, for a wait until when."""
 
     answer: Answer
     reason: str = ""
     until: float = 0.0
-    is_settled: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +65,28 @@ class Evidence:
 
 def judge(evidence: Evidence, rules: SeriesRules, *, quiet_time_s: float, now: float) -> Verdict:
     """Whether to analyse, refuse or await more of a Series."""
+    if unsettled := await_sender(evidence, quiet_time_s=quiet_time_s, now=now):
+        return unsettled
     quiet_at = evidence.last_received_at + quiet_time_s
     if now >= quiet_at:
         return _check(evidence.headers, rules, is_final=True, until=quiet_at)
+    is_counted = evidence.num_at_source == evidence.num_instances
+    if (evidence.num_at_source or 0) > evidence.num_instances or not (
+        is_counted or are_numbers_whole(evidence.headers)
+    ):
+        return Verdict(answer=Answer.WAIT, until=quiet_at)
+    return _check(evidence.headers, rules, is_final=False, until=quiet_at)
+
+
+def await_sender(evidence: Evidence, *, quiet_time_s: float, now: float) -> Verdict | None:
+    """The wait for a sender that is not believed to be done; None if it is. Of no interest are the slices.
+
+    A sender with an association for each image has its Series looked at as often: reading all that is here each time
+    would take time that grows with the square of their number.
+    """
+    quiet_at = evidence.last_received_at + quiet_time_s
+    if now >= quiet_at:
+        return None
     # The end of an association and the answer of the source both have it judged again.
     if not is_quiet(evidence.carriers) or evidence.is_source_asked:
         return Verdict(answer=Answer.WAIT, until=quiet_at)
@@ -76,11 +94,7 @@ def judge(evidence: Evidence, rules: SeriesRules, *, quiet_time_s: float, now: f
     settled_at = 0.0 if is_counted else settles_at(evidence.carriers, evidence.habit_s, quiet_time_s)
     if settled_at is None or now < settled_at:
         return Verdict(answer=Answer.WAIT, until=min(quiet_at, settled_at or quiet_at))
-    if (evidence.num_at_source or 0) > evidence.num_instances or not (
-        is_counted or are_numbers_whole(evidence.headers)
-    ):
-        return Verdict(answer=Answer.WAIT, until=quiet_at, is_settled=True)
-    return _check(evidence.headers, rules, is_final=False, until=quiet_at)
+    return None
 
 
 def _check(headers: Sequence[SliceHeader], rules: SeriesRules, *, is_final: bool, until: float) -> Verdict:
@@ -88,11 +102,11 @@ def _check(headers: Sequence[SliceHeader], rules: SeriesRules, *, is_final: bool
         check_series(headers, rules, final=is_final)
     except IncompleteSeries as error:
         if not is_final:
-            return Verdict(answer=Answer.WAIT, until=until, is_settled=True)
-        return Verdict(answer=Answer.REFUSE, reason=str(error), is_settled=True)
+            return Verdict(answer=Answer.WAIT, until=until)
+        return Verdict(answer=Answer.REFUSE, reason=str(error))
     except SeriesError as error:
-        return Verdict(answer=Answer.REFUSE, reason=str(error), is_settled=True)
-    return Verdict(answer=Answer.ANALYSE, is_settled=True)
+        return Verdict(answer=Answer.REFUSE, reason=str(error))
+    return Verdict(answer=Answer.ANALYSE)
 
 
 def is_quiet(carriers: Sequence[Carrier]) -> bool:

@@ -50,8 +50,12 @@ class Completing(Cases):
             headers = connection.scalars(here).all()
         return StoredSeries(
             headers=[frame for frames in headers for frame in frames],
-            carriers=self._carriers([series_instance_uid])[series_instance_uid],
+            carriers=self.carriers(series_instance_uid),
         )
+
+    def carriers(self, series_instance_uid: str) -> list[Carrier]:
+        """The associations that carried a Series."""
+        return self._carriers([series_instance_uid])[series_instance_uid]
 
     def earlier_carriers(self, case: Case, limit: int, min_instances: int) -> list[list[Carrier]]:
         """The associations that carried each of the sender's latest other Series that are settled and not too small."""

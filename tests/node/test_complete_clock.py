@@ -172,6 +172,21 @@ def test_an_association_for_each_image_is_judged_by_its_pauses(node: Node) -> No
     assert node.case().state is CaseState.QUEUED
 
 
+def test_the_slices_of_a_series_are_not_read_as_long_as_its_sender_is_awaited(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is looked at after each association; reading all of it each time would grow with the square of its size."""
+    reads: list[str] = []
+    stored_series = node.index.stored_series
+    monkeypatch.setattr(node.index, "stored_series", lambda uid: reads.append(uid) or stored_series(uid))
+    for header in WHOLE:
+        node.send([header])
+        node.check(after_s=0.1)
+    assert len(reads) <= 1  # of the first, over one association so far
+    node.check(after_s=30)
+    assert node.case().state is CaseState.QUEUED
+
+
 def test_a_sender_that_always_splits_its_series_is_awaited_for_its_second_part(
     make_node: Callable[..., Node],
 ) -> None:
