@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
 _PUT_BACK_S = 30.0
+_TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
 _FIRST_RETENTION_S = 60.0
 _RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
@@ -68,7 +69,7 @@ class Service:
             raise StartError(f"the data folder {config.data_dir} cannot be used: {error.strerror}") from error
         except DatabaseError as error:
             raise StartError(str(error)) from error
-        if not self._index.take():
+        if not self._index.take(_TAKE_S):
             raise StartError("another node uses this database; give each node a database of its own")
         self._pool: WorkerPool | None = None
         self._receivers: Receivers | None = None

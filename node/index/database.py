@@ -7,7 +7,7 @@ Instances, cases by Series, then what belongs to a case.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -63,13 +63,18 @@ class Database:
     def close(self) -> None:
         """Closes the connections."""
         if self._holder:
+            with suppress(DBAPIError):  # the server may be gone; it would let go a moment after the connection ends
+                self._holder.execute(select(func.pg_advisory_unlock(_NODE_LOCK)))
             self._holder.close()
+            self._holder = None
         self._engine.dispose()
         if self._turn:
             self._turn.close()
 
-    def take(self) -> bool:
+    def take(self, patience_s: float = 0.0) -> bool:
         """Takes the database for one node, until it is closed; False if another node has it.
+
+        patience_s: how long to ask; the server finds out only after a moment that a node was killed.
 
         Only PostgreSQL is asked: an SQLite file is in the data folder, which the node has taken.
         """
@@ -77,7 +82,12 @@ class Database:
             return True
         if self._holder is None:
             self._holder = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        return bool(self._holder.scalar(select(func.pg_try_advisory_lock(_NODE_LOCK))))
+        until = time.monotonic() + patience_s
+        while not (taken := bool(self._holder.scalar(select(func.pg_try_advisory_lock(_NODE_LOCK))))):
+            if time.monotonic() >= until:
+                break
+            time.sleep(0.1)
+        return taken
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:
