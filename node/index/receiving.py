@@ -6,7 +6,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import bindparam, func, or_, select, update
+from sqlalchemy import Column, Select, bindparam, func, or_, select, update
 from sqlalchemy import case as sql_case
 from sqlalchemy.dialects.postgresql import Insert, insert
 
@@ -19,15 +19,17 @@ _associations, _cases, _instances, _results = tables.associations, tables.cases,
 
 @dataclass(frozen=True, kw_only=True)
 class NewInstance:
-    """An Instance whose file is safely on disk.
+    """An Instance whose file is written; whether it is safely on disk, who adds it sees to before it is acknowledged.
 
-    headers: `SliceHeader.to_dict()` of every frame. attributes: what of it counts for the whole Series, by keyword.
+    checksum: CRC-32 of the file. headers: `SliceHeader.to_dict()` of every frame. attributes: what of it counts for the
+    whole Series, by keyword.
     """
 
     association_id: int
     calling_ae_title: str
     path: Path
     num_bytes: int | None = None
+    checksum: int | None = None
     headers: Sequence[dict[str, Any]]
     attributes: dict[str, Any] = field(default_factory=dict)
 
@@ -103,6 +105,7 @@ class Receiving(Cases):
                 "association_id": instance.association_id,
                 "path": str(instance.path.relative_to(self.data_dir)),
                 "num_bytes": instance.num_bytes,
+                "checksum": instance.checksum,
                 "headers": list(instance.headers),
             }
             for uid, instance in first_with.items()
@@ -137,14 +140,20 @@ class Receiving(Cases):
 
     def needed_files(self) -> list[tuple[str, Path, int | None]]:
         """SOPInstanceUID, file and its size of every Instance whose Series is still to be analysed."""
-        needed = (CaseState.RECEIVING, CaseState.QUEUED, CaseState.ANALYSING)
-        rows = (
-            select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.num_bytes)
-            .join(_cases, _cases.c.series_instance_uid == _instances.c.series_instance_uid)
-            .where(_cases.c.state.in_(needed))
-        )
         with self._engine.connect() as connection:
-            return [(uid, self.data_dir / path, num_bytes) for uid, path, num_bytes in connection.execute(rows)]
+            rows = connection.execute(_needed(_instances.c.num_bytes))
+            return [(uid, self.data_dir / path, num_bytes) for uid, path, num_bytes in rows]
+
+    def files_in_doubt(self, receiver: str | None = None) -> list[tuple[str, Path, int | None]]:
+        """`needed_files` that came with associations still open, with checksums: not all were acknowledged.
+
+        receiver: only those of a run of a receiver.
+        """
+        rows = _needed(_instances.c.checksum).join(_associations).where(_associations.c.ended_at.is_(None))
+        if receiver is not None:
+            rows = rows.where(_associations.c.receiver == receiver)
+        with self._engine.connect() as connection:
+            return [(uid, self.data_dir / path, checksum) for uid, path, checksum in connection.execute(rows)]
 
     def forget_instances(self, sop_instance_uids: Sequence[str]) -> dict[str, str]:
         """Removes Instances whose files are gone; their cases wait for them to be sent again. Reasons, by Series."""
@@ -165,6 +174,16 @@ class Receiving(Cases):
                 case = update(_cases).where(_cases.c.series_instance_uid == uid)
                 connection.execute(case.values(**values, changed_at=now))
         return reasons
+
+
+def _needed(column: Column[int]) -> Select[Any]:
+    """SOPInstanceUID, path and `column` of every Instance whose Series is still to be analysed."""
+    needed = (CaseState.RECEIVING, CaseState.QUEUED, CaseState.ANALYSING)
+    return (
+        select(_instances.c.sop_instance_uid, _instances.c.path, column)
+        .join_from(_instances, _cases)
+        .where(_cases.c.state.in_(needed))
+    )
 
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)

@@ -46,6 +46,8 @@ STEPS = (
     ("ALTER TABLE cases ADD COLUMN is_asked_for INTEGER DEFAULT '0' NOT NULL",),
     # 10: archives that are followed, a new table.
     (),
+    # 11: a file that a power cut left with its length and without its bytes is found.
+    ("ALTER TABLE instances ADD COLUMN checksum BIGINT",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

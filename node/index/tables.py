@@ -60,6 +60,7 @@ instances = Table(
     Column("association_id", Integer, ForeignKey("associations.association_id"), nullable=False, index=True),
     Column("path", String, nullable=False),  # relative to the data folder
     Column("num_bytes", Integer),  # of the file; None for what came before this was noted
+    Column("checksum", BigInteger),  # CRC-32 of the file; as above
     Column("headers", JSON, nullable=False),  # SliceHeader.to_dict() of every frame
 )
 results = Table(

@@ -1,11 +1,16 @@
 """After a crash: what lies on disk and what the index says are made one again, both ways.
 
 A file without a row was never acknowledged: it is removed, and its sender sends it again. A row without its whole file
-should not be, since the file is synced before its row is written; where a disk lost it all the same, the row goes too,
-so that the Instance is taken when it is sent again, and its case says what happened.
+was not either, unless a disk lost it: the two are synced at the same time, and a power cut may leave either alone. Then
+the row goes too, so that the Instance is taken when it is sent again, and its case says what happened. A file may have
+its length before its bytes, so those of associations that were open are read; what came with the others was
+acknowledged.
 """
 
 import logging
+import os
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from node.index import Index
@@ -13,29 +18,30 @@ from node.process import sync
 
 log = logging.getLogger(__name__)
 
+_READ_BYTES = 2**20
+
 
 def reconcile(index: Index) -> int:
     """For the start of the node, when no receiver runs; returns how many files were removed."""
     root = index.data_dir / "instances"
     root.mkdir(exist_ok=True)
     sync(index.data_dir)
+    _forget(index, (uid for uid, path, checksum in index.files_in_doubt() if _is_torn(path, checksum)))
     num_ended = index.end_lost_associations()
     num_strays = sum(_remove_strays(index, folder) for folder in root.iterdir() if folder.is_dir())
-    lost = [uid for uid, path, num_bytes in index.needed_files() if _is_lost(path, num_bytes)]
     if num_ended or num_strays:
         log.warning(
             "action=reconciled associations_ended=%d files_removed=%d that were never acknowledged",
             num_ended,
             num_strays,
         )
-    if lost:
-        for series, reason in index.forget_instances(lost).items():
-            log.error("action=instances-lost series=%s: %s", series, reason)
+    _forget(index, (uid for uid, path, num_bytes in index.needed_files() if _is_lost(path, num_bytes)))
     return num_strays
 
 
 def reconcile_run(index: Index, run: str) -> None:
     """For one run of a receiver that died, while others go on receiving."""
+    _forget(index, (uid for uid, path, checksum in index.files_in_doubt(run) if _is_torn(path, checksum)))
     num_ended = index.end_lost_associations(run)
     num_strays = _remove_strays(index, index.data_dir / "instances" / run)
     if num_ended or num_strays:
@@ -45,6 +51,27 @@ def reconcile_run(index: Index, run: str) -> None:
             num_ended,
             num_strays,
         )
+
+
+def _forget(index: Index, lost: Iterable[str]) -> None:
+    if uids := list(lost):
+        for series, reason in index.forget_instances(uids).items():
+            log.error("action=instances-lost series=%s: %s", series, reason)
+
+
+def _is_torn(path: Path, checksum: int | None) -> bool:
+    """Whether it is not what was received; a file that is, is safely on disk from now on."""
+    if checksum is None:
+        return False
+    try:
+        with path.open("rb") as file:
+            os.fdatasync(file.fileno())
+            found = 0
+            while piece := file.read(_READ_BYTES):
+                found = zlib.crc32(piece, found)
+    except FileNotFoundError:
+        return True
+    return found != checksum
 
 
 def _remove_strays(index: Index, folder: Path) -> int:

@@ -7,6 +7,9 @@ import errno
 import os
 import shutil
 import struct
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,6 +24,7 @@ from node.receive.spool import Spool
 from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
 _COMPARED_BYTES = 2**20
+_NUM_SYNCS = 16  # at the same time; with more associations some wait a little
 _OUR_UIDS = "2.25."  # what all UIDs begin with that this node makes (node/encode/identity.py)
 
 
@@ -34,6 +38,7 @@ class Store:
         self.commit = GroupCommit(index, config.complete.quiet_time_s)
         self.max_bytes = config.receive.max_instance_mb * 2**20
         self._min_free_mb = config.receive.min_free_disk_mb
+        self._syncs = ThreadPoolExecutor(_NUM_SYNCS, thread_name_prefix="sync")
 
     def begin(self, announced: Announced, sender: Source) -> "Arriving":
         """An Instance that begins to arrive; to be ended by `finish` or `abandon`.
@@ -49,9 +54,14 @@ class Store:
             raise RefusedError(OUT_OF_RESOURCES, f"{free_mb} MB free, min_free_disk_mb is {self._min_free_mb}")
         return Arriving(self, announced, sender)
 
+    def sync(self, file: FileIO) -> Future[None]:
+        """Begins to make the bytes of a file durable, which is not to be closed before that has ended."""
+        return self._syncs.submit(os.fdatasync, file.fileno())
+
     def close(self) -> None:
         """Removes what was made ahead."""
         self.spool.close()
+        self._syncs.shutdown()
 
 
 class Arriving:
@@ -60,7 +70,8 @@ class Arriving:
     def __init__(self, store: Store, announced: Announced, sender: Source) -> None:
         self._store, self._announced, self._sender = store, announced, sender
         self._prefix = bytearray()
-        self._num_bytes = 0
+        self._num_bytes = self._checksum = 0
+        self._syncing: Future[None] | None = None
         self._path, self._file = store.spool.take()
         meta = file_meta(announced)
         self._start = len(meta)
@@ -84,47 +95,63 @@ class Arriving:
     def finish(self) -> None:
         """Returns once the Instance is safely on disk and in the index, or was already.
 
+        File and row go to disk at the same time, one sync in place of two that wait for each other. Should the row get
+        there alone, the Instance was not acknowledged, and `reconcile.py` finds it by its checksum.
+
         Raises:
             RefusedError: it is not taken.
             OSError, SQLAlchemyError: it cannot be stored now.
             Exception: it cannot be parsed.
         """
         try:
-            encoded = Encoded(prefix=bytes(self._prefix), num_bytes=self._num_bytes, path=self._path, start=self._start)
-            read = self._store.headers.read(encoded, self._announced)
-            uid, study_uid = self._announced.sop_instance_uid, self._announced.study_instance_uid
-            if study_uid and study_uid != read.headers[0]["study_instance_uid"]:
-                raise RefusedError(MISMATCH, "StudyInstanceUID in the dataset is not the announced one")
-            if uid.startswith(_OUR_UIDS) and self._store.index.is_result(uid):
-                raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
-            os.fdatasync(self._file.fileno())
-            if not os.fstat(self._file.fileno()).st_nlink:
-                raise FileNotFoundError(errno.ENOENT, "somebody removed the file", str(self._path))
-            self._file.close()
-            is_new = self._store.commit.add(
-                NewInstance(
-                    association_id=self._sender.association_id(),
-                    calling_ae_title=self._sender.ae_title,
-                    path=self._path,
-                    num_bytes=self._start + self._num_bytes,
-                    headers=read.headers,
-                    attributes=read.attributes,
-                )
-            )
+            self._syncing = self._store.sync(self._file)
+            instance = self._examined()
+            is_new = self._store.commit.add(instance)
+            try:
+                self._syncing.result()
+            except BaseException:
+                if is_new:
+                    self._store.index.forget_instances([instance.sop_instance_uid])
+                raise
             if not is_new:
-                _check_same(self._store.index.find_instance(uid), self._path)
+                _check_same(self._store.index.find_instance(instance.sop_instance_uid), self._path)
                 self.abandon()
+            self._file.close()
         except BaseException:
             self.abandon()
             raise
 
     def abandon(self) -> None:
         """Removes what has come of it."""
+        if self._syncing is not None:
+            wait([self._syncing])
         self._file.close()
         self._path.unlink(missing_ok=True)
 
+    def _examined(self) -> NewInstance:
+        """What the index is to know of it, if it is taken."""
+        encoded = Encoded(prefix=bytes(self._prefix), num_bytes=self._num_bytes, path=self._path, start=self._start)
+        read = self._store.headers.read(encoded, self._announced)
+        uid, study_uid = self._announced.sop_instance_uid, self._announced.study_instance_uid
+        if study_uid and study_uid != read.headers[0]["study_instance_uid"]:
+            raise RefusedError(MISMATCH, "StudyInstanceUID in the dataset is not the announced one")
+        if uid.startswith(_OUR_UIDS) and self._store.index.is_result(uid):
+            raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
+        if not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "somebody removed the file", str(self._path))
+        return NewInstance(
+            association_id=self._sender.association_id(),
+            calling_ae_title=self._sender.ae_title,
+            path=self._path,
+            num_bytes=self._start + self._num_bytes,
+            checksum=self._checksum,
+            headers=read.headers,
+            attributes=read.attributes,
+        )
+
     def _write(self, piece: memoryview) -> None:
         try:
+            self._checksum = zlib.crc32(piece, self._checksum)
             while piece:
                 piece = piece[self._file.write(piece) :]
         except BaseException:
@@ -133,7 +160,7 @@ class Arriving:
 
 
 def _check_same(known: Path | None, received: Path) -> None:
-    """Passes when the stored Instance is the received one; the group 2 header may differ.
+    """Passes when the stored Instance is the received one, and on disk; the group 2 header may differ.
 
     Raises:
         RefusedError: it is another, or went away at this moment.
@@ -141,6 +168,7 @@ def _check_same(known: Path | None, received: Path) -> None:
     if known is None:
         raise RefusedError(OUT_OF_RESOURCES, "the Instance here with this UID is just being removed")
     with known.open("rb") as one, received.open("rb") as other:
+        os.fdatasync(one.fileno())  # whoever brings it may be waiting for that, too
         sizes = [_seek_dataset(file) for file in (one, other)]
         is_same = sizes[0] == sizes[1]
         while is_same and (piece := one.read(_COMPARED_BYTES)):

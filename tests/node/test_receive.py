@@ -43,6 +43,7 @@ from node.config import Config
 from node.encode.identity import derive_uid
 from node.index import Index
 from node.receive import ReceiverError, Receivers, contexts, lane, spool, store
+from node.receive.commit import GroupCommit
 from node.receive.reconcile import reconcile, reconcile_run
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.receiver import listening
@@ -172,6 +173,8 @@ def test_success_is_answered_only_when_file_name_and_row_are_safe(
 
     def note(sync: Callable[[int], None]) -> Callable[[int], None]:
         def noted(descriptor: int) -> None:
+            if len(happened) == 2:  # of the file: its row comes first then
+                time.sleep(0.2)
             sync(descriptor)
             happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
 
@@ -187,7 +190,7 @@ def test_success_is_answered_only_when_file_name_and_row_are_safe(
     assert stored is not None
     folder, run = stored.parent, stored.parent.parent
     # The folder is synced with the names of a batch of files in it, before any of them is used.
-    assert happened == [run.name, folder.name, stored.name, "row", "status"]
+    assert happened == [run.name, folder.name, "row", stored.name, "status"]
 
 
 def test_a_case_holds_what_came_of_a_series(receiver: Config, index: Index, tmp_path: Path) -> None:
@@ -292,8 +295,8 @@ def test_one_uid_over_two_associations_at_the_same_moment_is_one_instance(
     first, second = (
         make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(2)
     )
-    both, statuses, fdatasync = threading.Barrier(2), [], os.fdatasync
-    monkeypatch.setattr(os, "fdatasync", lambda descriptor: (fdatasync(descriptor), both.wait(5)))
+    both, statuses, add = threading.Barrier(2), [], GroupCommit.add
+    monkeypatch.setattr(GroupCommit, "add", lambda *values: (both.wait(5), add(*values))[1])
     senders = [
         threading.Thread(target=lambda path=path: statuses.append(store_one(receiver, path)))
         for path in (first, first if same else second)
@@ -431,11 +434,13 @@ def test_c_store_on_a_full_disk_returns_0xa700_and_leaves_no_file(
         assert refused(config, index, sent) == OUT_OF_RESOURCES
     with listening(make_config(), index) as config:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fdatasync", no_space)
-            assert refused(config, index, sent) == OUT_OF_RESOURCES
-        with monkeypatch.context() as patch:
             patch.setattr(index, "add_instances", no_space)
             assert refused(config, index, sent) == OUT_OF_RESOURCES
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fdatasync", no_space)
+            assert store_one(config, sent) == OUT_OF_RESOURCES
+        assert files_under(index.data_dir) == []
+        assert [(case.state, case.num_instances) for case in index.cases()] == [(CaseState.REFUSED, 0)]
         assert caplog.text.count("No space left on device") == 3
         assert store_one(config, sent) == SUCCESS
 
@@ -632,6 +637,27 @@ def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_i
     stored = index.find_instance(uid)
     assert stored is not None
     assert encoded_dataset(stored) == encoded_dataset(sent[1])
+
+
+def test_of_an_open_association_a_file_with_its_length_but_not_its_bytes_is_taken_again(
+    make_config: MakeConfig, index: Index, tmp_path: Path
+) -> None:
+    """What a power cut may leave whose row was on disk first."""
+    sent = make_ct_series(tmp_path / "sent", num_slices=2)
+    uids = [pydicom.dcmread(path).SOPInstanceUID for path in sent]
+    with listening(make_config(), index) as config:
+        association = associate(config)
+        assert [association.send_c_store(path).Status for path in sent] == [SUCCESS] * 2
+        torn = index.find_instance(uids[1])
+        assert torn is not None
+        torn.write_bytes(bytes(torn.stat().st_size))
+        reconcile(index)
+        association.abort()
+    assert [index.find_instance(uid) is None for uid in uids] == [False, True]
+    assert not torn.exists()
+    with listening(make_config(), index) as config:
+        assert store_one(config, sent[1]) == SUCCESS
+    assert [case.num_instances for case in index.cases()] == [2]
 
 
 # ---- the processes ----
