@@ -59,7 +59,7 @@ class Store:
         return self._syncs.submit(os.fdatasync, file.fileno())
 
     def close(self) -> None:
-        """Removes what was made ahead."""
+        """Removes what was made ahead, once nothing is being received."""
         self.spool.close()
         self._syncs.shutdown()
 
