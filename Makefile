@@ -43,7 +43,7 @@ ingest: install
 fuzz: install
 	$(BIN)/python -m tests.fuzz_receiver
 
-# Random kill -9 of every process under load, then 2,000 associations: about half an hour.
+# Random kill -9 of every process under load, then 2,000 associations: about a quarter of an hour.
 soak: install
 	$(BIN)/python -m tests.soak
 

@@ -19,6 +19,7 @@ from node.config import (
 )
 from node.index import Index
 from tests.ports import free_port
+from tests.untrained import write_untrained_bundle
 
 if TYPE_CHECKING:
     from click.testing import Result
@@ -104,18 +105,4 @@ def cspine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "Re
 @pytest.fixture(scope="session")
 def untrained_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of small networks that never saw a neck: it loads and runs in no time, and finds nothing."""
-    from model.bundle import Bundle, ClassifySettings, SegmentSettings, write_bundle
-    from model.findings import ModelInfo
-    from model.networks import FractureNet, VertebraUNet
-
-    bundle = Bundle(
-        folder=tmp_path_factory.mktemp("bundle"),
-        info=ModelInfo(name="untrained", version="0.0.1", trained_on="Nothing.", operating_point=0.5),
-        segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
-        classify=ClassifySettings(
-            channels=(4, 8), num_hidden=4, num_slices=3, num_pixels=32, pixel_mm=1.0, region_threshold=0.5
-        ),
-        metrics={},
-    )
-    write_bundle(bundle, (VertebraUNet((4, 8)), FractureNet(6, (4, 8), 4)))
-    return bundle.folder
+    return write_untrained_bundle(tmp_path_factory.mktemp("bundle"))

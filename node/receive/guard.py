@@ -190,7 +190,8 @@ class Guard:
 
     def on_established(self, event: evt.Event) -> None:
         """From here on a read may wait as long as for a PDU, no longer as for the request."""
-        event.assoc.dul.socket.socket.settimeout(self._config.network_timeout_s)
+        with contextlib.suppress(OSError):  # it is closed already
+            event.assoc.dul.socket.socket.settimeout(self._config.network_timeout_s)
 
     # ---- watched ----
 
