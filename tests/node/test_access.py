@@ -186,6 +186,7 @@ def test_a_hundred_silent_connections_from_one_peer_keep_no_other_out(
     start: Callable[..., Config], tmp_path: Path
 ) -> None:
     config = start(max_associations=8, max_associations_per_address=4, associate_timeout_s=1.5)
+    assert served(config, tmp_path)  # what syncs files begins with the first one, and stays
     before = threading.active_count()
     with ExitStack() as stack:
         silent = [stack.enter_context(closing(connect(config, "127.0.0.2"))) for _ in range(100)]
@@ -248,6 +249,7 @@ def test_a_pdu_longer_than_allowed_is_not_read(start: Callable[..., Config], kin
 
 def test_hundreds_of_health_checks_leave_nothing_behind(start: Callable[..., Config], tmp_path: Path) -> None:
     config = start()
+    assert served(config, tmp_path)  # what syncs files begins with the first one, and stays
     before = threading.active_count()
     files = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(300):
