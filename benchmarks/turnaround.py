@@ -54,7 +54,7 @@ def run(folder: Path, num_slices: int, repeats: int) -> None:
     config = {
         "data_dir": str(folder / "data"),
         "receive": {"port": port, "min_free_disk_mb": 0},
-        "deliver": {"destinations": [archive.destination.model_dump()]},
+        "deliver": {"destinations": [archive.destination.model_dump(mode="json", exclude_none=True)]},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     log_path = folder / "node.log"
