@@ -15,9 +15,9 @@ from model.classify import network_input
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
 from training.cli import main
-from training.evaluate import auc, choose_operating_point
 from training.fractures import changed, collate, patches, read_stack, train_fracture_net
 from training.phantom import CLASSIFY, SEGMENT
+from training.phantom_measures import auc, choose_operating_point
 from training.samples import write_neck, write_stacks
 from training.vertebrae import draw_crop, train_unet
 

@@ -16,8 +16,8 @@ from model.bundle import Bundle, ClassifySettings, SegmentSettings, write_bundle
 from model.findings import ModelInfo
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
-from training.evaluate import auc, choose_operating_point, evaluate, stack_logits, summarise
 from training.fractures import train_fracture_net
+from training.phantom_measures import auc, choose_operating_point, evaluate, stack_logits, summarise
 from training.samples import write_all, write_neck, write_stacks
 from training.vertebrae import train_unet
 
