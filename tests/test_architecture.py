@@ -163,7 +163,8 @@ def test_the_rules_see_an_import_wherever_it_stands() -> None:
         ("node.notify.clock", ("torch", "highdicom", "hl7apy", "training")),
         ("node.analyse", ("torch", "matplotlib", "training")),
         ("node.cli", ("torch", "numpy", "pydicom", "pynetdicom", "sqlalchemy", "highdicom", "scipy", "pydantic")),
-        ("training.cli", ("torch", "node")),
+        ("model.pipeline", ("lightning", "monai", "timm", "training")),
+        ("training.cli", ("torch", "lightning", "monai", "node")),
     ],
 )
 def test_importing_a_module_does_not_import(module: str, heavy: tuple[str, ...]) -> None:
