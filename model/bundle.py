@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from model.findings import ModelInfo
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from model.networks import FractureNet, VertebraUNet
 
 FORMAT = 1
@@ -22,6 +24,7 @@ DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "phantom"
 """The bundle that comes with the package."""
 
 VERTEBRA_WEIGHTS = "vertebra_unet.safetensors"
+REFINER_WEIGHTS = "vertebra_refiner.safetensors"
 FRACTURE_WEIGHTS = "fracture_net.safetensors"
 
 
@@ -37,6 +40,18 @@ class SegmentSettings:
     """
 
     channels: tuple[int, ...]
+    spacing_mm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineSettings:
+    """A second vertebra U-Net, on a finer grid around what the first one found.
+
+    in_channels: of its input: the two windows, and what it is told of the coarse answer.
+    """
+
+    channels: tuple[int, ...]
+    in_channels: int
     spacing_mm: float
 
 
@@ -57,6 +72,22 @@ class ClassifySettings:
     region_threshold: float
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Networks:
+    """The networks of a bundle; `refiner` is None where the coarse vertebra U-Net's outline is final."""
+
+    unet: "VertebraUNet"
+    refiner: "VertebraUNet | None" = None
+    fracture_net: "FractureNet"
+
+    def by_file(self) -> "dict[str, nn.Module]":
+        """Each network by the name of its weights file."""
+        networks: dict[str, nn.Module] = {VERTEBRA_WEIGHTS: self.unet, FRACTURE_WEIGHTS: self.fracture_net}
+        if self.refiner is not None:
+            networks[REFINER_WEIGHTS] = self.refiner
+        return networks
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
     """A verified bundle; `metrics` are the numbers its training measured, for people to read."""
@@ -64,22 +95,31 @@ class Bundle:
     folder: Path
     info: ModelInfo
     segment: SegmentSettings
+    refine: RefineSettings | None = None
     classify: ClassifySettings
     metrics: dict[str, Any]
 
-    def load_networks(self) -> "tuple[VertebraUNet, FractureNet]":
-        """Both networks on the CPU in evaluation mode.
+    def new_networks(self) -> Networks:
+        """Networks of this architecture, untrained."""
+        from model.networks import FractureNet, VertebraUNet
+
+        refine = self.refine
+        return Networks(
+            unet=VertebraUNet(self.segment.channels),
+            refiner=VertebraUNet(refine.channels, refine.in_channels) if refine else None,
+            fracture_net=FractureNet(6, self.classify.channels, self.classify.num_hidden),
+        )
+
+    def load_networks(self) -> Networks:
+        """All networks on the CPU in evaluation mode.
 
         Raises:
             BundleError: the weights do not fit the architecture the bundle names.
         """
         from safetensors.torch import load_file
 
-        from model.networks import FractureNet, VertebraUNet
-
-        unet = VertebraUNet(self.segment.channels)
-        fracture_net = FractureNet(6, self.classify.channels, self.classify.num_hidden)
-        for network, name in ((unet, VERTEBRA_WEIGHTS), (fracture_net, FRACTURE_WEIGHTS)):
+        networks = self.new_networks()
+        for name, network in networks.by_file().items():
             try:
                 network.load_state_dict(load_file(self.folder / name))
             except RuntimeError as error:
@@ -88,7 +128,7 @@ class Bundle:
                     "Use the two as they were exported together."
                 ) from error
             network.eval()
-        return unet, fracture_net
+        return networks
 
 
 def read_bundle(folder: Path | None = None) -> Bundle:
@@ -118,24 +158,25 @@ def read_bundle(folder: Path | None = None) -> Bundle:
             folder=folder,
             info=_settings(ModelInfo, content["model"]),
             segment=_settings(SegmentSettings, content["segment"]),
+            refine=_settings(RefineSettings, content["refine"]) if content.get("refine") else None,
             classify=_settings(ClassifySettings, content["classify"]),
             metrics=dict(content["metrics"]),
         )
         hashes = dict(content["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{path} is not a complete bundle: {error}. Copy or export the bundle again.") from error
-    for name in (VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS):
+    for name in (VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS, *([REFINER_WEIGHTS] if bundle.refine else [])):
         _verify(folder / name, hashes.get(name))
     return bundle
 
 
-def write_bundle(bundle: Bundle, networks: "tuple[VertebraUNet, FractureNet]") -> None:
+def write_bundle(bundle: Bundle, networks: Networks) -> None:
     """Writes weights and `bundle.json` to `bundle.folder`, which is made if needed."""
     from safetensors.torch import save_file
 
     bundle.folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
-    for network, name in zip(networks, (VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS), strict=True):
+    for name, network in networks.by_file().items():
         save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, bundle.folder / name)
         (bundle.folder / name).chmod(0o644)  # the node may run as another user than trained
         hashes[name] = _sha256(bundle.folder / name)
@@ -143,6 +184,7 @@ def write_bundle(bundle: Bundle, networks: "tuple[VertebraUNet, FractureNet]") -
         "format": FORMAT,
         "model": asdict(bundle.info),
         "segment": asdict(bundle.segment),
+        **({"refine": asdict(bundle.refine)} if bundle.refine else {}),
         "classify": asdict(bundle.classify),
         "metrics": bundle.metrics,
         "sha256": hashes,

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from model.bundle import Bundle, read_bundle
+from model.bundle import Bundle, Networks, read_bundle
 from model.classify import Verdict, as_regions, attention_by_instance, draw_regions, judge
 from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo, PatientFinding, Region, SliceWeight
 from model.levels import LEVELS
-from model.networks import FractureNet, VertebraUNet
+from model.networks import VertebraUNet
 from model.segment import Vertebra, find_vertebrae
 from model.volume import Volume
 
@@ -27,8 +27,7 @@ class Pipeline:
     """A loaded model, ready to analyse one volume after another."""
 
     bundle: Bundle
-    unet: VertebraUNet
-    fracture_net: FractureNet
+    networks: Networks
     device: torch.device
 
     @property
@@ -45,11 +44,11 @@ class Pipeline:
         begin = on_stage or (lambda stage: None)
         begin("segment")
         started = time.perf_counter()
-        labels, vertebrae = find_vertebrae(volume, self.unet, self.bundle.segment, self.device)
+        labels, vertebrae = find_vertebrae(volume, self.networks.unet, self.bundle.segment, self.device)
         segmented = time.perf_counter()
         begin("classify")
         whole = [vertebra for vertebra in vertebrae if not vertebra.is_cut]
-        verdicts = judge(volume, labels, whole, self.fracture_net, self.bundle.classify, self.device)
+        verdicts = judge(volume, labels, whole, self.networks.fracture_net, self.bundle.classify, self.device)
         fractures, saliency = np.zeros(volume.grid.shape, np.uint8), np.zeros(volume.grid.shape, np.uint8)
         by_label = {vertebra.label: vertebra for vertebra in vertebrae}
         levels = {
@@ -116,13 +115,11 @@ def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     on = _device(device)
-    unet, fracture_net = verified.load_networks()
-    return Pipeline(
-        bundle=verified,
-        unet=unet.to(on, memory_format=torch.channels_last_3d),  # type: ignore[call-overload]
-        fracture_net=fracture_net.to(on, memory_format=torch.channels_last),  # type: ignore[call-overload]
-        device=on,
-    )
+    networks = verified.load_networks()
+    for network in networks.by_file().values():
+        is_3d = isinstance(network, VertebraUNet)
+        network.to(on, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)  # type: ignore[call-overload]
+    return Pipeline(bundle=verified, networks=networks, device=on)
 
 
 def patient_finding(levels: dict[str, LevelFinding]) -> PatientFinding:

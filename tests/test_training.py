@@ -46,7 +46,7 @@ def neck(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def stacks(folder: Path) -> Path:
     path = folder / "stacks.npz"
-    write_stacks(path, 1, SEGMENT, CLASSIFY, read_bundle().load_networks()[0])
+    write_stacks(path, 1, SEGMENT, CLASSIFY, read_bundle().load_networks().unet)
     return path
 
 

@@ -7,7 +7,6 @@ def write_untrained_bundle(folder: Path) -> Path:
     """Writes small networks that load and run in no time, and find nothing; returns the folder."""
     from model.bundle import Bundle, ClassifySettings, SegmentSettings, write_bundle
     from model.findings import ModelInfo
-    from model.networks import FractureNet, VertebraUNet
 
     bundle = Bundle(
         folder=folder,
@@ -18,5 +17,5 @@ def write_untrained_bundle(folder: Path) -> Path:
         ),
         metrics={},
     )
-    write_bundle(bundle, (VertebraUNet((4, 8)), FractureNet(6, (4, 8), 4)))
+    write_bundle(bundle, bundle.new_networks())
     return folder

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.bundle import Bundle, ClassifySettings, SegmentSettings, write_bundle
+from model.bundle import Bundle, ClassifySettings, Networks, SegmentSettings, write_bundle
 from model.findings import ModelInfo
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
@@ -113,10 +113,11 @@ def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
         classify=CLASSIFY,
         metrics=metrics,
     )
-    write_bundle(bundle, (unet, fracture_net))
+    networks = Networks(unet=unet, fracture_net=fracture_net)
+    write_bundle(bundle, networks)
     if plan.num_evaluated:
         metrics["unseen_phantoms"] = measure(out, work / "evaluation.json", plan.num_evaluated)
-        write_bundle(bundle, (unet, fracture_net))
+        write_bundle(bundle, networks)
     return bundle
 
 

@@ -11,31 +11,34 @@ import torch
 
 from model.bundle import (
     FRACTURE_WEIGHTS,
+    REFINER_WEIGHTS,
     VERTEBRA_WEIGHTS,
     Bundle,
     BundleError,
     ClassifySettings,
+    Networks,
+    RefineSettings,
     SegmentSettings,
     read_bundle,
     write_bundle,
 )
 from model.findings import ModelInfo
-from model.networks import FractureNet, VertebraUNet
 
 
-def make_bundle(folder: Path) -> tuple[Bundle, VertebraUNet, FractureNet]:
+def make_bundle(folder: Path, refine: RefineSettings | None = None) -> tuple[Bundle, Networks]:
     bundle = Bundle(
         folder=folder,
         info=ModelInfo(name="test", version="1", trained_on="Trained on nothing.", operating_point=0.5),
         segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
+        refine=refine,
         classify=ClassifySettings(
             channels=(4, 8), num_hidden=4, num_slices=5, num_pixels=16, pixel_mm=1.0, region_threshold=0.5
         ),
         metrics={"anything": [1, 2]},
     )
-    unet, fracture_net = VertebraUNet((4, 8)), FractureNet(6, (4, 8), 4)
-    write_bundle(bundle, (unet, fracture_net))
-    return bundle, unet, fracture_net
+    networks = bundle.new_networks()
+    write_bundle(bundle, networks)
+    return bundle, networks
 
 
 def change_json(folder: Path, **changes: Any) -> None:
@@ -43,16 +46,27 @@ def change_json(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_what_was_written_comes_back(tmp_path: Path) -> None:
-    written, unet, fracture_net = make_bundle(tmp_path)
+@pytest.mark.parametrize("refine", [None, RefineSettings(channels=(4, 8), in_channels=4, spacing_mm=1.0)])
+def test_what_was_written_comes_back(tmp_path: Path, refine: RefineSettings | None) -> None:
+    written, networks = make_bundle(tmp_path, refine)
 
     read = read_bundle(tmp_path)
 
     assert read == written
-    for network, original in zip(read.load_networks(), (unet, fracture_net), strict=True):
-        assert not network.training
-        for name, value in original.state_dict().items():
-            torch.testing.assert_close(network.state_dict()[name], value)
+    loaded = read.load_networks().by_file()
+    assert loaded.keys() == networks.by_file().keys()
+    assert (REFINER_WEIGHTS in loaded) == (refine is not None)
+    for name, original in networks.by_file().items():
+        assert not loaded[name].training
+        torch.testing.assert_close(loaded[name].state_dict(), original.state_dict())
+
+
+def test_a_missing_refiner_is_named(tmp_path: Path) -> None:
+    make_bundle(tmp_path, RefineSettings(channels=(4, 8), in_channels=4, spacing_mm=1.0))
+    (tmp_path / REFINER_WEIGHTS).unlink()
+
+    with pytest.raises(BundleError, match=rf"{REFINER_WEIGHTS} is missing"):
+        read_bundle(tmp_path)
 
 
 def test_the_shipped_bundle_is_whole_small_and_honest_about_its_training() -> None:

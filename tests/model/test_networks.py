@@ -23,6 +23,13 @@ def test_unet_answers_on_its_input_grid_and_at_every_coarser_scale() -> None:
 
 
 @torch.inference_mode()
+def test_a_unet_may_be_told_more_than_the_windows() -> None:
+    scores = VertebraUNet((4, 8), in_channels=5).eval()(torch.randn(1, 5, 4, 4, 4))
+
+    assert scores[-1].shape == (1, 2, 4, 4, 4)
+
+
+@torch.inference_mode()
 def test_untrained_unet_says_background_and_middle_of_the_neck() -> None:
     answer = make_unet()(torch.randn(1, 2, 8, 8, 8))[-1][0]
 
