@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 
 from model import BundleError, load_pipeline
-from node.config import ClientTls, Config, Destination, FolderDestination, OrthancSource
+from node.config import Config, Destination, FolderDestination
 from node.deliver import open_courier
 from node.index import DatabaseError, Index
+from node.peers import ClientTls, OrthancSource
 from node.process import try_write
 from node.send import SendError
 from node.tls import TlsError, check_dates, client_context, server_context

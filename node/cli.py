@@ -185,7 +185,8 @@ def send(
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from node.config import ClientTls, DicomDestination
+    from node.config import DicomDestination
+    from node.peers import ClientTls
     from node.process import set_up_logging
     from node.send import SendError, find_dicom_files, send_files
 

@@ -8,14 +8,12 @@ import re
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     SecretStr,
@@ -25,23 +23,15 @@ from pydantic import (
 )
 
 from node.config_faults import describe, lines_of
+from node.peers import AETitle, DicomPeer, HttpServer, Port, Seconds, Section, SourcesConfig
 from node.profiles import Profile, ProfileSetting
 from node.rules.settings import RulesConfig, listed
-from node.secret import WithSecret
 from node.targets import NotifyConfig
 from node.web.settings import WebConfig
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message lists every fault with its line."""
-
-
-def _check_ae_title(value: str) -> str:
-    """The AE title, stripped; PS3.5 6.2 (VR AE): 1 to 16 printable ASCII characters, no backslash."""
-    value = value.strip()
-    if not 1 <= len(value) <= 16 or not value.isascii() or not value.isprintable() or "\\" in value:
-        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
-    return value
 
 
 def _parse_network(value: object) -> object:
@@ -54,11 +44,8 @@ def _parse_network(value: object) -> object:
         raise ValueError("an address is written like 10.0.0.5 or fd00::5, a network like 10.0.0.0/24") from error
 
 
-AETitle = Annotated[str, AfterValidator(_check_ae_title)]
 Network = Annotated[IPv4Network | IPv6Network, BeforeValidator(_parse_network)]
-Port = Annotated[int, Field(ge=1, le=65535)]
 Days = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _check_postgresql_url(value: SecretStr) -> SecretStr:
@@ -71,11 +58,7 @@ def _check_postgresql_url(value: SecretStr) -> SecretStr:
 PostgreSQLURL = Annotated[SecretStr, AfterValidator(_check_postgresql_url)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Peer(_Section):
+class Peer(Section):
     """Who may open associations: every condition that is set must hold."""
 
     ae_title: AETitle | None = None
@@ -109,7 +92,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-class ReceiveTls(_Section):
+class ReceiveTls(Section):
     """TLS for the connections that peers make to us."""
 
     certificate: Path
@@ -129,22 +112,7 @@ class ReceiveTls(_Section):
         return self
 
 
-class ClientTls(_Section):
-    """TLS for the connections that we make to a peer."""
-
-    ca: Path | None = None
-    certificate: Path | None = None
-    key: Path | None = None
-    server_name: str | None = Field(default=None, min_length=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.certificate is None) != (self.key is None):
-            raise ValueError("certificate and key go together; give both or neither")
-        return self
-
-
-class ReceiveConfig(_Section):
+class ReceiveConfig(Section):
     """The C-STORE SCP."""
 
     ae_title: AETitle = "CSPINE"
@@ -172,22 +140,6 @@ class ReceiveConfig(_Section):
         return self
 
 
-class DicomPeer(_Section):
-    """A DICOM application that we call."""
-
-    name: str = Field(min_length=1)
-    host: str = Field(min_length=1)
-    port: Port
-    ae_title: AETitle
-    timeout_s: Seconds = 30.0
-    tls: ClientTls | None = None
-
-    @property
-    def where(self) -> str:
-        """The peer as messages call it."""
-        return f"{self.ae_title} at {self.host}:{self.port}"
-
-
 class Source(DicomPeer):
     """A sender that can be asked by C-FIND how many Instances a Series has. sends_as: its calling AE titles."""
 
@@ -195,7 +147,7 @@ class Source(DicomPeer):
     timeout_s: Seconds = 3.0
 
 
-class CompleteConfig(_Section):
+class CompleteConfig(Section):
     """When a Series is whole, and whether it can be analysed."""
 
     quiet_time_s: Seconds = 30.0
@@ -216,7 +168,7 @@ Pattern = Annotated[str, Field(min_length=1)]
 """A text in which * stands for any characters and ? for one."""
 
 
-class PriorityConfig(_Section):
+class PriorityConfig(Section):
     """Which cases are analysed before the others."""
 
     stat_ae_titles: tuple[AETitle, ...] = ()
@@ -227,13 +179,13 @@ class PriorityConfig(_Section):
     max_routine_wait_s: Seconds = 3600.0
 
 
-class CommitmentConfig(_Section):
+class CommitmentConfig(Section):
     """Where requesters of storage commitment listen for reports once they have ended their association."""
 
     peers: tuple[DicomPeer, ...] = ()
 
 
-class RetrieveConfig(_Section):
+class RetrieveConfig(Section):
     """Query and retrieve: whether we answer, and whom we know."""
 
     enabled: bool = False
@@ -248,7 +200,7 @@ class RetrieveConfig(_Section):
         return self
 
 
-class TimeoutsConfig(_Section):
+class TimeoutsConfig(Section):
     """How long each step of an analysis may take, by the names that `analyse_series` gives them."""
 
     read: Seconds = 120.0
@@ -257,7 +209,7 @@ class TimeoutsConfig(_Section):
     encode: Seconds = 120.0
 
 
-class AnalyseConfig(_Section):
+class AnalyseConfig(Section):
     """The worker processes that run the model."""
 
     bundle: Path | None = None
@@ -277,69 +229,7 @@ class DicomDestination(DicomPeer):
     profile: ProfileSetting = Profile()
 
 
-class HttpAuth(WithSecret):
-    """How we say who we are over HTTP: the secret is a password or a token."""
-
-    type: Literal["basic", "bearer"]
-    user: str = ""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not self.has_secret:
-            raise ValueError("give the password or token by secret_file or by secret_env")
-        if (self.type == "basic") != bool(self.user):
-            raise ValueError("type basic needs a user, and type bearer has none")
-        return self
-
-
-class _HttpPeer(_Section):
-    """A server that we call over HTTP."""
-
-    name: str = Field(min_length=1)
-    url: str
-    auth: HttpAuth | None = None
-    tls: ClientTls | None = None
-    timeout_s: Seconds = 30.0
-
-    @property
-    def where(self) -> str:
-        """The server as messages call it."""
-        return self.url
-
-    @model_validator(mode="after")
-    def _check_url(self) -> Self:
-        # Of the whole section, so that a password in the URL is not quoted in the message.
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError("url must be http(s)://HOST[:PORT][/PATH], without anything after the path")
-        if parts.username is not None:
-            raise ValueError("url must not hold a user or password; give them under auth")
-        return self
-
-
-class OrthancSource(_HttpPeer):
-    """An Orthanc whose new CT Series are fetched. ae_title: what stands for it where a sender's AE title would."""
-
-    ae_title: AETitle = "ORTHANC"
-    begin: Literal["now", "oldest"] = "now"
-    poll_s: Seconds = 5.0
-    connections: int = Field(default=4, ge=1, le=32)
-
-
-class SourcesConfig(_Section):
-    """Archives that are watched for new Series, besides those that send by themselves."""
-
-    orthanc: tuple[OrthancSource, ...] = ()
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        names = [source.name for source in self.orthanc]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
-        return self
-
-
-class _HttpDestination(_HttpPeer):
+class _HttpDestination(HttpServer):
     verify: Literal["query", "none"] = "query"
     verify_timeout_s: Seconds = 300.0
     profile: ProfileSetting = Profile()
@@ -359,7 +249,7 @@ class OrthancDestination(_HttpDestination):
     replace: bool = False
 
 
-class FolderDestination(_Section):
+class FolderDestination(Section):
     """A folder that gets one sub-folder per result set: `<StudyInstanceUID>/<SeriesInstanceUID>/`."""
 
     type: Literal["folder"]
@@ -377,7 +267,7 @@ class FolderDestination(_Section):
 Destination = DicomDestination | DicomWebDestination | OrthancDestination | FolderDestination
 
 
-class DeliverConfig(_Section):
+class DeliverConfig(Section):
     """Where results go, and how patiently."""
 
     retry_first_s: Seconds = 10.0
@@ -404,7 +294,7 @@ class DeliverConfig(_Section):
         return tuple(dict.fromkeys(destination.profile for destination in self.destinations)) or (Profile(),)
 
 
-class RetentionConfig(_Section):
+class RetentionConfig(Section):
     """What leaves the data folder, and when."""
 
     originals_days: Days | None = 30.0
@@ -414,7 +304,7 @@ class RetentionConfig(_Section):
     max_disk_gb: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 
-class Config(_Section):
+class Config(Section):
     """Everything that can be set."""
 
     data_dir: Path = Path("data")

@@ -18,8 +18,8 @@ from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 from pynetdicom.sop_class import Verification
 
-from node.config import DicomPeer
 from node.implementation import make_ae
+from node.peers import DicomPeer
 from node.reactor import use_checkpoint
 from node.status import Outcome, meaning_of
 from node.tls import TlsError, client_context, last_error

@@ -9,7 +9,8 @@ import ssl
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from node.config import ClientTls, ReceiveTls
+from node.config import ReceiveTls
+from node.peers import ClientTls
 
 log = logging.getLogger(__name__)
 

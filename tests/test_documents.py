@@ -19,9 +19,10 @@ from pydicom.uid import (
 from pynetdicom import AE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 
-from node.config import ClientTls, Config, DicomPeer, load_config
+from node.config import Config, load_config
 from node.conformance import OBJECTS, STORE_STATUSES, conformance_statement
 from node.index import Index
+from node.peers import ClientTls, DicomPeer
 from node.profiles import Kind
 from node.receive import status
 from node.receive.contexts import CT_SOP_CLASSES

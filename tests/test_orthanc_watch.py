@@ -15,8 +15,9 @@ from pydicom import dcmread
 
 from model.phantom import Fracture
 from node.case import CaseState
-from node.config import Config, HttpAuth, OrthancSource
+from node.config import Config
 from node.index import Index
+from node.peers import HttpAuth, OrthancSource
 from node.receive.store import Store
 from node.watch import OrthancWatch
 from node.watch.describe import describe

@@ -11,7 +11,8 @@ import click
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 if TYPE_CHECKING:
-    from node.config import Config, DicomPeer
+    from node.config import Config
+    from node.peers import DicomPeer
     from node.retrieve.fetch import Fetched, FoundSeries
 
 

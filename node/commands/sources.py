@@ -12,8 +12,8 @@ import click
 from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
-    from node.config import OrthancSource
     from node.index import WatchedSource
+    from node.peers import OrthancSource
 
 
 @click.command()

@@ -7,8 +7,9 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 from pynetdicom.sop_class import StorageCommitmentPushModel
 
 from node.commitment.report import ReportError, send_report
-from node.config import Config, DicomDestination, DicomPeer, Source
+from node.config import Config, DicomDestination, Source
 from node.index import Commitment, Index
+from node.peers import DicomPeer
 from node.retry import retry_wait_s
 from node.send import SendError, associated
 

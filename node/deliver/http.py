@@ -12,7 +12,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
-from node.config import ClientTls, DicomWebDestination, HttpAuth, OrthancDestination
+from node.config import DicomWebDestination, OrthancDestination
+from node.peers import ClientTls, HttpAuth
 from node.send import SendError
 from node.tls import TlsError, client_context, describe_tls_error
 

@@ -20,7 +20,7 @@ from pynetdicom.sop_class import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from model import PARSE_ERRORS
-from node.config import DicomPeer
+from node.peers import DicomPeer
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.headers import Announced
 from node.receive.sender import Sender

@@ -29,8 +29,9 @@ from pynetdicom.sop_class import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from model import PARSE_ERRORS
-from node.config import Config, DicomPeer
+from node.config import Config
 from node.index import Index
+from node.peers import DicomPeer
 from node.process import describe_error
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.retrieve.identifier import TooManyError, answers, identified, parse_query, parse_retrieval

@@ -15,9 +15,10 @@ from contextlib import closing
 from sqlalchemy.exc import SQLAlchemyError
 
 from model import PARSE_ERRORS
-from node.config import ClientTls, Config, OrthancSource
+from node.config import Config
 from node.deliver.http import TlsAdapter, failure, read_secret, refusal
 from node.index import Index
+from node.peers import ClientTls, OrthancSource
 from node.process import describe_error
 from node.receive.incoming import IncomingFile
 from node.receive.sender import Sender

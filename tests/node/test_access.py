@@ -18,9 +18,10 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from pynetdicom.association import Association
 from pynetdicom.pdu import A_ASSOCIATE_AC
 
-from node.config import ClientTls, Config, Peer, ReceiveConfig
+from node.config import Config, Peer, ReceiveConfig
 from node.implementation import IMPLEMENTATION_CLASS_UID, make_ae
 from node.index import Index
+from node.peers import ClientTls
 from node.receive import Receivers, guard, server
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places

@@ -19,8 +19,9 @@ from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance
 
 from node.commitment import report_due, scp
-from node.config import Config, DicomDestination, DicomPeer
+from node.config import Config, DicomDestination
 from node.index import Index
+from node.peers import DicomPeer
 from node.send import send_files
 from tests.factories import make_ct_series
 from tests.orthanc_server import OrthancServer

@@ -10,20 +10,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from node.config import (
-    ClientTls,
     Config,
     ConfigError,
     Destination,
     DicomDestination,
     DicomWebDestination,
     FolderDestination,
-    HttpAuth,
     OrthancDestination,
-    OrthancSource,
     Peer,
     Source,
     load_config,
 )
+from node.peers import ClientTls, HttpAuth, OrthancSource
 
 ROOT = Path(__file__).parents[2]
 CONFIG_YAML = ROOT / "config.yaml"

@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from node.case import CaseState, ObjectProgress
 from node.cli import main
-from node.config import Config, DicomWebDestination, HttpAuth, OrthancDestination
+from node.config import Config, DicomWebDestination, OrthancDestination
 from node.deliver.files import ResultFile
 from node.deliver.orthanc import OrthancCourier
 from node.index import Index
+from node.peers import HttpAuth
 from tests.node.handed_over import (
     SERIES,
     Clock,

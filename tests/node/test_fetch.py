@@ -166,7 +166,7 @@ def test_a_list_fetches_nothing(
 def test_another_node_is_an_archive_too(
     studies: list[list[Path]], fetch: Fetch, tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
-    from node.config import DicomPeer
+    from node.peers import DicomPeer
     from node.send import send_files
 
     config = make_config(retrieve={"enabled": True}).model_copy(update={"data_dir": tmp_path / "other"})

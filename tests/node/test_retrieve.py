@@ -26,9 +26,10 @@ from pynetdicom.sop_class import (
     StudyRootQueryRetrieveInformationModelMove,
 )
 
-from node.config import Config, DicomPeer, ReceiveConfig, RetrieveConfig
+from node.config import Config, ReceiveConfig, RetrieveConfig
 from node.conformance import OBJECTS
 from node.index import Index
+from node.peers import DicomPeer
 from node.retrieve import identifier
 from node.retrieve.scp import RESULT_SOP_CLASSES
 from node.send import associated

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from node.check import check_certificates
-from node.config import ClientTls, Config, DeliverConfig, DicomDestination, ReceiveConfig, ReceiveTls
+from node.config import Config, DeliverConfig, DicomDestination, ReceiveConfig, ReceiveTls
+from node.peers import ClientTls
 from node.send import SendError, echo, send_files
 from node.tls import ServerTls, TlsError, check_dates, client_context, server_context
 from tests.certificates import Authority

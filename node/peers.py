@@ -1,0 +1,122 @@
+"""Settings of those whom the node calls: DICOM applications, HTTP servers, and archives that are watched.
+
+Read by `node/config.py`, which has the rest.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from node.secret import WithSecret
+
+
+def _check_ae_title(value: str) -> str:
+    """The AE title, stripped; PS3.5 6.2 (VR AE): 1 to 16 printable ASCII characters, no backslash."""
+    value = value.strip()
+    if not 1 <= len(value) <= 16 or not value.isascii() or not value.isprintable() or "\\" in value:
+        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
+    return value
+
+
+AETitle = Annotated[str, AfterValidator(_check_ae_title)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ClientTls(Section):
+    """TLS for the connections that we make to a peer."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    server_name: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together; give both or neither")
+        return self
+
+
+class DicomPeer(Section):
+    """A DICOM application that we call."""
+
+    name: str = Field(min_length=1)
+    host: str = Field(min_length=1)
+    port: Port
+    ae_title: AETitle
+    timeout_s: Seconds = 30.0
+    tls: ClientTls | None = None
+
+    @property
+    def where(self) -> str:
+        """The peer as messages call it."""
+        return f"{self.ae_title} at {self.host}:{self.port}"
+
+
+class HttpAuth(WithSecret):
+    """How we say who we are over HTTP: the secret is a password or a token."""
+
+    type: Literal["basic", "bearer"]
+    user: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.has_secret:
+            raise ValueError("give the password or token by secret_file or by secret_env")
+        if (self.type == "basic") != bool(self.user):
+            raise ValueError("type basic needs a user, and type bearer has none")
+        return self
+
+
+class HttpServer(Section):
+    """A server that we call over HTTP."""
+
+    name: str = Field(min_length=1)
+    url: str
+    auth: HttpAuth | None = None
+    tls: ClientTls | None = None
+    timeout_s: Seconds = 30.0
+
+    @property
+    def where(self) -> str:
+        """The server as messages call it."""
+        return self.url
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        # Of the whole section, so that a password in the URL is not quoted in the message.
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("url must be http(s)://HOST[:PORT][/PATH], without anything after the path")
+        if parts.username is not None:
+            raise ValueError("url must not hold a user or password; give them under auth")
+        return self
+
+
+class OrthancSource(HttpServer):
+    """An Orthanc whose new CT Series are fetched. ae_title: what stands for it where a sender's AE title would."""
+
+    ae_title: AETitle = "ORTHANC"
+    begin: Literal["now", "oldest"] = "now"
+    poll_s: Seconds = 5.0
+    connections: int = Field(default=4, ge=1, le=32)
+
+
+class SourcesConfig(Section):
+    """Archives that are watched for new Series, besides those that send by themselves."""
+
+    orthanc: tuple[OrthancSource, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [source.name for source in self.orthanc]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
+        return self
