@@ -107,7 +107,9 @@ class Bundle:
         return Networks(
             unet=VertebraUNet(self.segment.channels),
             refiner=VertebraUNet(refine.channels, refine.in_channels) if refine else None,
-            fracture_net=FractureNet(6, self.classify.channels, self.classify.num_hidden),
+            fracture_net=FractureNet(
+                f"residual-{'-'.join(map(str, self.classify.channels))}", self.classify.num_hidden
+            ),
         )
 
     def load_networks(self) -> Networks:

@@ -120,7 +120,7 @@ def judge(
             for vertebra, grid in zip(vertebrae, slices, strict=True)
         ]
     )
-    logits, attention, region_logits = answer(network, network_input(planes_hu, masks), device)
+    logits, attention, region_logits, *_ = answer(network, network_input(planes_hu, masks), device)
     probabilities = logits.float().sigmoid()
     regions = region_logits.float().sigmoid() * _dilated(masks, settings.pixel_mm)
     return {

@@ -104,7 +104,7 @@ def test_a_few_steps_on_one_neck_lower_the_unet_loss(neck: Path, monkeypatch: py
 def test_a_few_steps_lower_the_fracture_loss(stacks: Path) -> None:
     torch.manual_seed(0)
     # Multiples of 8: with 4 channels PyTorch 2.13 hung here on a CPU with AVX2 only, in a 1 x 1 convolution of oneDNN.
-    network = FractureNet(6, (8, 16, 24), 8)
+    network = FractureNet("residual-8-16-24", 8)
     steps = train_fracture_net(network, [stacks], num_patch_steps=60, num_stack_steps=1, batch_size=2, seed=0)
     losses = [value for _, value in steps][:-1]
 

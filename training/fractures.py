@@ -69,7 +69,7 @@ def train_fracture_net(
 
     def stack_loss(step: int) -> Tensor:
         batch = changed(collate([draw() for _ in range(batch_size)]), rng)
-        return loss(*network(network_input(batch.planes_hu, batch.masks)), batch)
+        return loss(*network(network_input(batch.planes_hu, batch.masks))[:3], batch)
 
     yield from train(network, patch_loss, num_steps=num_patch_steps, learning_rate=PATCH_LEARNING_RATE)
     for step, value in train(network, stack_loss, num_steps=num_stack_steps, learning_rate=STACK_LEARNING_RATE):

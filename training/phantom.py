@@ -77,7 +77,7 @@ def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
     seen, held_out = stacks[: plan.num_patients], stacks[plan.num_patients :]
 
     # 4. The fracture network learns what is broken, and where.
-    fracture_net = FractureNet(6, CLASSIFY.channels, CLASSIFY.num_hidden)
+    fracture_net = FractureNet(f"residual-{'-'.join(map(str, CLASSIFY.channels))}", CLASSIFY.num_hidden)
     steps = train_fracture_net(
         fracture_net,
         seen,

@@ -1,7 +1,38 @@
-"""What turns a slice with its neighbours into feature maps."""
+"""What turns a slice with its neighbours into feature maps, by name.
+
+An encoder is any module with `out_channels`, fine to coarse, whose answer is a list of feature maps of which each has
+half the grid of the one before; `stride` is the first one's.
+"""
+
+import itertools
+import re
 
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from torch import Tensor, nn
+
+from model.networks.efficientnet import COEFFICIENTS, EfficientNet
+
+
+def make_encoder(name: str, in_channels: int) -> "ResidualEncoder | EfficientNet | TimmEncoder":
+    """An untrained encoder of `(B, in_channels, Y, X)`.
+
+    name: `residual-24-48-96` (channels of each scale), `efficientnet-b0` to `-b3`, or `timm:` and a model of timm.
+
+    Raises:
+        ValueError: there is no such encoder, or it does not fit.
+        ModuleNotFoundError: timm is asked for and not installed.
+    """
+    if match := re.fullmatch(r"residual((?:-\d+)+)", name):
+        return ResidualEncoder(in_channels, tuple(int(channels) for channels in match[1][1:].split("-")))
+    family, _, variant = name.partition("-")
+    if family == "efficientnet" and variant in COEFFICIENTS:
+        return EfficientNet(variant, in_channels)
+    if name.startswith("timm:"):
+        return TimmEncoder(name.removeprefix("timm:"), in_channels)
+    raise ValueError(
+        f"There is no encoder {name!r}. Name residual-N-N-... with the channels of each scale, "
+        f"{', '.join(f'efficientnet-{variant}' for variant in COEFFICIENTS)}, or timm:NAME."
+    )
 
 
 class ResidualBlock2d(nn.Module):
@@ -25,8 +56,10 @@ class ResidualBlock2d(nn.Module):
         return F.relu(y + self.shortcut(x[..., :: self.stride, :: self.stride]), inplace=True)
 
 
-class SliceEncoder(nn.Module):
-    """Small residual CNN over one slice with its neighbours. Any module with `out_channels` and this output fits."""
+class ResidualEncoder(nn.Module):
+    """Small residual CNN, for a model that fits into a repository and a CPU."""
+
+    stride = 2
 
     def __init__(self, in_channels: int, channels: tuple[int, ...]) -> None:
         super().__init__()
@@ -49,3 +82,30 @@ class SliceEncoder(nn.Module):
             y = stage(y)
             features.append(y)
         return features
+
+
+class TimmEncoder(nn.Module):
+    """Any backbone of timm that gives features at halving scales, untrained."""
+
+    def __init__(self, name: str, in_channels: int) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"The encoder timm:{name} needs timm, which is not installed: pip install timm. "
+                "It brings torchvision; efficientnet-b0 needs neither."
+            ) from error
+        try:
+            self.backbone = timm.create_model(name, pretrained=False, features_only=True, in_chans=in_channels)
+        except RuntimeError as error:
+            raise ValueError(f"timm has no model {name!r} with features at several scales ({error}).") from error
+        strides = self.backbone.feature_info.reduction()
+        if any(after != 2 * before for before, after in itertools.pairwise(strides)):
+            raise ValueError(f"timm:{name} has features at strides {strides}; each must be twice the one before.")
+        self.stride = int(strides[0])
+        self.out_channels = tuple(self.backbone.feature_info.channels())
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps `(B, out_channels[i], Y / (stride * 2^i), X / (stride * 2^i))`, fine to coarse."""
+        return list(self.backbone(x))

@@ -1,8 +1,13 @@
 """The networks: shapes in, shapes out, and what must hold whatever the weights."""
 
-import torch
+import sys
+from types import ModuleType, SimpleNamespace
 
-from model.networks import FractureNet, VertebraUNet
+import pytest
+import torch
+from torch import nn
+
+from model.networks import FractureNet, RegionUNet, SliceUNet, StudyNet, VertebraUNet, make_encoder
 
 
 def make_unet() -> VertebraUNet:
@@ -12,7 +17,7 @@ def make_unet() -> VertebraUNet:
 
 def make_fracture_net() -> FractureNet:
     torch.manual_seed(0)
-    return FractureNet(6, (4, 8, 16), num_hidden=8).eval()
+    return FractureNet("residual-4-8-16", num_hidden=8).eval()
 
 
 @torch.inference_mode()
@@ -39,7 +44,7 @@ def test_untrained_unet_says_background_and_middle_of_the_neck() -> None:
 
 @torch.inference_mode()
 def test_fracture_net_gives_a_logit_a_vertebra_and_a_region_logit_a_pixel() -> None:
-    logits, attention, regions = make_fracture_net()(torch.randn(3, 5, 6, 32, 32))
+    logits, attention, regions, *_ = make_fracture_net()(torch.randn(3, 5, 6, 32, 32))
 
     assert logits.shape == (3,)
     assert regions.shape == (3, 5, 32, 32)
@@ -64,3 +69,183 @@ def test_the_order_of_slices_matters() -> None:
     stack = torch.randn(1, 5, 6, 32, 32)
 
     assert not torch.allclose(network(stack)[0], network(stack.flip(1))[0])
+
+
+@torch.inference_mode()
+def test_the_mean_of_what_slices_say_by_attention_is_what_the_vertebra_is_said_to_be() -> None:
+    answer = make_fracture_net()(torch.randn(2, 5, 6, 32, 32))
+
+    torch.testing.assert_close((answer.attention * answer.slice_logits).sum(dim=1), answer.logits)
+    assert answer.context.shape == (2, 16)
+
+
+@torch.inference_mode()
+def test_each_level_is_judged_by_its_own_head() -> None:
+    network = FractureNet("residual-4-8", num_hidden=4, num_heads=7, num_layers=2).eval()
+    network.head.weight.zero_()
+    network.head.bias.copy_(torch.arange(7.0))
+
+    answer = network(torch.randn(3, 5, 6, 16, 16), torch.tensor([6, 0, 3]))
+
+    torch.testing.assert_close(answer.logits, torch.tensor([6.0, 0.0, 3.0]))
+    torch.testing.assert_close(answer.slice_logits, torch.tensor([6.0, 0.0, 3.0])[:, None].expand(3, 5))
+    with pytest.raises(ValueError, match="say which levels"):
+        network(torch.randn(3, 5, 6, 16, 16))
+
+
+ENCODERS = ["residual-4-8-16", "efficientnet-b0", "efficientnet-b1", "efficientnet-b2", "efficientnet-b3"]
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@torch.inference_mode()
+def test_encoders_give_what_they_promise(name: str) -> None:
+    encoder = make_encoder(name, in_channels=5).eval()
+
+    features = encoder(torch.randn(2, 5, 64, 96))
+
+    shapes = [(2, c, 32 >> i, 48 >> i) for i, c in enumerate(encoder.out_channels)]
+    assert [tuple(feature.shape) for feature in features] == shapes
+
+
+# Parameters of the published networks with 3 channels and 1000 classes, which torchvision and MONAI have too; channels of
+# their last stage, and of the layers that we leave out: a 1 x 1 convolution with norm, and the classifier.
+@pytest.mark.parametrize(
+    ("variant", "num_published", "last", "head"),
+    [
+        ("b0", 5_288_548, 320, 1280),
+        ("b1", 7_794_184, 320, 1280),
+        ("b2", 9_109_994, 352, 1408),
+        ("b3", 12_233_232, 384, 1536),
+    ],
+)
+def test_efficientnets_are_as_large_as_published(variant: str, num_published: int, last: int, head: int) -> None:
+    encoder = make_encoder(f"efficientnet-{variant}", in_channels=3)
+
+    left_out = last * head + 2 * head + head * 1000 + 1000
+    assert sum(p.numel() for p in encoder.parameters()) == num_published - left_out
+
+
+def test_training_skips_blocks_at_random_and_analysis_none() -> None:
+    torch.manual_seed(0)
+    encoder = make_encoder("efficientnet-b0", in_channels=1)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    x = torch.randn(4, 1, 64, 64)
+
+    assert not torch.equal(encoder(x)[-1], encoder(x)[-1])
+    encoder.eval()
+    assert torch.equal(encoder(x)[-1], encoder(x)[-1])
+
+
+def test_an_unknown_encoder_is_refused_by_name() -> None:
+    for name in ("efficientnet-b9", "resnet", "residual", "residual-4-"):
+        with pytest.raises(ValueError, match=f"no encoder '{name}'.*efficientnet-b0"):
+            make_encoder(name, in_channels=6)
+
+
+def test_without_timm_its_encoders_are_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    with pytest.raises(ModuleNotFoundError, match=r"timm:resnet18 needs timm.*pip install timm"):
+        make_encoder("timm:resnet18", in_channels=6)
+
+
+class FakeTimm(ModuleType):
+    """timm cannot be installed beside a torch for CPUs: this answers as it does, by the strides given."""
+
+    def __init__(self, *strides: int) -> None:
+        super().__init__("timm")
+        self.strides = strides
+
+    def create_model(self, name: str, *, pretrained: bool, features_only: bool, in_chans: int) -> nn.Module:
+        strides = self.strides
+
+        class Backbone(nn.Module):
+            feature_info = SimpleNamespace(reduction=lambda: list(strides), channels=lambda: [4] * len(strides))
+
+            def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+                assert x.shape[1] == in_chans
+                return [x[:, :4, ::stride, ::stride] for stride in strides]
+
+        assert features_only
+        assert not pretrained
+        return Backbone()
+
+
+@pytest.mark.parametrize("strides", [(2, 4, 8), (4, 8, 16, 32)])
+@torch.inference_mode()
+def test_timm_backbones_of_any_first_stride_fit(monkeypatch: pytest.MonkeyPatch, strides: tuple[int, ...]) -> None:
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm(*strides))
+
+    assert FractureNet("timm:any", 4).eval()(torch.randn(1, 3, 6, 64, 64)).regions.shape == (1, 3, 64, 64)
+    assert SliceUNet("timm:any", in_channels=4).eval()(torch.randn(1, 4, 64, 64)).shape == (1, 9, 64, 64)
+
+
+def test_timm_backbones_without_halving_scales_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm(16, 16, 16))
+
+    with pytest.raises(ValueError, match=r"timm:vit has features at strides \[16, 16, 16\]"):
+        make_encoder("timm:vit", in_channels=6)
+
+
+@pytest.mark.parametrize("encoder", ["residual-4-8-16", "efficientnet-b0"])
+@torch.inference_mode()
+def test_slice_unet_gives_a_class_for_each_pixel(encoder: str) -> None:
+    network = SliceUNet(encoder).eval()
+
+    assert network(torch.randn(2, 3, network.stride, 2 * network.stride)).shape == (
+        2,
+        9,
+        network.stride,
+        2 * network.stride,
+    )
+
+
+@torch.inference_mode()
+def test_the_second_opinion_rests_on_voxels_of_the_vertebra_alone() -> None:
+    torch.manual_seed(0)
+    network = RegionUNet("residual-4-8").eval()
+    stack = torch.randn(1, 5, 6, 32, 32)
+    stack[:, :, -1] = 0
+    stack[:, :, -1, :16] = 1
+    answer = network(stack)
+    inside = answer.regions[:, :, :16].flatten().topk(network.NUM_STRONGEST).values
+
+    assert answer.regions.shape == (1, 5, 32, 32)
+    torch.testing.assert_close(answer.logits, inside.mean()[None])
+
+
+def make_study(*, is_trained: bool) -> StudyNet:
+    torch.manual_seed(0)
+    network = StudyNet(16, num_hidden=4).eval()
+    if is_trained:
+        for head in (network.level_head, network.patient_head):
+            nn.init.normal_(head.weight)
+    return network
+
+
+CONTEXTS, LOGITS = torch.randn(2, 7, 16), torch.tensor([[-3.0, -1, 2, 0, -2, 1, 9], [-4.0, -3, -2, -1, -5, -6, -7]])
+PRESENT = torch.tensor([[True] * 6 + [False], [True] * 7])
+
+
+@torch.inference_mode()
+def test_an_untrained_study_net_repeats_the_levels_and_the_likeliest_is_the_patient() -> None:
+    answer = make_study(is_trained=False)(CONTEXTS, LOGITS, PRESENT)
+
+    torch.testing.assert_close(answer.logits, LOGITS)
+    torch.testing.assert_close(answer.patient, torch.tensor([2.0, -1.0]))
+
+
+@torch.inference_mode()
+def test_a_study_net_looks_at_neighbours_but_not_at_what_is_missing() -> None:
+    network = make_study(is_trained=True)
+    others, elsewhere = CONTEXTS.clone(), LOGITS.clone()
+    others[0, 6], elsewhere[0, 6] = 100.0, 50.0
+
+    before, after = network(CONTEXTS, LOGITS, PRESENT), network(others, elsewhere, PRESENT)
+    complete = network(others, elsewhere, torch.ones_like(PRESENT))
+
+    torch.testing.assert_close(before.logits[0, :6], after.logits[0, :6])
+    torch.testing.assert_close(before.patient, after.patient)
+    assert not torch.allclose(complete.logits[0, :6], after.logits[0, :6])
