@@ -6,6 +6,7 @@ import click
 
 from training.commands.measure import measure
 from training.commands.phantom import phantom
+from training.commands.show_fractures import show_fractures
 
 
 @click.group()
@@ -19,3 +20,4 @@ def main() -> None:
 
 main.add_command(measure)
 main.add_command(phantom)
+main.add_command(show_fractures)

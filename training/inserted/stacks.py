@@ -1,0 +1,75 @@
+"""The fracture network's training stacks of a real or synthetic volume with fractures inserted, as `samples.py` cuts
+them from phantoms: `training/fractures.py` reads both.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from model.bundle import ClassifySettings
+from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
+from model.geometry import Grid
+from training.inserted.insertion import Inserted, insert
+from training.inserted.scanner import disturb
+
+
+def inserted_stacks(
+    inserted: Inserted, labels: NDArray[np.uint8], grid: Grid, classify: ClassifySettings
+) -> dict[str, NDArray]:
+    """The N vertebrae of a changed volume that are there and whole, in level order.
+
+    `planes` int16 HU `(N, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(N, slices, Y, X)`, `fractured` bool and
+    `levels` uint8 1..7 `(N,)`.
+
+    Raises:
+        ValueError: no vertebra is whole.
+    """
+    if not inserted.eligible:
+        raise ValueError("No vertebra of this volume is whole and large enough to be cut. Leave the volume out.")
+    boxes = ndimage.find_objects(labels, max_label=max(inserted.eligible))
+    planes, masks, regions = [], [], []
+    for label in inserted.eligible:
+        box = boxes[label - 1]
+        points = grid.to_lps_mm(np.argwhere(labels[box] == label) + [float(side.start) for side in box])
+        stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
+        slices = slice_grid(stack)
+        planes.append(sample_planes(inserted.voxels_hu, grid, stack).round().to(torch.int16).numpy())
+        masks.append((sample_mask(labels, grid, slices, label) * 255).to(torch.uint8).numpy())
+        regions.append((sample_mask(inserted.regions, grid, slices, label) * 255).to(torch.uint8).numpy())
+    broken = {fracture.level for fracture in inserted.fractures}
+    return {
+        "planes": np.stack(planes),
+        "masks": np.stack(masks),
+        "regions": np.stack(regions),
+        "fractured": np.array([f"C{label}" in broken for label in inserted.eligible]),
+        "levels": np.array(inserted.eligible, np.uint8),
+    }
+
+
+def write_inserted_stacks(
+    path: Path,
+    voxels_hu: NDArray[np.int16],
+    labels: NDArray[np.uint8],
+    grid: Grid,
+    seed: int,
+    classify: ClassifySettings,
+    *,
+    boost: float = 3.0,
+) -> None:
+    """Inserts, disturbs as scanners do, cuts and stores; a file that is there already is kept.
+
+    labels: as for `insert`. boost: times RSNA's prevalence, so that training sees enough fractures.
+    """
+    if path.exists():
+        return
+    rng = np.random.default_rng([seed, 31])
+    inserted = insert(voxels_hu, labels, grid, rng, boost=boost)
+    disturb(inserted.voxels_hu, grid, rng)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))
+    unfinished.replace(path)
