@@ -4,9 +4,11 @@ import logging
 
 import click
 
+from training.commands.evaluate import evaluate
 from training.commands.measure import measure
 from training.commands.phantom import phantom
 from training.commands.show_fractures import show_fractures
+from training.commands.submission import submission
 
 
 @click.group()
@@ -18,6 +20,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
 
+main.add_command(evaluate)
 main.add_command(measure)
 main.add_command(phantom)
 main.add_command(show_fractures)
+main.add_command(submission)

@@ -1,0 +1,203 @@
+"""Fracture regions against the boxes that readers drew: FROC, sensitivity against false positives per Study.
+
+A box is a rectangle in one slice, as in the challenge's train_bounding_boxes.csv. Two units are measured: the single
+box, and the fracture, which is a chain of boxes that overlap from one slice to the next.
+
+A true one is found if a predicted one overlaps it with an IoU above 0.2; a predicted one that overlaps no true one so
+is a false positive. So several predictions on one fracture are one find, and none of them is false.
+
+Reference: Chakraborty and Winter 1990.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training.evaluation.bootstrap import percentile_interval
+from training.evaluation.tables import STUDY, InputError, read_rows
+
+Array = NDArray[np.float64]
+
+MIN_IOU = 0.2
+FALSE_POSITIVES_PER_STUDY = (0.5, 1, 2)
+
+BOX_COLUMNS = ("x", "y", "width", "height", "slice_number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box:
+    """A rectangle in one slice, in its pixels: `x`, `y` is the upper left corner. score: 1 for a true box."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    slice_number: int
+    score: float = 1.0
+
+
+Chain = tuple[Box, ...]
+"""Boxes of one fracture, through one or more consecutive slices."""
+
+Boxes = dict[str, list[Box]]
+"""The boxes of each Study."""
+
+
+def read_boxes(path: Path, *, scored: bool) -> Boxes:
+    """Boxes by Study. scored: predicted ones, which may be none, with a column `score`, whatever ranks them.
+
+    Raises:
+        InputError: not a CSV, a column is missing, a cell is no number, a box without an area.
+    """
+    found: Boxes = {}
+    names = (*BOX_COLUMNS, "score") if scored else BOX_COLUMNS
+    for line, row in read_rows(path, (STUDY, *names), may_be_empty=scored):
+        numbers = {}
+        for name in names:
+            try:
+                numbers[name] = float(row[name])
+            except ValueError:
+                numbers[name] = math.nan
+            if not math.isfinite(numbers[name]):
+                raise InputError(f"{path}, line {line}, column {name}: {row[name]!r} is no number. Correct the line.")
+        if numbers["width"] <= 0 or numbers["height"] <= 0:
+            raise InputError(
+                f"{path}, line {line}: a box of {row['width']} x {row['height']} pixels has no area. Remove the line."
+            )
+        if numbers["slice_number"] != int(numbers["slice_number"]):
+            raise InputError(
+                f"{path}, line {line}: slice_number is {row['slice_number']}; it is the n of n.dcm, a whole number."
+            )
+        box = Box(**(numbers | {"slice_number": int(numbers["slice_number"])}))  # type: ignore[arg-type]
+        found.setdefault(row[STUDY], []).append(box)
+    return found
+
+
+def chains(boxes: Sequence[Box]) -> list[Chain]:
+    """Boxes joined with those of the same or the next slice that they overlap."""
+    by_slice: dict[int, list[int]] = {}
+    for index, box in enumerate(boxes):
+        by_slice.setdefault(box.slice_number, []).append(index)
+    chain_of = list(range(len(boxes)))
+
+    def root(index: int) -> int:
+        while chain_of[index] != index:
+            index = chain_of[index]
+        return index
+
+    for index, box in enumerate(boxes):
+        for other in (*by_slice[box.slice_number], *by_slice.get(box.slice_number + 1, ())):
+            if intersection(box, boxes[other]) > 0:
+                chain_of[root(other)] = root(index)
+    found: dict[int, list[Box]] = {}
+    for index, box in enumerate(boxes):
+        found.setdefault(root(index), []).append(box)
+    return [tuple(chain) for chain in found.values()]
+
+
+def intersection(first: Box, second: Box) -> float:
+    """Area that two boxes share, regardless of their slices."""
+    width = min(first.x + first.width, second.x + second.width) - max(first.x, second.x)
+    height = min(first.y + first.height, second.y + second.height) - max(first.y, second.y)
+    return max(width, 0.0) * max(height, 0.0)
+
+
+def iou(first: Chain, second: Chain) -> float:
+    """Intersection over union of two chains over all their slices; boxes of one chain are taken not to overlap."""
+    shared = sum(intersection(a, b) for a in first for b in second if a.slice_number == b.slice_number)
+    area = sum(box.width * box.height for box in (*first, *second))
+    return shared / (area - shared)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Events:
+    """What an FROC curve is made of, sorted by falling score; `study` are indices into the Studies measured.
+
+    A true positive is a true region, at the highest score that finds it. num_true: regions of each Study.
+    """
+
+    score: Array
+    is_found: NDArray[np.bool_]
+    study: NDArray[np.int64]
+    num_true: NDArray[np.int64]
+
+
+def compare(studies: Sequence[str], predicted: Boxes, true: Boxes, *, as_chains: bool) -> Events:
+    """Finds and false positives in these Studies. as_chains: the unit is the fracture, else the box."""
+    scores, found, where, num_true = [], [], [], []
+    for index, study in enumerate(studies):
+        guesses, truths = (_units(boxes.get(study, []), as_chains) for boxes in (predicted, true))
+        best = [-math.inf] * len(truths)
+        for guess in guesses:
+            score = max(box.score for box in guess)
+            hits = [number for number, truth in enumerate(truths) if iou(guess, truth) > MIN_IOU]
+            for number in hits:
+                best[number] = max(best[number], score)
+            if not hits:
+                scores.append(score)
+                found.append(False)
+                where.append(index)
+        for score in best:
+            if score > -math.inf:
+                scores.append(score)
+                found.append(True)
+                where.append(index)
+        num_true.append(len(truths))
+    order = np.argsort(-np.array(scores, float), kind="stable")
+    return Events(
+        score=np.array(scores, float)[order],
+        is_found=np.array(found, bool)[order],
+        study=np.array(where, np.int64)[order],
+        num_true=np.array(num_true, np.int64),
+    )
+
+
+def _units(boxes: list[Box], as_chains: bool) -> list[Chain]:
+    return chains(boxes) if as_chains else [(box,) for box in boxes]
+
+
+def froc_curves(events: Events, counts: Array) -> tuple[Array, Array]:
+    """False positives per Study and sensitivity `(r, G + 1)`, from (0, 0), a point a distinct score.
+
+    counts: how often each Study occurs, `(r, N)`.
+    """
+    ends = np.flatnonzero(np.concatenate([np.diff(events.score) != 0, [True]])) if len(events.score) else []
+    weights = counts[:, events.study]
+    num_found = np.cumsum(weights * events.is_found, axis=1)[:, ends]
+    num_false = np.cumsum(weights * ~events.is_found, axis=1)[:, ends]
+    zero = np.zeros((len(counts), 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sensitivity = np.concatenate([zero, num_found], axis=1) / (counts @ events.num_true)[:, None]
+    return np.concatenate([zero, num_false], axis=1) / counts.sum(axis=1, keepdims=True), sensitivity
+
+
+def sensitivity_at(false_positives: Array, sensitivity: Array, limit: float) -> Array:
+    """The best sensitivity `(r,)` with at most `limit` false positives per Study."""
+    best: Array = np.where(false_positives <= limit, sensitivity, 0.0).max(axis=1)
+    return best
+
+
+def measure_froc(events: Events, resamples: NDArray[np.float32]) -> dict[str, Any]:
+    """Sensitivity at each of FALSE_POSITIVES_PER_STUDY, with bootstrap intervals over Studies."""
+    num_true = int(events.num_true.sum())
+    measured: dict[str, Any] = {"num_true": num_true, "num_found_at_any_score": int(events.is_found.sum())}
+    if num_true == 0:
+        return measured | {"reasons": {"all": "there is no true box in the Studies measured"}}
+    once = froc_curves(events, np.ones((1, len(events.num_true))))
+    measured["false_positives_per_study_at_any_score"] = float(once[0][0, -1])
+    resampled = [
+        froc_curves(events, chunk.astype(np.float64))
+        for chunk in np.array_split(resamples, max(1, len(resamples) // 50))
+    ]
+    for limit in FALSE_POSITIVES_PER_STUDY:
+        name = f"sensitivity_at_{limit:g}_fp".replace(".", "_")
+        measured[name] = float(sensitivity_at(*once, limit)[0])
+        measured[f"{name}_ci"] = percentile_interval(
+            np.concatenate([sensitivity_at(*curves, limit) for curves in resampled])
+        )
+    return measured
