@@ -7,7 +7,7 @@ Importing it does not import torch: the node's own processes stay small, and onl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.bundle import BundleError, read_bundle
+from model.bundle import DEFAULT_BUNDLE, BundleError, find_bundles, read_bundle
 from model.decode import PARSE_ERRORS
 from model.decode_pool import DecodePool
 from model.findings import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from model.pipeline import Pipeline
 
 __all__ = [
+    "DEFAULT_BUNDLE",
     "HEADER_TAGS",
     "LEVELS",
     "PARSE_ERRORS",
@@ -63,6 +64,7 @@ __all__ = [
     "Volume",
     "body_heights",
     "check_series",
+    "find_bundles",
     "find_midline",
     "load_pipeline",
     "read_bundle",
@@ -74,7 +76,7 @@ __all__ = [
 def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads: int | None = None) -> "Pipeline":
     """The analysis pipeline, its weights loaded and verified.
 
-    bundle: folder of a model bundle; None takes the one shipped with the package.
+    bundle: folder or zip file of a model bundle; None takes the one shipped with the package.
     device: "auto", "cpu" or a torch device such as "cuda:0". num_threads: CPU threads; None leaves torch's choice.
 
     Raises:

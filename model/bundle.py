@@ -1,31 +1,41 @@
-"""A trained model as a folder: safetensors weights and `bundle.json`, which says what they are and how to use them.
+"""A trained model in one place: safetensors weights and `bundle.json`, which says what they are and how to use them.
 
-Reading verifies the sha256 of every weights file and every key of the JSON; nothing in a bundle is executed. This
-module imports torch only to load weights, so that a bundle can be checked and named without it.
+A bundle is a folder, or a zip of one. Reading verifies the sha256 of every weights file and every key of the JSON;
+nothing in a bundle is executed. This module imports torch only to load weights, so that a bundle can be checked and
+named without it.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+import zipfile
+from dataclasses import asdict, dataclass, field
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.calibrate import Challenge, Platt
 from model.findings import ModelInfo
+from model.levels import LEVELS, OUTPUTS
+from model.typed_json import from_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from model.networks import FractureNet, VertebraUNet
+    from model.networks import FractureNet, RegionUNet, SliceVertebraUNet, StudyNet, VertebraUNet
 
-FORMAT = 1
+FORMAT = 2
 """Version of the bundle layout this code reads and writes."""
 
 DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "phantom"
 """The bundle that comes with the package."""
 
+DESCRIPTION = "bundle.json"
 VERTEBRA_WEIGHTS = "vertebra_unet.safetensors"
 REFINER_WEIGHTS = "vertebra_refiner.safetensors"
 FRACTURE_WEIGHTS = "fracture_net.safetensors"
+STUDY_WEIGHTS = "study_net.safetensors"
+REGION_WEIGHTS = "region_unet.safetensors"
+"""Names of the weights files; those of several folds have the fold's number before the suffix, from 0."""
 
 
 class BundleError(Exception):
@@ -34,13 +44,19 @@ class BundleError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentSettings:
-    """The vertebra U-Net and the grid it works on.
+    """The vertebra U-Net and the grid it works on: one of the two.
 
-    channels: of the encoder's scales, fine to coarse. spacing_mm: of the isotropic grid.
+    channels: of the 3D U-Net's scales, fine to coarse. encoder: of the 2.5D U-Net, see `model.networks.make_encoder`.
+    spacing_mm: of the isotropic grid.
     """
 
-    channels: tuple[int, ...]
+    channels: tuple[int, ...] = ()
+    encoder: str | None = None
     spacing_mm: float
+
+    def __post_init__(self) -> None:
+        if (self.encoder is None) == (not self.channels):
+            raise ValueError("segment needs either channels, for a 3D U-Net, or an encoder, for a 2.5D U-Net")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,74 +75,172 @@ class RefineSettings:
 class ClassifySettings:
     """The fracture network and the stack of slices it reads for each vertebra.
 
-    channels: of the slice encoder's scales. num_hidden: GRU units per direction. num_slices: slices over the vertebra's
-    extent. num_pixels, pixel_mm: side and pixel size of a slice. region_threshold: probability from which a pixel is
-    shown as fracture.
+    encoder: see `model.networks.make_encoder`. num_hidden: GRU units per direction. num_heads: 1 for all levels, or 7.
+    num_layers: of the GRU. num_slices: slices over the vertebra's extent. num_pixels, pixel_mm: side and pixel size of
+    a slice. window_hu: what is told apart in it. region_threshold: probability from which a pixel is shown as fracture.
     """
 
-    channels: tuple[int, ...]
+    encoder: str
     num_hidden: int
+    num_heads: int = 1
+    num_layers: int = 1
     num_slices: int
     num_pixels: int
     pixel_mm: float
+    window_hu: tuple[float, float] = (-700.0, 1800.0)
     region_threshold: float
+
+    def __post_init__(self) -> None:
+        if self.num_heads not in (1, len(LEVELS)):
+            raise ValueError(f"classify.num_heads is {self.num_heads}; it must be 1 or {len(LEVELS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudySettings:
+    """The network over the seven levels. num_hidden: GRU units per direction."""
+
+    num_hidden: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionSettings:
+    """The fracture-region U-Net: it draws the regions then, and gives a second opinion on each level.
+
+    encoder: see `model.networks.make_encoder`. weight: of its logit in the level's, 0..1.
+    """
+
+    encoder: str
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """One source of what the model learned from. use: which part of the model it trained, chose or measured."""
+
+    name: str
+    licence: str
+    use: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Networks:
-    """The networks of a bundle; `refiner` is None where the coarse vertebra U-Net's outline is final."""
+    """The networks of a bundle.
 
-    unet: "VertebraUNet"
+    refiner: None where the coarse vertebra U-Net's outline is final. fracture_nets: one for each fold. study_nets: the
+    same, each beside the fracture network it was trained with, or none at all.
+    """
+
+    unet: "VertebraUNet | SliceVertebraUNet"
     refiner: "VertebraUNet | None" = None
-    fracture_net: "FractureNet"
+    fracture_nets: "tuple[FractureNet, ...]"
+    study_nets: "tuple[StudyNet, ...]" = ()
+    region_net: "RegionUNet | None" = None
 
     def by_file(self) -> "dict[str, nn.Module]":
         """Each network by the name of its weights file."""
-        networks: dict[str, nn.Module] = {VERTEBRA_WEIGHTS: self.unet, FRACTURE_WEIGHTS: self.fracture_net}
+        networks: dict[str, nn.Module] = {VERTEBRA_WEIGHTS: self.unet}
         if self.refiner is not None:
             networks[REFINER_WEIGHTS] = self.refiner
+        networks.update(zip(_of_folds(FRACTURE_WEIGHTS, len(self.fracture_nets)), self.fracture_nets, strict=True))
+        networks.update(zip(_of_folds(STUDY_WEIGHTS, len(self.study_nets)), self.study_nets, strict=True))
+        if self.region_net is not None:
+            networks[REGION_WEIGHTS] = self.region_net
         return networks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A verified bundle; `metrics` are the numbers its training measured, for people to read."""
+    """A verified bundle.
+
+    folder: where it is; may be a zip file. refine, study, regions: None where there is no such network. num_folds: how
+    many fracture networks, and study networks, answer together. calibration: from logits to probabilities, by output;
+    an output that is not named is not calibrated. challenge: other numbers, made for the RSNA challenge's metric and
+    never shown as probabilities. metrics: what its training measured, for people to read.
+    """
 
     folder: Path
     info: ModelInfo
     segment: SegmentSettings
     refine: RefineSettings | None = None
     classify: ClassifySettings
+    num_folds: int = 1
+    study: StudySettings | None = None
+    regions: RegionSettings | None = None
+    calibration: dict[str, Platt] = field(default_factory=dict)
+    challenge: Challenge | None = None
+    training_data: tuple[TrainingData, ...] = ()
     metrics: dict[str, Any]
 
-    def new_networks(self) -> Networks:
-        """Networks of this architecture, untrained."""
-        from model.networks import FractureNet, VertebraUNet
+    def __post_init__(self) -> None:
+        if self.num_folds < 1:
+            raise ValueError(f"num_folds is {self.num_folds}; at least 1 is needed")
+        if unknown := sorted(self.calibration.keys() - set(OUTPUTS)):
+            raise ValueError(f"calibration has {', '.join(unknown)}; the outputs are {', '.join(OUTPUTS)}")
 
-        refine = self.refine
-        return Networks(
-            unet=VertebraUNet(self.segment.channels),
-            refiner=VertebraUNet(refine.channels, refine.in_channels) if refine else None,
-            fracture_net=FractureNet(
-                f"residual-{'-'.join(map(str, self.classify.channels))}", self.classify.num_hidden
-            ),
+    @property
+    def file_names(self) -> tuple[str, ...]:
+        """The weights files such a bundle has."""
+        return (
+            VERTEBRA_WEIGHTS,
+            *([REFINER_WEIGHTS] if self.refine else []),
+            *_of_folds(FRACTURE_WEIGHTS, self.num_folds),
+            *_of_folds(STUDY_WEIGHTS, self.num_folds if self.study else 0),
+            *([REGION_WEIGHTS] if self.regions else []),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `bundle.json` says, but for format and hashes."""
+        content = asdict(self)
+        del content["folder"]
+        return content
+
+    def new_networks(self) -> Networks:
+        """Networks of this architecture, untrained.
+
+        Raises:
+            BundleError: there is no such encoder, or it needs a package that is not installed.
+        """
+        from model.networks import FractureNet, RegionUNet, SliceVertebraUNet, StudyNet, VertebraUNet
+
+        folds = range(self.num_folds)
+        segment, refine, classify = self.segment, self.refine, self.classify
+        study, regions = self.study, self.regions
+        try:
+            return Networks(
+                unet=SliceVertebraUNet(segment.encoder) if segment.encoder else VertebraUNet(segment.channels),
+                refiner=VertebraUNet(refine.channels, refine.in_channels) if refine else None,
+                fracture_nets=tuple(
+                    FractureNet(
+                        classify.encoder,
+                        classify.num_hidden,
+                        num_heads=classify.num_heads,
+                        num_layers=classify.num_layers,
+                    )
+                    for _ in folds
+                ),
+                study_nets=tuple(StudyNet(2 * classify.num_hidden, study.num_hidden) for _ in folds) if study else (),
+                region_net=RegionUNet(regions.encoder) if regions else None,
+            )
+        except (ValueError, ModuleNotFoundError) as error:
+            raise BundleError(f"The model bundle {self.folder} cannot be used here: {error}") from error
 
     def load_networks(self) -> Networks:
         """All networks on the CPU in evaluation mode.
 
         Raises:
-            BundleError: the weights do not fit the architecture the bundle names.
+            BundleError: the weights do not fit the architecture the bundle names, or it cannot be built here.
         """
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         networks = self.new_networks()
+        files = _files(self.folder)
         for name, network in networks.by_file().items():
             try:
-                network.load_state_dict(load_file(self.folder / name))
-            except RuntimeError as error:
+                network.load_state_dict(load((files / name).read_bytes()))
+            except (RuntimeError, SafetensorError) as error:
                 raise BundleError(
-                    f"{self.folder / name} does not fit the architecture in bundle.json ({error}). "
+                    f"{self.folder / name} does not fit the architecture in {DESCRIPTION} ({error}). "
                     "Use the two as they were exported together."
                 ) from error
             network.eval()
@@ -134,90 +248,87 @@ class Bundle:
 
 
 def read_bundle(folder: Path | None = None) -> Bundle:
-    """The bundle in a folder, every file verified; None takes the one that comes with the package.
+    """The bundle in a folder or zip file, every file verified; None takes the one that comes with the package.
 
     Raises:
         BundleError: what is missing, damaged or unknown, and what to do.
     """
     folder = DEFAULT_BUNDLE if folder is None else Path(folder)
-    path = folder / "bundle.json"
+    path = folder / DESCRIPTION
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        files = _files(folder)
+        content = json.loads((files / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, zipfile.BadZipFile) as error:
         raise BundleError(
-            f"No model bundle in {folder}: bundle.json cannot be read ({error.strerror}). "
+            f"No model bundle in {folder}: {DESCRIPTION} cannot be read ({getattr(error, 'strerror', None) or error}). "
             "Name a folder that `cspine-train` exported, or leave the setting out for the bundle that comes with this."
         ) from error
     except ValueError as error:
         raise BundleError(f"{path} is not valid JSON ({error}). Copy or export the bundle again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
+    found = content.pop("format", None) if isinstance(content, dict) else None
+    if found != FORMAT:
         raise BundleError(
             f"{path} has format {found!r}; this version reads format {FORMAT}. Export the model again with it."
         )
     try:
-        bundle = Bundle(
-            folder=folder,
-            info=_settings(ModelInfo, content["model"]),
-            segment=_settings(SegmentSettings, content["segment"]),
-            refine=_settings(RefineSettings, content["refine"]) if content.get("refine") else None,
-            classify=_settings(ClassifySettings, content["classify"]),
-            metrics=dict(content["metrics"]),
-        )
-        hashes = dict(content["sha256"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(f"{path} is not a complete bundle: {error}. Copy or export the bundle again.") from error
-    for name in (VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS, *([REFINER_WEIGHTS] if bundle.refine else [])):
-        _verify(folder / name, hashes.get(name))
+        hashes = from_json(dict[str, str], content.pop("sha256", {}), "sha256")
+        bundle: Bundle = from_json(Bundle, {"folder": folder, **content}, DESCRIPTION)
+        if surplus := sorted(hashes.keys() - set(bundle.file_names)):
+            raise ValueError(f"sha256 names {', '.join(surplus)}, which this architecture does not have")
+    except ValueError as error:
+        raise BundleError(f"{path} does not describe a bundle: {error}. Copy or export the bundle again.") from error
+    for name in bundle.file_names:
+        _verify(files / name, hashes.get(name))
     return bundle
+
+
+def find_bundles(place: Path) -> list[Path]:
+    """The bundle that a path is, or else those in that folder; the path itself if there is none."""
+    if place.is_file() or (place / DESCRIPTION).exists():
+        return [place]
+    inside = [path for path in sorted(place.glob("*")) if (path / DESCRIPTION).exists() or path.suffix == ".zip"]
+    return inside or [place]
 
 
 def write_bundle(bundle: Bundle, networks: Networks) -> None:
     """Writes weights and `bundle.json` to `bundle.folder`, which is made if needed."""
     from safetensors.torch import save_file
 
+    by_file = networks.by_file()
+    if by_file.keys() != set(bundle.file_names):
+        raise ValueError(f"The bundle describes {bundle.file_names}; the networks given are {tuple(by_file)}.")
     bundle.folder.mkdir(parents=True, exist_ok=True)
     hashes = {}
-    for name, network in networks.by_file().items():
+    for name, network in by_file.items():
         save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, bundle.folder / name)
         (bundle.folder / name).chmod(0o644)  # the node may run as another user than trained
         hashes[name] = _sha256(bundle.folder / name)
-    content = {
-        "format": FORMAT,
-        "model": asdict(bundle.info),
-        "segment": asdict(bundle.segment),
-        **({"refine": asdict(bundle.refine)} if bundle.refine else {}),
-        "classify": asdict(bundle.classify),
-        "metrics": bundle.metrics,
-        "sha256": hashes,
-    }
-    (bundle.folder / "bundle.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"format": FORMAT, **bundle.to_dict(), "sha256": hashes}
+    (bundle.folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _settings(kind: type[Any], content: dict[str, Any]) -> Any:
-    """One settings object of a bundle; all its fields and no others, each of the type it is declared with."""
-    known: dict[str, Any] = {field.name: field.type for field in fields(kind)}
-    if content.keys() != known.keys():
-        raise ValueError(f"{kind.__name__} needs {sorted(known)} and has {sorted(content)}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
-    types: dict[Any, Any] = {str: str, int: int, float: (int, float)}
-    for name, value in values.items():
-        if not isinstance(value, types.get(known[name], tuple)) or isinstance(value, bool):
-            raise ValueError(f"{kind.__name__}.{name} is {value!r}, which is not of type {known[name]}")
-    return kind(**values)
+def _of_folds(name: str, num_folds: int) -> tuple[str, ...]:
+    """The names of a network's weights files."""
+    stem, suffix = name.split(".")
+    return (name,) if num_folds == 1 else tuple(f"{stem}.{fold}.{suffix}" for fold in range(num_folds))
 
 
-def _verify(path: Path, expected: str | None) -> None:
-    if not path.is_file():
-        raise BundleError(f"{path} is missing from the model bundle. Copy or export the bundle again.")
-    found = _sha256(path)
+def _files(folder: Path) -> Traversable:
+    """What a bundle's files are found in."""
+    return zipfile.Path(folder) if folder.is_file() else folder
+
+
+def _verify(file: Traversable, expected: str | None) -> None:
+    if not file.is_file():
+        raise BundleError(f"{file} is missing from the model bundle. Copy or export the bundle again.")
+    found = _sha256(file)
     if found != expected:
         raise BundleError(
-            f"{path} is damaged or was exchanged: its sha256 is {found}, bundle.json says {expected}. "
+            f"{file} is damaged or was exchanged: its sha256 is {found}, {DESCRIPTION} says {expected}. "
             "Copy or export the bundle again."
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(file: Traversable) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Is each vertebra fractured, and where? The fracture network on a stack of slices per vertebra, back to Instances.
+"""Is each vertebra fractured, and where? The networks on a stack of slices per vertebra, back to Instances.
 
 Called by `model/pipeline.py`; `training/` cuts its samples with the same functions.
 """
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from model.bundle import ClassifySettings
+from model.bundle import Bundle, ClassifySettings, Networks
 from model.findings import Region, SliceWeight
 from model.geometry import FloatArray, Grid
+from model.levels import LEVELS
 from model.memory import answer
-from model.networks import FractureNet
+from model.networks import FractureAnswer, RegionAnswer, StudyAnswer
 from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
@@ -34,16 +35,24 @@ MIN_REGION_MM2 = 3.0
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Verdict:
-    """The network's answer for one vertebra.
+    """The networks' answer for one vertebra.
 
-    attention: float `(num_slices,)`, sums to 1. regions: probability of fracture, float32 `(num_slices, Y, X)`, on
-    `grid`.
+    logit: of "fractured", not calibrated. attention: float `(num_slices,)`, sums to 1. regions: probability of
+    fracture, float32 `(num_slices, Y, X)`, on `grid`.
     """
 
-    probability: float
+    logit: float
     attention: NDArray[np.float32]
     regions: Tensor
     grid: Grid
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judgement:
+    """The networks' answer for a patient: verdicts by label, and the logit of "any of them", None if there are none."""
+
+    verdicts: dict[int, Verdict]
+    patient_logit: float | None
 
 
 def stack_grid(lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, settings: ClassifySettings) -> Grid:
@@ -84,14 +93,18 @@ def sample_mask(labels: NDArray[np.uint8], grid: Grid, slices: Grid, label: int)
     return sample(torch.from_numpy(part == label).float()[None], part_grid, slices)[0]
 
 
-def network_input(planes_hu: Tensor, masks: Tensor) -> Tensor:
+def network_input(
+    planes_hu: Tensor, masks: Tensor, window_hu: tuple[float, float] = ClassifySettings.window_hu
+) -> Tensor:
     """The network's input `(B, S, 6, Y, X)`: each slice with its neighbours in a bone window, and the mask.
 
     planes_hu: `(B, planes, Y, X)` on a `stack_grid`. masks: `(B, S, Y, X)`, 0..1, on its `slice_grid`; blurred here, so
     that it says which vertebra is meant and no more. Of sharp masks the network took a wrong edge for a fracture.
+    window_hu: becomes -2..3.
     """
     masks = F.avg_pool2d(masks, 7, 1, 3, count_include_pad=False)
-    windowed = ((planes_hu - 300) / 500).clamp(-2, 3)
+    lower, upper = window_hu
+    windowed = ((planes_hu - lower) * 5 / (upper - lower) - 2).clamp(-2, 3)
     num_slices = masks.shape[-3]
     channels = [windowed[..., k : k + 2 * num_slices - 1 : 2, :, :] for k in range(2 * NUM_NEIGHBOURS + 1)]
     return torch.stack([*channels, masks], dim=-3)
@@ -101,16 +114,17 @@ def judge(
     volume: Volume,
     labels: NDArray[np.uint8],
     vertebrae: list[Vertebra],
-    network: FractureNet,
-    settings: ClassifySettings,
+    networks: Networks,
+    bundle: Bundle,
     device: torch.device,
-) -> dict[int, Verdict]:
-    """A verdict for each vertebra, by label; all are judged at once if memory allows.
+) -> Judgement:
+    """What all networks together say of these vertebrae; all are judged at once if memory allows.
 
-    labels: as `find_vertebrae` gives them.
+    labels: as `find_vertebrae` gives them. Folds count the same: logits are averaged.
     """
     if not vertebrae:
-        return {}
+        return Judgement(verdicts={}, patient_logit=None)
+    settings = bundle.classify
     planes = [stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings) for vertebra in vertebrae]
     slices = [slice_grid(grid) for grid in planes]
     planes_hu = torch.stack([sample_planes(volume.voxels_hu, volume.grid, grid) for grid in planes])
@@ -120,18 +134,50 @@ def judge(
             for vertebra, grid in zip(vertebrae, slices, strict=True)
         ]
     )
-    logits, attention, region_logits, *_ = answer(network, network_input(planes_hu, masks), device)
-    probabilities = logits.float().sigmoid()
-    regions = region_logits.float().sigmoid() * _dilated(masks, settings.pixel_mm)
-    return {
+    stacks = network_input(planes_hu, masks, settings.window_hu)
+    levels = torch.tensor([vertebra.label - 1 for vertebra in vertebrae])
+    folds = [FractureAnswer(*answer(network, stacks, device, levels)) for network in networks.fracture_nets]
+    logits, patient_logit = _as_study(folds, levels, networks, device)
+    if networks.region_net is None or bundle.regions is None:
+        regions = _mean([fold.regions.float().sigmoid() for fold in folds])
+    else:
+        opinion = RegionAnswer(*answer(networks.region_net, stacks, device))
+        logits = torch.lerp(logits, opinion.logits.float(), bundle.regions.weight)
+        regions = opinion.regions.float().sigmoid()
+    regions = regions * _dilated(masks, settings.pixel_mm)
+    attention = _mean([fold.attention.float() for fold in folds])
+    verdicts = {
         vertebra.label: Verdict(
-            probability=float(probabilities[i]),
-            attention=attention[i].float().numpy(),
-            regions=regions[i],
-            grid=slices[i],
+            logit=float(logits[i]), attention=attention[i].numpy(), regions=regions[i], grid=slices[i]
         )
         for i, vertebra in enumerate(vertebrae)
     }
+    return Judgement(
+        verdicts=verdicts, patient_logit=float(logits.max()) if patient_logit is None else float(patient_logit)
+    )
+
+
+def _as_study(
+    folds: list[FractureAnswer], levels: Tensor, networks: Networks, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The mean logit of each vertebra over the folds, and of the patient; None without study networks.
+
+    levels: which of C1..C7 the vertebrae are, 0..6.
+    """
+    if not networks.study_nets:
+        return _mean([fold.logits.float() for fold in folds]), None
+    present = torch.zeros(1, len(LEVELS), dtype=torch.bool)
+    present[0, levels] = True
+    studies = []
+    for fold, network in zip(folds, networks.study_nets, strict=True):
+        contexts, logits = torch.zeros(1, len(LEVELS), fold.context.shape[1]), torch.zeros(1, len(LEVELS))
+        contexts[0, levels], logits[0, levels] = fold.context.float(), fold.logits.float()
+        studies.append(StudyAnswer(*answer(network, contexts, device, logits, present)))
+    return _mean([study.logits[0, levels] for study in studies]), _mean([study.patient[0] for study in studies])
+
+
+def _mean(folds: list[Tensor]) -> Tensor:
+    return torch.stack(folds).mean(0)
 
 
 def attention_by_instance(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from model.levels import LEVELS
+
 
 class Finding(StrEnum):
     """Answer to "is it fractured?"."""
@@ -69,13 +71,26 @@ class PatientFinding:
 class ModelInfo:
     """Which model spoke. trained_on: a sentence on its training data, shown wherever its numbers are shown.
 
-    operating_point: probability from which a finding is called present.
+    operating_point: probability from which a finding is called present. level_operating_points: the same, of each
+    level; those not given get operating_point.
     """
 
     name: str
     version: str
     trained_on: str
     operating_point: float
+    level_operating_points: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(self.level_operating_points.keys() - set(LEVELS)):
+            raise ValueError(f"level_operating_points has {', '.join(unknown)}; the levels are {', '.join(LEVELS)}")
+        complete = dict.fromkeys(LEVELS, self.operating_point) | self.level_operating_points
+        object.__setattr__(self, "level_operating_points", complete)
+
+    @property
+    def own_operating_points(self) -> dict[str, float]:
+        """Those of levels that differ from the patient's."""
+        return {level: at for level, at in self.level_operating_points.items() if at != self.operating_point}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +117,12 @@ class Analysis:
     vertebrae: uint8 `(Z, Y, X)`, 0 background, 1..7 = C1..C7. fractures: the same, of voxels of suspected fracture.
     saliency: uint8 `(Z, Y, X)`, 0..255 for 0..1: what the answer rests on at the levels whose finding is present. It is
     the probability that a voxel belongs to a fracture, times the attention its slice received, as a share of the most
-    attended slice of its level. 0 at all other levels.
+    attended slice of its level. 0 at all other levels. logits: of each of `model.levels.OUTPUTS` that was judged,
+    before calibration.
     """
 
     findings: Findings
     vertebrae: NDArray[np.uint8]
     fractures: NDArray[np.uint8]
     saliency: NDArray[np.uint8]
+    logits: dict[str, float] = field(default_factory=dict)

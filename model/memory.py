@@ -14,15 +14,16 @@ log = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 
 
-def answer(network: nn.Module, batch: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+def answer(network: nn.Module, batch: Tensor, device: torch.device, *more: Tensor) -> tuple[Tensor, ...]:
     """The network's outputs for `(B, ...)`, on the CPU; each output has B first.
 
-    The network is moved to where it is run, and may be left there: the next call moves it again.
+    more: its further inputs, each with B first. The network is moved to where it is run, and may be left there: the
+    next call moves it again.
     """
     size = len(batch)
     while True:
         try:
-            return _run(network, batch, device, size)
+            return _run(network, (batch, *more), device, size)
         except RuntimeError as error:
             if device == _CPU or not _is_out_of_memory(error):
                 raise
@@ -37,11 +38,11 @@ def answer(network: nn.Module, batch: Tensor, device: torch.device) -> tuple[Ten
             device = _CPU
 
 
-def _run(network: nn.Module, batch: Tensor, device: torch.device, size: int) -> tuple[Tensor, ...]:
+def _run(network: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, size: int) -> tuple[Tensor, ...]:
     network.to(device)
     parts: list[Sequence[Tensor]] = []
-    for part in torch.split(batch, size):
-        outputs = network(part.to(device))
+    for part in zip(*(torch.split(tensor, size) for tensor in inputs), strict=True):
+        outputs = network(*(tensor.to(device) for tensor in part))
         parts.append([output.cpu() for output in outputs])
     return tuple(torch.cat(output) for output in zip(*parts, strict=True))
 

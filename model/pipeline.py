@@ -6,7 +6,7 @@ files.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from model.bundle import Bundle, Networks, read_bundle
+from model.calibrate import Platt
 from model.classify import Verdict, as_regions, attention_by_instance, draw_regions, judge
 from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo, PatientFinding, Region, SliceWeight
-from model.levels import LEVELS
+from model.levels import LEVELS, OUTPUTS
 from model.networks import VertebraUNet
 from model.segment import Vertebra, find_vertebrae
 from model.volume import Volume
+
+PATIENT = OUTPUTS[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +38,6 @@ class Pipeline:
         """Which model this is."""
         return self.bundle.info
 
-    @torch.inference_mode()
     def analyse(self, volume: Volume, *, on_stage: Callable[[str], None] | None = None) -> Analysis:
         """Findings and masks of one volume; the same volume gives the same answer on the same machine.
 
@@ -44,28 +46,56 @@ class Pipeline:
         begin = on_stage or (lambda stage: None)
         begin("segment")
         started = time.perf_counter()
-        labels, vertebrae = find_vertebrae(volume, self.networks.unet, self.bundle.segment, self.device)
+        labels, vertebrae = self.segment(volume)
         segmented = time.perf_counter()
         begin("classify")
-        whole = [vertebra for vertebra in vertebrae if not vertebra.is_cut]
-        verdicts = judge(volume, labels, whole, self.networks.fracture_net, self.bundle.classify, self.device)
+        analysis = self.judge(volume, labels, vertebrae)
+        timings_s = {"segment": segmented - started, "classify": time.perf_counter() - segmented}
+        return replace(analysis, findings=replace(analysis.findings, timings_s=timings_s))
+
+    @torch.inference_mode()
+    def segment(self, volume: Volume) -> tuple[NDArray[np.uint8], list[Vertebra]]:
+        """The first step: labels on the source grid and what was found, as `find_vertebrae` gives them."""
+        return find_vertebrae(volume, self.networks.unet, self.bundle.segment, self.device)
+
+    @torch.inference_mode()
+    def judge(self, volume: Volume, labels: NDArray[np.uint8], vertebrae: list[Vertebra]) -> Analysis:
+        """The second step: findings on vertebrae that were found; `timings_s` is empty."""
+        reasons = reasons_not_to_judge(volume, labels, vertebrae)
+        judged = [vertebra for vertebra in vertebrae if vertebra.label not in reasons]
+        judgement = judge(volume, labels, judged, self.networks, self.bundle, self.device)
         fractures, saliency = np.zeros(volume.grid.shape, np.uint8), np.zeros(volume.grid.shape, np.uint8)
         by_label = {vertebra.label: vertebra for vertebra in vertebrae}
         levels = {
-            name: self._level(volume, by_label.get(label), verdicts.get(label), fractures, saliency)
+            name: self._level(volume, by_label.get(label), judgement.verdicts.get(label), fractures, saliency)
             for label, name in enumerate(LEVELS, start=1)
         }
-        timings_s = {"segment": segmented - started, "classify": time.perf_counter() - segmented}
         findings = Findings(
             study_instance_uid=volume.study_instance_uid,
             series_instance_uid=volume.series_instance_uid,
             model=self.info,
-            patient_overall=patient_finding(levels),
+            patient_overall=self._patient(levels, judgement.patient_logit),
             levels=levels,
-            warnings=(*volume.warnings, *_warnings(levels)),
-            timings_s=timings_s,
+            warnings=(*volume.warnings, *_warnings(levels, reasons)),
         )
-        return Analysis(findings=findings, vertebrae=labels, fractures=fractures, saliency=saliency)
+        logits = {LEVELS[label - 1]: verdict.logit for label, verdict in judgement.verdicts.items()}
+        if judgement.patient_logit is not None:
+            logits[PATIENT] = judgement.patient_logit
+        return Analysis(findings=findings, vertebrae=labels, fractures=fractures, saliency=saliency, logits=logits)
+
+    def _probability(self, output: str, logit: float) -> float:
+        """Calibrated, where the bundle says how."""
+        return self.bundle.calibration.get(output, Platt()).probability(logit)
+
+    def _patient(self, levels: dict[str, LevelFinding], logit: float | None) -> PatientFinding:
+        """The patient's finding, in accord with the levels': "any of them" is at least as probable as each of them."""
+        if logit is None:
+            return PatientFinding(probability=None, finding=Finding.UNDETERMINED)
+        probability = max(self._probability(PATIENT, logit), *(level.probability or 0.0 for level in levels.values()))
+        is_present = probability >= self.info.operating_point or any(
+            level.finding is Finding.PRESENT for level in levels.values()
+        )
+        return PatientFinding(probability=probability, finding=Finding.PRESENT if is_present else Finding.ABSENT)
 
     def _level(
         self,
@@ -83,8 +113,9 @@ class Pipeline:
         attention: tuple[SliceWeight, ...] = ()
         regions: tuple[Region, ...] = ()
         if verdict is not None:
-            probability = verdict.probability
-            finding = Finding.PRESENT if probability >= self.info.operating_point else Finding.ABSENT
+            level = LEVELS[vertebra.label - 1]
+            probability = self._probability(level, verdict.logit)
+            finding = Finding.PRESENT if probability >= self.info.level_operating_points[level] else Finding.ABSENT
             attention = attention_by_instance(verdict, vertebra.centroid_lps_mm, volume.grid, volume.slices)
             if finding is Finding.PRESENT:
                 threshold = self.bundle.classify.region_threshold
@@ -122,16 +153,9 @@ def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads:
     return Pipeline(bundle=verified, networks=networks, device=on)
 
 
-def patient_finding(levels: dict[str, LevelFinding]) -> PatientFinding:
-    """The patient's finding: as probable as the most probable level, so that it is present iff some level is.
-
-    On phantoms the noisy-or of the levels ranked patients no better (training/LOG.md).
-    """
-    judged = [level for level in levels.values() if level.probability is not None]
-    if not judged:
-        return PatientFinding(probability=None, finding=Finding.UNDETERMINED)
-    most = max(judged, key=lambda level: level.probability or 0.0)
-    return PatientFinding(probability=most.probability, finding=most.finding)
+def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: list[Vertebra]) -> dict[int, str]:
+    """Why vertebrae that were found are left undetermined, by label; each goes on a sentence: "Cut by ...: C1, C7."."""
+    return {vertebra.label: "Cut by the field of view" for vertebra in vertebrae if vertebra.is_cut}
 
 
 def _device(name: str) -> torch.device:
@@ -145,15 +169,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _warnings(levels: dict[str, LevelFinding]) -> list[str]:
+def _warnings(levels: dict[str, LevelFinding], reasons: dict[int, str]) -> list[str]:
     """What the reader of the findings must know about what was not judged."""
     absent = [name for name, level in levels.items() if not level.in_field_of_view]
-    cut = [name for name, level in levels.items() if level.in_field_of_view and level.probability is None]
     if len(absent) == len(levels):
         return ["No cervical vertebra was found: nothing was judged. Is this a CT of the neck?"]
-    sentences = []
-    if absent:
-        sentences.append(f"Not found in the field of view, not judged: {', '.join(absent)}.")
-    if cut:
-        sentences.append(f"Cut by the field of view, not judged: {', '.join(cut)}.")
+    sentences = [f"Not found in the field of view, not judged: {', '.join(absent)}."] if absent else []
+    for reason in dict.fromkeys(reasons.values()):
+        names = [LEVELS[label - 1] for label in sorted(reasons) if reasons[label] == reason]
+        sentences.append(f"{reason}, not judged: {', '.join(names)}.")
     return sentences

@@ -16,7 +16,7 @@ from model.bundle import SegmentSettings
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
-from model.networks import VertebraUNet
+from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import AIR_HU, body_volume, index_range, sample
 from model.volume import Volume
 
@@ -61,7 +61,7 @@ def network_input(voxels_hu: Tensor) -> Tensor:
 
 
 def find_vertebrae(
-    volume: Volume, network: VertebraUNet, settings: SegmentSettings, device: torch.device
+    volume: Volume, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     coarse_hu, coarse_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)

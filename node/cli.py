@@ -20,6 +20,7 @@ from node.commands.cases import cases, delete, pause, resume, retry
 from node.commands.conformance import conformance
 from node.commands.deliveries import deliveries
 from node.commands.fetch import fetch
+from node.commands.models import models
 from node.commands.notifications import notifications
 from node.commands.purge import purge
 from node.commands.rules import rules
@@ -254,6 +255,7 @@ for _command in (cases, pause, resume, retry, delete):
 main.add_command(conformance)
 main.add_command(deliveries)
 main.add_command(fetch)
+main.add_command(models)
 main.add_command(notifications)
 main.add_command(purge)
 main.add_command(rules)

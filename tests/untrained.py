@@ -13,7 +13,7 @@ def write_untrained_bundle(folder: Path) -> Path:
         info=ModelInfo(name="untrained", version="0.0.1", trained_on="Nothing.", operating_point=0.5),
         segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
         classify=ClassifySettings(
-            channels=(4, 8), num_hidden=4, num_slices=3, num_pixels=32, pixel_mm=1.0, region_threshold=0.5
+            encoder="residual-4-8", num_hidden=4, num_slices=3, num_pixels=32, pixel_mm=1.0, region_threshold=0.5
         ),
         metrics={},
     )

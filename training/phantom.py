@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from model.bundle import Bundle, ClassifySettings, Networks, SegmentSettings, write_bundle
+from model.bundle import Bundle, ClassifySettings, Networks, SegmentSettings, TrainingData, write_bundle
 from model.findings import ModelInfo
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
@@ -25,10 +25,15 @@ logger = logging.getLogger(__name__)
 
 SEGMENT = SegmentSettings(channels=(8, 24, 48, 80, 96), spacing_mm=2.5)
 CLASSIFY = ClassifySettings(
-    channels=(24, 48, 96, 128), num_hidden=64, num_slices=15, num_pixels=96, pixel_mm=0.9, region_threshold=0.5
+    encoder="residual-24-48-96-128", num_hidden=64, num_slices=15, num_pixels=96, pixel_mm=0.9, region_threshold=0.5
 )
 TRAINED_ON = (
     "Trained only on procedurally generated phantoms, never on patients: probabilities are not valid for real necks."
+)
+TRAINING_DATA = TrainingData(
+    name="phantoms of model/phantom, drawn by seed",
+    licence="MIT, as this repository",
+    use="training, operating point and measurement, of different seeds",
 )
 VERSION = "0.1.0"
 
@@ -77,7 +82,7 @@ def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
     seen, held_out = stacks[: plan.num_patients], stacks[plan.num_patients :]
 
     # 4. The fracture network learns what is broken, and where.
-    fracture_net = FractureNet(f"residual-{'-'.join(map(str, CLASSIFY.channels))}", CLASSIFY.num_hidden)
+    fracture_net = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden)
     steps = train_fracture_net(
         fracture_net,
         seen,
@@ -111,9 +116,10 @@ def train_phantom_bundle(out: Path, work: Path, plan: Plan) -> Bundle:
         ),
         segment=SEGMENT,
         classify=CLASSIFY,
+        training_data=(TRAINING_DATA,),
         metrics=metrics,
     )
-    networks = Networks(unet=unet, fracture_net=fracture_net)
+    networks = Networks(unet=unet, fracture_nets=(fracture_net,))
     write_bundle(bundle, networks)
     if plan.num_evaluated:
         metrics["unseen_phantoms"] = measure(out, work / "evaluation.json", plan.num_evaluated)

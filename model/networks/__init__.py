@@ -8,7 +8,7 @@ from model.networks.encoders import make_encoder
 from model.networks.fracture import FractureAnswer, FractureNet
 from model.networks.study import StudyAnswer, StudyNet
 from model.networks.unet3d import VertebraUNet
-from model.networks.unet25d import RegionAnswer, RegionUNet, SliceUNet
+from model.networks.unet25d import RegionAnswer, RegionUNet, SliceUNet, SliceVertebraUNet
 
 __all__ = [
     "FractureAnswer",
@@ -16,6 +16,7 @@ __all__ = [
     "RegionAnswer",
     "RegionUNet",
     "SliceUNet",
+    "SliceVertebraUNet",
     "StudyAnswer",
     "StudyNet",
     "VertebraUNet",

@@ -60,6 +60,36 @@ class SliceUNet(nn.Module):
         return self.head(y)  # type: ignore[no-any-return]
 
 
+class SliceVertebraUNet(nn.Module):
+    """The reference U-Net run over a volume slice by slice; it answers as `VertebraUNet` does, so that it can stand in.
+
+    The level of a voxel is that of its likeliest vertebra: a whole number here.
+    """
+
+    NUM_AT_ONCE = 32
+    """Slices; more need more memory and gain nothing."""
+
+    def __init__(self, encoder: str = "efficientnet-b0") -> None:
+        super().__init__()
+        self.unet = SliceUNet(encoder)
+        self.stride = self.unet.stride
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Scores `(B, 2, Z, Y, X)` of the input of `VertebraUNet`, of which the first window is read.
+
+        Channel 0 is the logit of "vertebra", channel 1 the level, 1..8.
+        """
+        num_volumes, _, num_slices = x.shape[:3]
+        window = torch.cat([x[:, :1, :1], x[:, :1], x[:, :1, -1:]], dim=2)
+        triples = torch.cat([window[:, :, k : k + num_slices] for k in range(3)], dim=1)
+        slices = triples.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        classes = torch.cat([self.unet(part) for part in torch.split(slices, self.NUM_AT_ONCE)])
+        vertebra = classes[:, 1:].logsumexp(1) - classes[:, 0]
+        level = classes[:, 1:].argmax(1) + 1
+        scores = torch.stack([vertebra, level.to(vertebra.dtype)], dim=1)
+        return [scores.reshape(num_volumes, num_slices, *scores.shape[1:]).transpose(1, 2)]
+
+
 class RegionAnswer(NamedTuple):
     """logits: of "fractured", `(B,)`. regions: logits of "fracture", `(B, S, Y, X)`."""
 

@@ -45,10 +45,11 @@ def algorithm_sequence(model: ModelInfo) -> AlgorithmIdentificationSequence:
 
 
 def algorithm_template(model: ModelInfo) -> AlgorithmIdentification:
-    """The model in a group of a report, with its operating point (TID 4019)."""
+    """The model in a group of a report, with its operating points (TID 4019)."""
+    points = {"": model.operating_point} | {f"{name}: ": at for name, at in model.own_operating_points.items()}
     return AlgorithmIdentification(
         name=model.name,
         version=model.version,
-        parameters=[f"called present from a probability of {100 * model.operating_point:g} %"],
+        parameters=[f"{name}called present from a probability of {100 * at:g} %" for name, at in points.items()],
         family=codes.ARTIFICIAL_INTELLIGENCE,
     )

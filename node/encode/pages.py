@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pydicom
 
-from model import LEVELS, Analysis, Finding, LevelFinding, Volume
+from model import LEVELS, Analysis, Finding, LevelFinding, ModelInfo, Volume
 from node.encode.canvas import FAINT, INK, PAGE_PIXELS, RULE, Canvas, Colour
 from node.encode.keyslices import attention_by_plane, key_planes
 from node.encode.panels import WINDOW, draw_view, level_colour
@@ -147,7 +147,7 @@ def _draw_table(case: _Case, canvas: Canvas, *, x: float, y: float, width: float
         canvas.fill(bar, RULE)
         if probability is not None:
             canvas.fill((bar[0], bar[1], bar[2] * probability, bar[3]), _WARNING if suspected else FAINT)
-            tick = bar[0] + bar[2] * findings.model.operating_point
+            tick = bar[0] + bar[2] * findings.model.level_operating_points.get(name, findings.model.operating_point)
             canvas.fill((tick - 1, bar[1] - 3, 2, bar[3] + 6), INK)
         canvas.text(x + 18, top + 45, answer, _TEXT, _WARNING if suspected else FAINT, bold=suspected)
 
@@ -163,7 +163,7 @@ def _draw_notes(case: _Case, canvas: Canvas, *, y: float) -> None:
         *findings.warnings,
     ]
     right = [
-        f"White tick: from a probability of {100 * findings.model.operating_point:g} % a fracture is suspected. "
+        f"White tick: from a probability of {_operating_points(findings.model)} a fracture is suspected. "
         "Red line, dashed box: suspicious region.",
         f"Both views follow the curve of the spine; {WINDOW}.",
         _model(case),
@@ -313,6 +313,11 @@ def _answer(level: LevelFinding) -> str:
 def _model(case: _Case) -> str:
     model = case.analysis.findings.model
     return f"Model {model.name} {model.version}: {model.trained_on}"
+
+
+def _operating_points(model: ModelInfo) -> str:
+    others = ", ".join(f"{name}: {100 * at:g} %" for name, at in model.own_operating_points.items())
+    return f"{100 * model.operating_point:g} %{f' ({others})' if others else ''}"
 
 
 def _percent(probability: float) -> str:

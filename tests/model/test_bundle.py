@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,63 +12,101 @@ import pytest
 import torch
 
 from model.bundle import (
-    FRACTURE_WEIGHTS,
-    REFINER_WEIGHTS,
-    VERTEBRA_WEIGHTS,
     Bundle,
     BundleError,
     ClassifySettings,
     Networks,
     RefineSettings,
+    RegionSettings,
     SegmentSettings,
+    StudySettings,
+    TrainingData,
     read_bundle,
     write_bundle,
 )
+from model.calibrate import Challenge, Platt
 from model.findings import ModelInfo
+from model.levels import OUTPUTS
+
+SMALL = Bundle(
+    folder=Path(),
+    info=ModelInfo(name="test", version="1", trained_on="Trained on nothing.", operating_point=0.5),
+    segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
+    classify=ClassifySettings(
+        encoder="residual-4-8", num_hidden=4, num_slices=5, num_pixels=16, pixel_mm=1.0, region_threshold=0.5
+    ),
+    metrics={"anything": [1, 2]},
+)
+
+FULL = replace(
+    SMALL,
+    info=replace(SMALL.info, level_operating_points={"C7": 0.25}),
+    refine=RefineSettings(channels=(4, 8), in_channels=4, spacing_mm=1.0),
+    classify=replace(SMALL.classify, num_heads=7, num_layers=2, window_hu=(-500.0, 1300.0)),
+    num_folds=2,
+    study=StudySettings(num_hidden=3),
+    regions=RegionSettings(encoder="residual-4-8", weight=0.25),
+    calibration={"C1": Platt(scale=0.5, offset=-1.0), "patient_overall": Platt()},
+    challenge=Challenge(platt=dict.fromkeys(OUTPUTS, Platt()), undetermined=dict.fromkeys(OUTPUTS, 0.1)),
+    training_data=(TrainingData(name="made up", licence="MIT", use="training"),),
+)
 
 
-def make_bundle(folder: Path, refine: RefineSettings | None = None) -> tuple[Bundle, Networks]:
-    bundle = Bundle(
-        folder=folder,
-        info=ModelInfo(name="test", version="1", trained_on="Trained on nothing.", operating_point=0.5),
-        segment=SegmentSettings(channels=(4, 8), spacing_mm=3.0),
-        refine=refine,
-        classify=ClassifySettings(
-            channels=(4, 8), num_hidden=4, num_slices=5, num_pixels=16, pixel_mm=1.0, region_threshold=0.5
-        ),
-        metrics={"anything": [1, 2]},
-    )
+def make_bundle(folder: Path, bundle: Bundle = SMALL) -> tuple[Bundle, Networks]:
+    bundle = replace(bundle, folder=folder)
     networks = bundle.new_networks()
     write_bundle(bundle, networks)
     return bundle, networks
 
 
-def change_json(folder: Path, **changes: Any) -> None:
+def change_json(folder: Path, /, **changes: Any) -> None:
     path = folder / "bundle.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("refine", [None, RefineSettings(channels=(4, 8), in_channels=4, spacing_mm=1.0)])
-def test_what_was_written_comes_back(tmp_path: Path, refine: RefineSettings | None) -> None:
-    written, networks = make_bundle(tmp_path, refine)
+REFERENCE = replace(SMALL, segment=SegmentSettings(encoder="residual-4-8", spacing_mm=1.0))
+
+
+@pytest.mark.parametrize("bundle", [SMALL, FULL, REFERENCE], ids=["small", "full", "reference"])
+def test_what_was_written_comes_back(tmp_path: Path, bundle: Bundle) -> None:
+    written, networks = make_bundle(tmp_path, bundle)
 
     read = read_bundle(tmp_path)
 
     assert read == written
     loaded = read.load_networks().by_file()
-    assert loaded.keys() == networks.by_file().keys()
-    assert (REFINER_WEIGHTS in loaded) == (refine is not None)
+    assert set(loaded) == {path.name for path in tmp_path.glob("*.safetensors")}
     for name, original in networks.by_file().items():
         assert not loaded[name].training
         torch.testing.assert_close(loaded[name].state_dict(), original.state_dict())
 
 
-def test_a_missing_refiner_is_named(tmp_path: Path) -> None:
-    make_bundle(tmp_path, RefineSettings(channels=(4, 8), in_channels=4, spacing_mm=1.0))
-    (tmp_path / REFINER_WEIGHTS).unlink()
+def test_a_bundle_may_be_one_zip_file(tmp_path: Path) -> None:
+    written, networks = make_bundle(tmp_path / "folder", FULL)
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        for path in (tmp_path / "folder").iterdir():
+            archive.write(path, path.name)
 
-    with pytest.raises(BundleError, match=rf"{REFINER_WEIGHTS} is missing"):
-        read_bundle(tmp_path)
+    read = read_bundle(tmp_path / "bundle.zip")
+
+    assert replace(read, folder=written.folder) == written
+    loaded = read.load_networks().by_file()
+    for name, original in networks.by_file().items():
+        torch.testing.assert_close(loaded[name].state_dict(), original.state_dict())
+
+
+def test_a_file_that_is_no_zip_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"anything")
+
+    with pytest.raises(BundleError, match=r"No model bundle in .*model\.pt"):
+        read_bundle(tmp_path / "model.pt")
+
+
+def test_networks_that_the_description_does_not_name_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="describes"):
+        write_bundle(replace(SMALL, folder=tmp_path), FULL.new_networks())
+
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_shipped_bundle_is_whole_small_and_honest_about_its_training() -> None:
@@ -77,22 +117,17 @@ def test_the_shipped_bundle_is_whole_small_and_honest_about_its_training() -> No
     assert sum(path.stat().st_size for path in bundle.folder.iterdir()) < 10_000_000
 
 
-@pytest.mark.parametrize("name", [VERTEBRA_WEIGHTS, FRACTURE_WEIGHTS])
-def test_changed_weights_are_refused_by_their_hash(tmp_path: Path, name: str) -> None:
-    make_bundle(tmp_path)
+@pytest.mark.parametrize("name", replace(FULL, folder=Path()).file_names)
+def test_changed_or_missing_weights_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    make_bundle(tmp_path, FULL)
     content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 1
     (tmp_path / name).write_bytes(content)
 
     with pytest.raises(BundleError, match=rf"{name} is damaged.*sha256"):
         read_bundle(tmp_path)
-
-
-def test_a_missing_weights_file_is_named(tmp_path: Path) -> None:
-    make_bundle(tmp_path)
-    (tmp_path / FRACTURE_WEIGHTS).unlink()
-
-    with pytest.raises(BundleError, match=rf"{FRACTURE_WEIGHTS} is missing"):
+    (tmp_path / name).unlink()
+    with pytest.raises(BundleError, match=rf"{name} is missing"):
         read_bundle(tmp_path)
 
 
@@ -112,14 +147,24 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 2}, "format 2; this version reads format 1"),
-        ({"segment": {"channels": [4, 8]}}, "SegmentSettings needs"),
-        ({"segment": {"channels": [4, 8], "spacing_mm": "3"}}, "spacing_mm is '3'"),
-        ({"metrics": None}, "not a complete bundle"),
+        ({"format": 1}, "format 1; this version reads format 2"),
+        ({"segment": {"channels": [4, 8]}}, "segment lacks spacing_mm"),
+        ({"segment": {"spacing_mm": 3.0}}, "either channels, for a 3D U-Net, or an encoder"),
+        ({"segment": {"channels": [4, 8], "spacing_mm": "3"}}, "spacing_mm is '3', which is not of type float"),
+        ({"segment": {"channels": [4, 8.5], "spacing_mm": 3}}, r"channels\[1\] is 8.5"),
+        ({"segment": {"channels": [4, 8], "spacing_mm": 3, "turbo": 1}}, "segment has turbo, which this version does"),
+        ({"turbo": 1}, "bundle.json has turbo"),
+        ({"folder": "/elsewhere"}, "folder is '/elsewhere'"),
+        ({"metrics": None}, "metrics is None"),
+        ({"num_folds": 0}, "num_folds is 0"),
+        ({"num_folds": True}, "num_folds is True"),
+        ({"calibration": {"C8": {"scale": 1.0, "offset": 0.0}}}, "calibration has C8"),
+        ({"calibration": {"C1": {"scale": -1.0, "offset": 0.0}}}, "scale -1.0"),
         ({"sha256": {}}, "damaged"),
+        ({"sha256": {"other.safetensors": ""}}, "sha256 names other.safetensors"),
     ],
 )
-def test_an_incomplete_description_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_incomplete_or_unknown_description_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     make_bundle(tmp_path)
     change_json(tmp_path, **changes)
 
@@ -132,6 +177,21 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     change_json(tmp_path, segment={"channels": [4, 16], "spacing_mm": 3.0})
 
     with pytest.raises(BundleError, match="does not fit the architecture"):
+        read_bundle(tmp_path).load_networks()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "message"), [("transformer", "no encoder 'transformer'"), ("timm:resnet18", "needs timm")]
+)
+def test_an_encoder_that_cannot_be_built_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    make_bundle(tmp_path)
+    classify = json.loads((tmp_path / "bundle.json").read_text())["classify"]
+    change_json(tmp_path, classify=classify | {"encoder": encoder})
+
+    with pytest.raises(BundleError, match=message):
         read_bundle(tmp_path).load_networks()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model.networks import FractureNet, RegionUNet, SliceUNet, StudyNet, VertebraUNet, make_encoder
+from model.networks import FractureNet, RegionUNet, SliceUNet, SliceVertebraUNet, StudyNet, VertebraUNet, make_encoder
 
 
 def make_unet() -> VertebraUNet:
@@ -107,8 +107,8 @@ def test_encoders_give_what_they_promise(name: str) -> None:
     assert [tuple(feature.shape) for feature in features] == shapes
 
 
-# Parameters of the published networks with 3 channels and 1000 classes, which torchvision and MONAI have too; channels of
-# their last stage, and of the layers that we leave out: a 1 x 1 convolution with norm, and the classifier.
+# Parameters of the published networks with 3 channels and 1000 classes, which torchvision and MONAI have too; channels
+# of their last stage, and of the layers that we leave out: a 1 x 1 convolution with norm, and the classifier.
 @pytest.mark.parametrize(
     ("variant", "num_published", "last", "head"),
     [
@@ -200,6 +200,23 @@ def test_slice_unet_gives_a_class_for_each_pixel(encoder: str) -> None:
         network.stride,
         2 * network.stride,
     )
+
+
+@torch.inference_mode()
+def test_slice_by_slice_a_volume_gets_the_scores_of_the_3d_unet() -> None:
+    torch.manual_seed(0)
+    network = SliceVertebraUNet("residual-4-8").eval()
+    network.NUM_AT_ONCE = 4
+    volume = torch.randn(2, 2, 10, 8, 12)
+
+    (scores,) = network(volume)
+
+    assert scores.shape == volume.shape
+    classes = network.unet(volume[1:, 0, [5, 6, 7]])[0]
+    torch.testing.assert_close(scores[1, 0, 6].sigmoid(), 1 - classes.softmax(0)[0])
+    assert torch.equal(scores[1, 1, 6], classes[1:].argmax(0) + 1.0)
+    below_the_first = network.unet(volume[:1, 0, [0, 0, 1]])[0]
+    torch.testing.assert_close(scores[0, 0, 0].sigmoid(), 1 - below_the_first.softmax(0)[0])
 
 
 @torch.inference_mode()

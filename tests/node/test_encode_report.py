@@ -61,6 +61,18 @@ def test_report_has_the_patient_and_all_seven_levels_negatives_included(tmp_path
     assert certainty.MeasuredValueSequence[0].MeasurementUnitsCodeSequence[0].CodeValue == "%"
 
 
+def test_report_says_from_where_on_a_level_is_called_fractured(tmp_path: Path) -> None:
+    volume = series(tmp_path)
+    analysis = analysis_of(volume)
+    model = replace(analysis.findings.model, level_operating_points={"C7": 0.25})
+    analysis = replace(analysis, findings=replace(analysis.findings, model=model))
+
+    report = pydicom.dcmread(encode(volume, analysis, tmp_path / "out")["report.sr"].path)
+
+    said = [item.TextValue for item in children(group_of(report, "C7"), "111002")]
+    assert said == ["called present from a probability of 50 %", "C7: called present from a probability of 25 %"]
+
+
 def test_a_level_in_view_refers_to_its_segment_and_another_does_not(tmp_path: Path) -> None:
     volume = series(tmp_path)
     made = encode(volume, analysis_of(volume, seen=("C2", "C4")), tmp_path / "out")
