@@ -94,6 +94,10 @@ class SeriesRules:
     max_oblique_deg: angle between slice normal and body axis, and of the shear; tilted gantries reach 30.
     max_bridged_gaps: single missing slices, apart from each other, that may be interpolated once nothing more will
         come: archives do lose slices, and a neck should not go unread for one. Longer gaps are never bridged.
+    max_odd_slices: slices of another size or pixel spacing than most, which may be left out. 0 for a Series to be
+        reported on: what is in them would not be seen.
+    assume_ct: an Instance that names neither SOP Class nor Modality is taken for CT, as data sets that were stripped
+        for publication may need.
     """
 
     min_slices: int = 30
@@ -101,6 +105,8 @@ class SeriesRules:
     max_spacing_mm: float = 5.0
     max_oblique_deg: float = 45.0
     max_bridged_gaps: int = 2
+    max_odd_slices: int = 0
+    assume_ct: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -132,7 +138,8 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
     """
     rules = rules or SeriesRules()
     series = _series_name(headers)
-    kept, warnings = _slices_only(headers, series)
+    kept, warnings = _slices_only(headers, rules, series)
+    kept = _without_odd_slices(headers, kept, rules, warnings)
     _check_attributes([headers[i] for i in kept], series)
     _check_concatenations([headers[i] for i in kept], series)
     first = headers[kept[0]]
@@ -190,12 +197,12 @@ def _series_name(headers: Sequence[SliceHeader]) -> str:
     return f"Series {uids[0]}"
 
 
-def _slices_only(headers: Sequence[SliceHeader], series: str) -> tuple[list[int], list[str]]:
+def _slices_only(headers: Sequence[SliceHeader], rules: SeriesRules, series: str) -> tuple[list[int], list[str]]:
     """Indices of the headers that are CT slices, and a warning for each kind of what else is there."""
     modalities = {header.modality for header in headers} - {"", "CT"}
     if modalities:
         raise SeriesError(f"{series} has Modality {', '.join(sorted(modalities))}; only CT can be analysed.")
-    others = [_why_no_slice(header) for header in headers]
+    others = [_why_no_slice(header, rules.assume_ct) for header in headers]
     counts = Counter(reason for reason in others if reason)
     if len(headers) == sum(counts.values()):
         raise SeriesError(f"{series} holds no CT slices, only {_listed(counts)}; send the axial CT Series.")
@@ -203,14 +210,31 @@ def _slices_only(headers: Sequence[SliceHeader], series: str) -> tuple[list[int]
     return [i for i, reason in enumerate(others) if not reason], warnings
 
 
-def _why_no_slice(header: SliceHeader) -> str:
+def _without_odd_slices(
+    headers: Sequence[SliceHeader], kept: list[int], rules: SeriesRules, warnings: list[str]
+) -> list[int]:
+    """`kept` without the few slices that the rules let go for their size or pixel spacing, and a warning of them."""
+    sizes = {
+        i: (headers[i].rows, headers[i].columns, *(round(step, 2) for step in headers[i].pixel_spacing_mm or ()))
+        for i in kept
+    }
+    ((usual, _),) = Counter(sizes.values()).most_common(1)
+    odd = [i for i in kept if sizes[i] != usual]
+    if not 0 < len(odd) <= rules.max_odd_slices:
+        return kept
+    warnings.append(f"Left out {len(odd)} x slice of another size or pixel spacing than most.")
+    return [i for i in kept if sizes[i] == usual]
+
+
+def _why_no_slice(header: SliceHeader, assume_ct: bool) -> str:
     """What this header is if it is not a CT slice, "" if it is one."""
     image_type = "\\".join(header.image_type).upper()
     marked = next((word for word in _NOT_A_SLICE if word in image_type), None)
     if marked:
         return f"ImageType {marked}"
     # Datasets may lack SOPClassUID, or Modality, or both (RSNA 2022), but a slice says at least one of them somewhere.
-    if header.sop_class_uid not in CT_SOP_CLASSES and (header.sop_class_uid or header.modality != "CT"):
+    is_ct = header.modality == "CT" or (assume_ct and not header.modality)
+    if header.sop_class_uid not in CT_SOP_CLASSES and (header.sop_class_uid or not is_ct):
         return f"SOP Class {header.sop_class_uid or '(missing)'}"
     if header.samples_per_pixel != 1:
         return "colour image"

@@ -77,7 +77,7 @@ def assert_every_voxel_is_in_its_place(volume: Volume) -> None:
     ],
 )
 def test_every_voxel_lies_where_its_slice_says(tmp_path: Path, acquisition: dict[str, object]) -> None:
-    paths = make_ct_series(tmp_path, **acquisition)  # type: ignore[arg-type]
+    paths = make_ct_series(tmp_path, **acquisition)
     random.Random(7).shuffle(paths)
 
     volume = read_series(paths, SMALL)
@@ -325,6 +325,32 @@ def test_modality_and_sop_class_may_be_missing_from_the_dataset(tmp_path: Path, 
         ds.save_as(path)
 
     assert_every_voxel_is_in_its_place(read_series(paths, SMALL))
+
+
+def test_what_says_nowhere_that_it_is_ct_is_taken_for_ct_only_if_the_rules_say_so() -> None:
+    headers = [replace(header, modality="", sop_class_uid="") for header in headers_at([0, 1, 2])]
+
+    with pytest.raises(SeriesError, match=r"holds no CT slices, only 3 x SOP Class \(missing\)"):
+        check_series(headers, SMALL)
+    assert check_series(headers, replace(SMALL, assume_ct=True)).order == (0, 1, 2)
+    others = [replace(headers[0], modality="MR"), *headers[1:]]
+    with pytest.raises(SeriesError, match="has Modality MR"):
+        check_series(others, replace(SMALL, assume_ct=True))
+
+
+@pytest.mark.parametrize("change", [{"rows": 3}, {"pixel_spacing_mm": (0.6, 0.6)}])
+def test_a_few_slices_of_another_size_are_left_out_only_if_the_rules_say_so(change: dict[str, object]) -> None:
+    headers = headers_at([0, 1, 2, 3, 4])
+    headers[4] = replace(headers[4], **change)
+
+    with pytest.raises(SeriesError, match="mixes slices of different"):
+        check_series(headers, SMALL)
+    stack = check_series(headers, replace(SMALL, max_odd_slices=1))
+    assert stack.order == (0, 1, 2, 3)
+    assert stack.warnings == ("Left out 1 x slice of another size or pixel spacing than most.",)
+    headers[3] = replace(headers[3], rows=2)
+    with pytest.raises(SeriesError, match="mixes slices of different"):
+        check_series(headers, replace(SMALL, max_odd_slices=1))
 
 
 def test_uids_told_by_the_c_store_request_stand_in_for_missing_ones() -> None:

@@ -1,0 +1,193 @@
+"""Stacks of slices by vertebra: what is in them, what they say of it, and when they are cut again."""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from model import Volume
+from model.bundle import DEFAULT_BUNDLE
+from model.classify import NUM_NEIGHBOURS, sample_mask, stack_grid
+from model.phantom import Phantom
+from tests.training.rsna_data import NUM_STUDIES, uid
+from training.cli import main
+from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_settings, cut_study
+from training.rsna.cut import visible_shares
+from training.rsna.demo import SMALL, draw_study, traits
+
+SETTINGS = CutSettings(num_slices=9, num_pixels=64, pixel_mm=1.4)
+NUM_PLANES = 2 * 8 + 1 + 2 * NUM_NEIGHBOURS
+WITH_MASK = [number for number in range(NUM_STUDIES) if traits(number).has_mask]
+FRACTURED_WITH_BOXES, FRACTURED_WITHOUT = (0, 4), 6
+
+
+@cache
+def truth(number: int) -> Phantom:
+    return draw_study(number, 0, SMALL)
+
+
+@pytest.fixture(scope="module")
+def cut_by_truth(rsna_cache: Cache) -> Cache:
+    list(cut(rsna_cache, "truth", SETTINGS, "truth"))
+    return rsna_cache
+
+
+def stacks_of(cache: Cache, number: int, name: str = "truth") -> Stacks:
+    stacks = cache.study(uid(number)).stacks(name)
+    assert stacks is not None
+    return stacks
+
+
+@pytest.mark.parametrize("number", WITH_MASK)
+def test_every_vertebra_lies_in_its_mask_in_the_middle_of_its_stack(cut_by_truth: Cache, number: int) -> None:
+    stacks = stacks_of(cut_by_truth, number)
+
+    assert stacks.planes_hu.shape == stacks.masks.shape == stacks.regions.shape == (7, NUM_PLANES, 64, 64)
+    assert stacks.judged.all()
+    assert (stacks.visible == 1).all()
+    for planes_hu, mask in zip(stacks.planes_hu, stacks.masks > 127, strict=True):
+        assert planes_hu[mask].mean() > planes_hu[~mask].mean() + 250
+        assert np.abs(np.argwhere(mask).mean(axis=0) - (NUM_PLANES / 2, 32, 32)).max() < 12
+    levels = [bool((truth(number).fractures == label).any()) for label in range(1, 8)]
+    assert stacks.fractured.tolist() == levels
+
+
+@pytest.mark.parametrize("number", FRACTURED_WITH_BOXES)
+def test_regions_hold_the_fracture_and_lie_at_its_bone(cut_by_truth: Cache, number: int) -> None:
+    stacks, phantom = stacks_of(cut_by_truth, number), truth(number)
+    mask = cut_by_truth.study(uid(number)).mask()
+    assert mask is not None
+
+    assert stacks.regions_known.all()
+    for i in np.flatnonzero(stacks.fractured):
+        points = cut_by_truth.study(uid(number)).grid.to_lps_mm(np.argwhere(mask == i + 1).astype(float))
+        planes = stack_grid(points.min(axis=0), points.max(axis=0), SETTINGS)
+        gap = sample_mask(phantom.fractures, phantom.grid, planes, int(i) + 1).numpy() > 0.5
+        region = stacks.regions[i] > 0
+        assert region[gap].mean() > 0.95
+        assert 0 < region.sum() < 0.35 * region.size
+        assert (stacks.masks[i][region] > 0).mean() > 0.3
+    assert not stacks.regions[~stacks.fractured].any()
+
+
+def test_a_fractured_vertebra_without_boxes_has_no_region_to_learn(cut_by_truth: Cache) -> None:
+    stacks = stacks_of(cut_by_truth, FRACTURED_WITHOUT)
+
+    assert stacks.fractured.any()
+    assert (stacks.regions_known == ~stacks.fractured).all()
+
+
+def test_the_slices_of_the_network_are_every_other_plane(cut_by_truth: Cache) -> None:
+    slices = stacks_of(cut_by_truth, 1).masks[:, NUM_NEIGHBOURS : NUM_PLANES - NUM_NEIGHBOURS : 2]
+
+    assert slices.shape[1] == SETTINGS.num_slices
+    assert (slices > 127).any(axis=(2, 3)).mean() > 0.8
+
+
+def without_lowest_slices(volume: Volume, num_slices: int) -> Volume:
+    part = volume.voxels_hu[num_slices:]
+    return replace(
+        volume,
+        voxels_hu=part,
+        grid=volume.grid.part(np.array([num_slices, 0, 0]), part.shape),
+        slices=volume.slices[num_slices:],
+    )
+
+
+@pytest.mark.parametrize(("share_lost", "judged"), [(0.45, True), (0.8, False)])
+def test_a_vertebra_that_is_hardly_visible_is_not_judged(rsna_cache: Cache, share_lost: float, judged: bool) -> None:
+    study = replace(rsna_cache.study(uid(1)), levels=(True,) * 7)
+    mask = study.mask()
+    assert mask is not None
+    heights = np.sort(np.argwhere(mask == 7)[:, 0])
+    lost = int(heights[int(share_lost * len(heights))]) + 1
+    volume = without_lowest_slices(study.volume(), lost)
+
+    stacks = cut_study(study, volume, mask[lost:], volume.grid, SETTINGS)
+
+    left = (mask[lost:] == 7).sum() / (mask == 7).sum()
+    assert stacks.visible[6] == pytest.approx(left, abs=0.12)
+    assert stacks.judged.tolist() == stacks.fractured.tolist() == [True] * 6 + [judged]
+    assert stacks.planes_hu[6].any() == judged
+
+
+def test_a_level_without_a_label_is_not_visible(rsna_cache: Cache) -> None:
+    study = rsna_cache.study(uid(1))
+    labels = study.labels()
+    assert labels is not None
+
+    shares = visible_shares(np.where(labels == 3, 0, labels), study.neck_grid, study.grid)
+
+    assert shares.tolist() == [1, 1, 0, 1, 1, 1, 1]
+
+
+# ---- where the vertebrae come from ----
+
+
+def test_labels_of_a_set_on_the_neck_grid_give_the_same_stacks_but_for_its_coarseness(cut_by_truth: Cache) -> None:
+    study = cut_by_truth.study(uid(0))
+    labels = study.labels()
+    assert labels is not None
+    study.write_labels("predicted", labels)
+
+    has_stacks = {found.study_instance_uid: has for found, has in cut(cut_by_truth, "predicted", SETTINGS, "predicted")}
+
+    assert {name for name, has in has_stacks.items() if has} == {uid(0)}
+    assert cut_by_truth.study(uid(1)).stacks("predicted") is None
+    assert cut_by_truth.study(uid(1)).labels("predicted") is None
+    mine, true = stacks_of(cut_by_truth, 0, "predicted"), stacks_of(cut_by_truth, 0)
+    assert mine.fractured.tolist() == true.fractured.tolist()
+    both = (mine.masks > 127) & (true.masks > 127)
+    assert 2 * both.sum() / ((mine.masks > 127).sum() + (true.masks > 127).sum()) > 0.8
+    with pytest.raises(ValueError, match=r"expected \(\d+, \d+, \d+\)"):
+        study.write_labels("predicted", labels[1:])
+
+
+def test_a_bundle_finds_the_vertebrae_itself(rsna_cache: Cache) -> None:
+    one = replace(rsna_cache, folds={uid(7): 0})
+
+    ((_, has_stacks),) = cut(one, "bundle", SETTINGS, DEFAULT_BUNDLE)
+
+    assert has_stacks
+    assert stacks_of(one, 7, "bundle").judged.sum() >= 4
+
+
+# ---- cut once ----
+
+
+def inodes(cache: Cache, name: str) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_ino for path in (cache.folder / "cuts" / name).glob("*/stacks.json")}
+
+
+def test_stacks_are_cut_again_only_if_their_labels_or_settings_changed(rsna_cache: Cache) -> None:
+    few = replace(rsna_cache, folds={uid(0): 0, uid(1): 1})
+    for number in (0, 1):
+        few.study(uid(number)).write_labels("again", np.asarray(few.study(uid(number)).labels()))
+
+    def cut_again(settings: CutSettings) -> set[str]:
+        before = inodes(few, "again")
+        list(cut(few, "again", settings, "again"))
+        return {name for name, inode in inodes(few, "again").items() if before.get(name) != inode}
+
+    assert cut_again(SETTINGS) == {uid(0), uid(1)}
+    assert cut_again(SETTINGS) == set()
+    few.study(uid(1)).write_labels("again", np.asarray(few.study(uid(1)).labels()) % 7)
+    assert cut_again(SETTINGS) == {uid(1)}
+    assert cut_again(replace(SETTINGS, num_pixels=32)) == {uid(0), uid(1)}
+    assert cut_settings(few, "again") == replace(SETTINGS, num_pixels=32)
+
+
+def test_what_is_not_there_is_one_sentence(rsna_cache: Cache, tmp_path: Path) -> None:
+    arguments = ["cut", "--cache", str(rsna_cache.folder), "--name", "none", "--masks", "no-such-set", "--workers", "1"]
+
+    result = CliRunner().invoke(main, arguments)
+
+    assert result.exit_code == 1
+    assert "Error: No study has labels 'no-such-set'" in result.output
+    with pytest.raises(CacheError, match="There is no cut 'other'"):
+        cut_settings(rsna_cache, "other")
+    with pytest.raises(CacheError, match="no longer in"):
+        replace(rsna_cache, source=tmp_path).study(uid(0)).volume()

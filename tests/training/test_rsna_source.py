@@ -1,0 +1,92 @@
+"""The tables and folders of the data set, and the folds made of them."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from model import LEVELS
+from training.rsna import SourceError, read_source
+from training.rsna.folds import Member, assign_folds
+
+HEADER = f"StudyInstanceUID,patient_overall,{','.join(LEVELS)}\n"
+
+
+def write_tables(
+    folder: Path, rows: str = "1.2,1,0,1,0,0,0,0,0\n1.3,0,0,0,0,0,0,0,0\n", boxes: str | None = None
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.csv").write_text(HEADER + rows)
+    if boxes is not None:
+        (folder / "train_bounding_boxes.csv").write_text("StudyInstanceUID,x,y,width,height,slice_number\n" + boxes)
+    return folder
+
+
+@pytest.mark.parametrize(("images", "mask"), [("train_images", "1.2.nii"), ("images", "1.2.nii.gz"), ("", "1.2.nii")])
+def test_known_layouts_are_found_also_one_folder_below(tmp_path: Path, images: str, mask: str) -> None:
+    root = write_tables(tmp_path / "rsna-2022-cervical-spine-fracture-detection", boxes="1.2,10.5,20,30,40.25,7\n")
+    for path in (root / images / "1.2", root / images / "1.3", root / "segmentations"):
+        path.mkdir(parents=True)
+    (root / "segmentations" / mask).touch()
+
+    source = read_source(tmp_path)
+
+    study = source.studies["1.2"]
+    assert study.files == root / images / "1.2"
+    assert study.mask == root / "segmentations" / mask
+    assert [level for level in LEVELS if study.labels[level]] == ["C2"]
+    assert [(box.slice_number, box.x, box.height) for box in study.boxes] == [(7, 10.5, 40.25)]
+    assert source.studies["1.3"].mask is None
+    assert not source.problems
+
+
+def test_rows_and_masks_of_unknown_studies_are_counted(tmp_path: Path) -> None:
+    root = write_tables(tmp_path, boxes="9.9,1,2,3,4,5\n9.9,1,2,3,4,6\n")
+    (root / "segmentations").mkdir()
+    (root / "segmentations" / "8.8.nii").touch()
+
+    assert read_source(root).problems == (
+        "2 boxes belong to no study of train.csv.",
+        "Mask 8.8.nii belongs to no study of train.csv.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ("1.2,1,0,1,0,0,maybe,0,0\n", "has C5 'maybe' in line 2; expected 0 or 1"),
+        ("1.2,1,0,1,0,0,0,0,0\n1.2,1,0,1,0,0,0,0,0\n", "has StudyInstanceUID '1.2' in line 3, a second time"),
+        ("../x,1,0,1,0,0,0,0,0\n", "not a UID"),
+        ("", "has no rows"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused_with_their_line(tmp_path: Path, rows: str, reason: str) -> None:
+    with pytest.raises(SourceError, match=reason):
+        read_source(write_tables(tmp_path, rows))
+
+
+def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    (tmp_path / "train.csv").write_text("StudyInstanceUID,patient_overall\n1.2,1\n")
+
+    with pytest.raises(SourceError, match="lacks the column C1, C2, C3, C4, C5, C6, C7"):
+        read_source(tmp_path)
+
+
+def test_folds_keep_patients_together_and_kinds_apart_in_equal_parts() -> None:
+    studies = {
+        f"1.{n}": Member(patient=f"p{n // 2 if n < 20 else n}", is_fractured=n % 2 == 0, has_mask=n % 9 == 0)
+        for n in range(400)
+    }
+
+    folds = assign_folds(studies, seed=1)
+
+    by_patient = {member.patient: set() for member in studies.values()}
+    for uid, member in studies.items():
+        by_patient[member.patient].add(folds[uid])
+    assert all(len(found) == 1 for found in by_patient.values())
+    for kind in ((True, True), (True, False), (False, True), (False, False)):
+        of_kind = Counter(folds[uid] for uid, m in studies.items() if (m.is_fractured, m.has_mask) == kind)
+        assert max(of_kind.values()) - min(of_kind[fold] for fold in range(5)) <= 6
+    assert folds == assign_folds(dict(reversed(studies.items())), seed=1)
+    assert folds != assign_folds(studies, seed=2)

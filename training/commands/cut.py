@@ -1,0 +1,48 @@
+"""`cspine-train cut`: the stacks of slices that the fracture networks read, once for each set of vertebra labels."""
+
+import os
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Folder that `prepare` made.")
+@click.option("--name", required=True, help="Of the cut; a training names it.")
+@click.option(
+    "--masks",
+    required=True,
+    help="Where the vertebrae are: truth (the masks of the data set), a label set of the cache, or the folder of a "
+    "model bundle, which then finds them.",
+)
+@click.option("--slices", type=click.IntRange(3), default=15, show_default=True, help="Slices of a vertebra.")
+@click.option("--pixels", type=click.IntRange(32), default=96, show_default=True, help="Side of a slice.")
+@click.option("--pixel-mm", type=click.FloatRange(0.2, 3), default=0.9, show_default=True, help="Of a slice.")
+@click.option(
+    "--workers", type=click.IntRange(1), default=os.cpu_count, show_default="all cores", help="Studies at a time."
+)
+def cut(cache: Path, name: str, masks: str, slices: int, pixels: int, pixel_mm: float, workers: int) -> None:
+    """Cut every vertebra's stack of slices at full resolution, with its mask and the region of its fracture.
+
+    A run that is interrupted goes on where it stopped; what did not change is not cut again.
+    """
+    from rich.console import Console
+    from rich.progress import track
+
+    from model import BundleError
+    from training.rsna import Cache, CacheError, CutSettings, ProcessDiedError
+    from training.rsna import cut as cut_studies
+
+    settings = CutSettings(num_slices=slices, num_pixels=pixels, pixel_mm=pixel_mm)
+    try:
+        opened = Cache.open(cache)
+        source = Path(masks) if (Path(masks) / "bundle.json").is_file() else masks
+        done = cut_studies(opened, name, settings, source, num_workers=workers)
+        has_stacks = [has for _, has in track(done, "studies", len(opened.folds), console=Console(stderr=True))]
+    except (BundleError, CacheError, ProcessDiedError) as error:
+        raise click.ClickException(str(error)) from error
+    if not any(has_stacks):
+        raise click.ClickException(
+            f"No study has labels {masks!r}. Name truth, a set in {cache / 'labels'}, or the folder of a model bundle."
+        )
+    click.echo(f"{sum(has_stacks)} studies cut, {len(has_stacks) - sum(has_stacks)} have no labels of {masks}.")

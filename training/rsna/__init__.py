@@ -1,0 +1,43 @@
+"""The RSNA 2022 data, ready to train on: the folder as downloaded, the cache made of it once, and how to read that.
+
+`prepare` makes the cache, `cut` adds stacks of slices by vertebra, `Cache` reads both; `demo.generate` writes a data
+set of the same shape from the phantom. No training here, and no patient data.
+"""
+
+from training.rsna.boxes import Box
+from training.rsna.cache import NUM_FOLDS, RULES, Cache, CacheError, Study
+from training.rsna.cut import cut, cut_settings, cut_study
+from training.rsna.files import dicom_files
+from training.rsna.masks import Mask, MaskError, labels_on, read_mask
+from training.rsna.prepare import NoStudiesError, prepare
+from training.rsna.processes import ProcessDiedError
+from training.rsna.source import Source, SourceError, SourceStudy, read_source
+from training.rsna.stacks import CutSettings, Stacks
+from training.rsna.study import Settings
+
+__all__ = [
+    "NUM_FOLDS",
+    "RULES",
+    "Box",
+    "Cache",
+    "CacheError",
+    "CutSettings",
+    "Mask",
+    "MaskError",
+    "NoStudiesError",
+    "ProcessDiedError",
+    "Settings",
+    "Source",
+    "SourceError",
+    "SourceStudy",
+    "Stacks",
+    "Study",
+    "cut",
+    "cut_settings",
+    "cut_study",
+    "dicom_files",
+    "labels_on",
+    "prepare",
+    "read_mask",
+    "read_source",
+]

@@ -1,0 +1,124 @@
+"""The RSNA 2022 folder as downloaded: its tables, and which files belong to a study. Reads no voxels.
+
+Known layouts: Kaggle's (`train_images/<UID>/<n>.dcm`, `segmentations/<UID>.nii`), and a plain one with `images/<UID>/`
+or `<UID>/` beside `train.csv`. Masks may be `.nii` or `.nii.gz`; tables and masks other than `train.csv` may be absent.
+"""
+
+import csv
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import LEVELS
+
+TARGETS = ("patient_overall", *LEVELS)
+
+
+class SourceError(Exception):
+    """This folder is not the data set, or its tables cannot be read; the message says what is expected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnBox:
+    """One row of `train_bounding_boxes.csv`: slice_number is the number of the file."""
+
+    slice_number: int
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceStudy:
+    """What the folder has of one study. files: folder of its DICOM files. mask: its NIfTI file, None without one."""
+
+    study_instance_uid: str
+    labels: dict[str, bool]
+    files: Path
+    mask: Path | None
+    boxes: tuple[DrawnBox, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The data set. problems: sentences about rows of its tables that say nothing usable."""
+
+    folder: Path
+    studies: dict[str, SourceStudy]
+    problems: tuple[str, ...]
+
+
+def read_source(folder: Path) -> Source:
+    """The data set in a folder, or in the one folder inside it that has a `train.csv`.
+
+    Raises:
+        SourceError: there is no `train.csv`, or a table lacks a column or has a value that cannot be.
+    """
+    inside = [path.parent for path in (folder / "train.csv", *sorted(folder.glob("*/train.csv"))) if path.is_file()]
+    if not inside:
+        raise SourceError(
+            f"There is no train.csv in {folder}. Expected is the RSNA 2022 data as downloaded: train.csv, "
+            "train_bounding_boxes.csv, train_images/<StudyInstanceUID>/<n>.dcm, segmentations/<StudyInstanceUID>.nii."
+        )
+    root = inside[0]
+    images = next((root / name for name in ("train_images", "images") if (root / name).is_dir()), root)
+    masks = {path.name.removesuffix(".gz").removesuffix(".nii"): path for path in root.glob("segmentations/*.nii*")}
+    labels = _read_labels(root / "train.csv")
+    boxes, problems = _read_boxes(root / "train_bounding_boxes.csv", labels)
+    problems += [f"Mask {masks[uid].name} belongs to no study of train.csv." for uid in sorted(masks.keys() - labels)]
+    studies = {
+        uid: SourceStudy(
+            study_instance_uid=uid,
+            labels=values,
+            files=images / uid,
+            mask=masks.get(uid),
+            boxes=tuple(boxes[uid]),
+        )
+        for uid, values in labels.items()
+    }
+    return Source(folder=root, studies=studies, problems=tuple(problems))
+
+
+def _read_labels(path: Path) -> dict[str, dict[str, bool]]:
+    labels: dict[str, dict[str, bool]] = {}
+    for number, row in _rows(path, ("StudyInstanceUID", *TARGETS)):
+        uid = row["StudyInstanceUID"].strip()
+        if not set(uid) <= set("0123456789.") or uid in labels or not uid:
+            raise SourceError(f"{path} has StudyInstanceUID {uid!r} in line {number}, a second time or not a UID.")
+        wrong = [f"{name} {row[name]!r}" for name in TARGETS if row[name] not in ("0", "1", "0.0", "1.0")]
+        if wrong:
+            raise SourceError(f"{path} has {', '.join(wrong)} in line {number}; expected 0 or 1.")
+        labels[uid] = {name: row[name].startswith("1") for name in TARGETS}
+    if not labels:
+        raise SourceError(f"{path} has no rows; a study each is expected.")
+    return labels
+
+
+def _read_boxes(path: Path, labels: dict[str, dict[str, bool]]) -> tuple[dict[str, list[DrawnBox]], list[str]]:
+    boxes: dict[str, list[DrawnBox]] = defaultdict(list)
+    num_foreign = 0
+    if not path.exists():
+        return boxes, [f"There is no {path.name}: no fracture has a box."]
+    for number, row in _rows(path, ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")):
+        try:
+            x, y, width, height = (float(row[name]) for name in ("x", "y", "width", "height"))
+            slice_number = int(float(row["slice_number"]))
+        except ValueError as error:
+            raise SourceError(f"{path} has a value in line {number} that is no number ({error}).") from error
+        if row["StudyInstanceUID"] not in labels:
+            num_foreign += 1
+            continue
+        box = DrawnBox(slice_number=slice_number, x=x, y=y, width=width, height=height)
+        boxes[row["StudyInstanceUID"]].append(box)
+    return boxes, [f"{num_foreign} boxes belong to no study of train.csv."] if num_foreign else []
+
+
+def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    """Line numbers and rows of a table that has these columns."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in columns if name not in (reader.fieldnames or ())]
+        if missing:
+            raise SourceError(f"{path} lacks the column {', '.join(missing)}; it has {reader.fieldnames}.")
+        return [(reader.line_num, {name: row[name] or "" for name in columns}) for row in reader]
