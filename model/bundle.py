@@ -91,6 +91,8 @@ class ClassifySettings:
     region_threshold: float
 
     def __post_init__(self) -> None:
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"classify.window_hu is {self.window_hu}; the first must be below the second")
         if self.num_heads not in (1, len(LEVELS)):
             raise ValueError(f"classify.num_heads is {self.num_heads}; it must be 1 or {len(LEVELS)}")
 
@@ -111,6 +113,10 @@ class RegionSettings:
 
     encoder: str
     weight: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"regions.weight is {self.weight}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +327,10 @@ def _files(folder: Path) -> Traversable:
 def _verify(file: Traversable, expected: str | None) -> None:
     if not file.is_file():
         raise BundleError(f"{file} is missing from the model bundle. Copy or export the bundle again.")
-    found = _sha256(file)
+    try:
+        found = _sha256(file)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{file} cannot be read ({error}). Copy or export the bundle again.") from error
     if found != expected:
         raise BundleError(
             f"{file} is damaged or was exchanged: its sha256 is {found}, {DESCRIPTION} says {expected}. "

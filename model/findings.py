@@ -85,6 +85,8 @@ class ModelInfo:
         if unknown := sorted(self.level_operating_points.keys() - set(LEVELS)):
             raise ValueError(f"level_operating_points has {', '.join(unknown)}; the levels are {', '.join(LEVELS)}")
         complete = dict.fromkeys(LEVELS, self.operating_point) | self.level_operating_points
+        if outside := sorted({at for at in (self.operating_point, *complete.values()) if not 0 <= at <= 1}):
+            raise ValueError(f"operating points must be from 0 to 1, and {', '.join(map(str, outside))} is not")
         object.__setattr__(self, "level_operating_points", complete)
 
     @property

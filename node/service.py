@@ -105,7 +105,7 @@ class Service:
             self._start_web()
         self._pool = WorkerPool(config)
         if problem := self._pool.wait_until_loaded():
-            raise StartError(problem)
+            raise StartError(problem.removesuffix("."))
         sources = Sources(index, config)
         self._every_tick(check_cases, index, config, sources)
         self._every_tick(report_due, index, config)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from model.bundle import (
+    VERTEBRA_WEIGHTS,
     Bundle,
     BundleError,
     ClassifySettings,
@@ -95,6 +96,21 @@ def test_a_bundle_may_be_one_zip_file(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[name].state_dict(), original.state_dict())
 
 
+def test_a_zip_with_a_flipped_bit_is_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "folder")
+    path = tmp_path / "bundle.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in sorted((tmp_path / "folder").iterdir()):
+            archive.write(part, part.name)
+        middle = archive.getinfo(VERTEBRA_WEIGHTS).header_offset + 500
+    content = bytearray(path.read_bytes())
+    content[middle] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(BundleError, match=rf"{VERTEBRA_WEIGHTS} cannot be read .*CRC"):
+        read_bundle(path)
+
+
 def test_a_file_that_is_no_zip_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"anything")
 
@@ -160,6 +176,8 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
         ({"num_folds": True}, "num_folds is True"),
         ({"calibration": {"C8": {"scale": 1.0, "offset": 0.0}}}, "calibration has C8"),
         ({"calibration": {"C1": {"scale": -1.0, "offset": 0.0}}}, "scale -1.0"),
+        ({"regions": {"encoder": "residual-4-8", "weight": 1.5}}, "regions.weight is 1.5"),
+        ({"info": {"name": "n", "version": "1", "trained_on": "", "operating_point": 50.0}}, "50.0 is not"),
         ({"sha256": {}}, "damaged"),
         ({"sha256": {"other.safetensors": ""}}, "sha256 names other.safetensors"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -339,6 +340,21 @@ def test_serve_on_a_port_in_use_says_so(tmp_path: Path, untrained_bundle: Path) 
         _, error = node.communicate(timeout=60)
     assert node.returncode == 1
     assert "cannot be listened on: Address already in use." in error
+    assert "Traceback" not in error
+
+
+def test_serve_with_a_damaged_bundle_says_which_file_and_what_to_do(
+    tmp_path: Path, untrained_bundle: Path, free_port: Callable[[], int]
+) -> None:
+    bundle = Path(shutil.copytree(untrained_bundle, tmp_path / "bundle"))
+    (bundle / "fracture_net.safetensors").write_bytes(b"half of it")
+    node = serve(write_config(tmp_path, receive={"port": free_port()}, analyse={"bundle": "bundle"}))
+    _, error = node.communicate(timeout=60)
+    assert node.returncode == 1
+    (said,) = [line for line in error.splitlines() if line.startswith("The node cannot start: ")]
+    assert f"{bundle / 'fracture_net.safetensors'} is damaged or was exchanged" in said
+    assert said.endswith("Copy or export the bundle again.")
+    assert not said.endswith("..")
     assert "Traceback" not in error
 
 
