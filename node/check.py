@@ -11,7 +11,7 @@ from model import BundleError, load_pipeline
 from node.config import Config, Destination, FolderDestination
 from node.deliver import open_courier
 from node.index import DatabaseError, Index
-from node.peers import ClientTls, OrthancSource
+from node.peers import ClientTls, DicomWebSource, OrthancSource
 from node.process import try_write
 from node.send import SendError
 from node.tls import TlsError, check_dates, client_context, server_context
@@ -29,7 +29,7 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield _check_disk(config)
     yield _check_database(config)
     yield _check_model(config)
-    for source in config.sources.orthanc:
+    for source in config.sources.each:
         yield _check_source(source)
     for destination in config.deliver.destinations:
         yield _check_destination(config, destination)
@@ -61,7 +61,7 @@ def check_certificates(config: Config) -> Iterator[Check]:
     contexts: list[tuple[str, Callable[[], object], list[Path]]] = []
     if (ours := config.receive.tls) is not None:
         contexts.append(("receive.tls", partial(server_context, ours), [ours.certificate]))
-    called: list[tuple[str, ClientTls | None]] = [(f"source {item.name}", item.tls) for item in config.sources.orthanc]
+    called: list[tuple[str, ClientTls | None]] = [(f"source {item.name}", item.tls) for item in config.sources.each]
     called += [
         (f"destination {item.name}", item.tls)
         for item in config.deliver.destinations
@@ -107,14 +107,18 @@ def _check_model(config: Config) -> Check:
     return "model", "", f"{info.name} {info.version}: {info.trained_on}"
 
 
-def _check_source(source: OrthancSource) -> Check:
+def _check_source(source: OrthancSource | DicomWebSource) -> Check:
     name = f"source {source.name}"
     try:
-        from node.watch.orthanc import check_source
+        if isinstance(source, DicomWebSource):
+            from node.watch import dicomweb
+
+            return name, "", f"{source.where} {dicomweb.check_source(source)}"
+        from node.watch import orthanc
+
+        return name, "", f"{source.where} {orthanc.check_source(source)}"
     except ModuleNotFoundError as error:
         return name, f"needs {error.name}: pip install 'cspine-node[orthanc]'", ""
-    try:
-        return name, "", f"{source.where} {check_source(source)}"
     except SendError as error:
         return name, str(error), ""
 

@@ -71,7 +71,7 @@ def _say_how_to_use(config: "Config") -> None:
     click.echo(f"\nC-Spine Node is ready. {NOTICE}\n")
     click.echo(f"  Send CT Series to  AE title {receive.ae_title}, {receive.host}:{receive.port}")
     click.echo(f"  for example        cspine send DIR --to {receive.host}:{receive.port} --aet {receive.ae_title}")
-    for source in config.sources.orthanc:
+    for source in config.sources.each:
         click.echo(f"  Watched            {source.where}")
     for destination in config.deliver.destinations:
         click.echo(f"  Results go to      {destination.where}")

@@ -131,7 +131,12 @@ def _overview() -> Iterator[str]:
             ),
             ("Study Root Query/Retrieve, GET and MOVE", "`cspine fetch`", "with `retrieve.enabled`"),
             ("Patient Root Query/Retrieve, FIND, GET and MOVE", "no", "with `retrieve.enabled`"),
-            ("DICOMweb Store and Search (PS3.18 10.5, 10.6)", "to destinations of `type: dicomweb`", "no"),
+            ("DICOMweb Store (PS3.18 10.5)", "to destinations of `type: dicomweb`", "with `web.enabled`"),
+            (
+                "DICOMweb Search and Retrieve (PS3.18 10.6, 10.4)",
+                "from `sources.dicomweb`; Search to destinations with `verify: query`",
+                "with `web.enabled`",
+            ),
         ],
     )
     yield from _prose(
@@ -281,6 +286,10 @@ def _as_scu() -> Iterator[str]:
         """DICOMweb: all objects of a case go in one Store request (`multipart/related` with its length), and one
         each if that is answered by 413. The Referenced, Failed and Other Failures SOP Sequences of an answer in
         `application/dicom+json` are read. Search asks for each SOP Instance UID under its Study and Series.""",
+        """Of `sources.dicomweb` it searches for Series with Modality CT and a range of StudyDate, and for the Instances
+        of each, 200 at a time; asks for the metadata of one Instance; and retrieves a Series, or its Instances one by
+        one, with `transfer-syntax=*`, and without where that is answered by 400 or 406. See
+        [dicomweb.md](dicomweb.md).""",
         "A status that answers C-STORE, or a Failure Reason of Store or of storage commitment, means:",
     )
     yield from _table(
@@ -341,7 +350,7 @@ def _configuration() -> Iterator[str]:
     yield from _prose("What of the network can be set in [config.yaml](../config.yaml), with its default:")
     config = Config()
     rows: list[tuple[str, str]] = []
-    for section in ("receive", "commitment", "retrieve", "complete", "deliver"):
+    for section in ("receive", "sources", "commitment", "retrieve", "complete", "deliver", "web"):
         rows += _settings(section, getattr(config, section))
     yield from _table("Setting | Default", [row for row in rows if row[0] != "`deliver.destinations`"])
 

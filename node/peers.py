@@ -3,6 +3,7 @@
 Read by `node/config.py`, which has the rest.
 """
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -109,14 +110,35 @@ class OrthancSource(HttpServer):
     connections: int = Field(default=4, ge=1, le=32)
 
 
+class DicomWebSource(HttpServer):
+    """A DICOMweb archive whose new CT Series are fetched. ae_title: as for an Orthanc.
+
+    begin: the first time, with what comes from now on, or with Studies of that day and later. overlap_days: how long
+    after its StudyDate a Series may still come; None looks at all that the archive has, whatever its date.
+    """
+
+    ae_title: AETitle = "DICOMWEB"
+    begin: Literal["now"] | date = "now"
+    overlap_days: int | None = Field(default=2, ge=0, le=3650)
+    poll_s: Seconds = 30.0
+    max_requests_per_s: float = Field(default=10.0, gt=0, allow_inf_nan=False)
+    connections: int = Field(default=4, ge=1, le=10)
+
+
 class SourcesConfig(Section):
     """Archives that are watched for new Series, besides those that send by themselves."""
 
     orthanc: tuple[OrthancSource, ...] = ()
+    dicomweb: tuple[DicomWebSource, ...] = ()
+
+    @property
+    def each(self) -> tuple[OrthancSource | DicomWebSource, ...]:
+        """All of them."""
+        return (*self.orthanc, *self.dicomweb)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [source.name for source in self.orthanc]
+        names = [source.name for source in self.each]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
         return self

@@ -77,7 +77,7 @@ class Service:
         self._watches: Watches | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
         num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
-        num_threads += len(config.sources.orthanc)
+        num_threads += len(config.sources.each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
@@ -123,7 +123,7 @@ class Service:
         self._scheduler.add_job(
             run_retention, "interval", (index, config), hours=1, jitter=_RETENTION_JITTER_S, next_run_time=soon
         )
-        if config.sources.orthanc:
+        if config.sources.each:
             self._start_watching()
         self._scheduler.start()
         log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
@@ -157,15 +157,16 @@ class Service:
         self._every_tick(self._web.watch)
 
     def _start_watching(self) -> None:
+        from node.watch import Watches
+
         try:
-            from node.watch import Watches
+            self._watches = Watches(self._config, self._index)
         except ModuleNotFoundError as error:
             raise StartError(
                 f"sources.orthanc needs {error.name}, which is not installed: pip install 'cspine-node[orthanc]'"
             ) from error
-        self._watches = Watches(self._config, self._index)
         for watch in self._watches.each:
-            poll_s = watch.source.poll_s
+            poll_s = watch.poll_s
             self._scheduler.add_job(
                 watch.look, "interval", seconds=poll_s, jitter=poll_s / 4, next_run_time=datetime.now()
             )

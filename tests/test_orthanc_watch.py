@@ -19,8 +19,8 @@ from node.config import Config
 from node.index import Index
 from node.peers import HttpAuth, OrthancSource
 from node.receive.store import Store
-from node.watch import OrthancWatch
 from node.watch.describe import describe
+from node.watch.orthanc import OrthancWatch
 from orthanc.client import Instance, Orthanc, OrthancError, StableSeries
 from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
 from tests.orthanc_server import STABLE_AGE_S, OrthancServer
@@ -170,7 +170,7 @@ def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
     url = f"http://127.0.0.1:{free_port()}"
     opened: list[float] = []
     now = 1000.0
-    monkeypatch.setattr("node.watch.orthanc.time.monotonic", lambda: now)
+    monkeypatch.setattr("node.watch.following.time.monotonic", lambda: now)
     last_change = Orthanc.last_change
     monkeypatch.setattr(Orthanc, "last_change", lambda self: (opened.append(now), last_change(self))[1])
     absent = watch(url)
@@ -233,7 +233,7 @@ def test_a_series_that_orthanc_cannot_give_out_holds_up_the_others_for_a_while_o
         return {"Modality": "SR"}
 
     monkeypatch.setattr(Orthanc, "series_tags", refuse_the_first)
-    monkeypatch.setattr("node.watch.orthanc.retry_wait_s", lambda *_: 0.0)
+    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
     broken = watch("http://127.0.0.1:1")
     for _ in range(5):
         broken.look()

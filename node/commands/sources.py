@@ -13,7 +13,7 @@ from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
     from node.index import WatchedSource
-    from node.peers import OrthancSource
+    from node.peers import DicomWebSource, OrthancSource
 
 
 @click.command()
@@ -25,11 +25,11 @@ def sources(config_path: Path | None, as_json: bool) -> None:
     Exit status 1 while one of them fails.
     """
     config = load_config(config_path)
-    if not config.sources.orthanc:
-        click.echo("No archive is watched; sources.orthanc in the configuration is empty.", err=True)
+    if not config.sources.each:
+        click.echo("No archive is watched; the lists under sources in the configuration are empty.", err=True)
         return
     with open_index(config) as index:
-        found = [(source, index.watched_source(source.name)) for source in config.sources.orthanc]
+        found = [(source, index.watched_source(source.name)) for source in config.sources.each]
     if as_json:
         for source, known in found:
             click.echo(json.dumps({"url": source.url, "state": _state(known), **asdict(known)}))
@@ -45,14 +45,14 @@ def _state(known: "WatchedSource") -> str:
     return "watching" if known.succeeded_at is not None else "not looked at"
 
 
-def _print_table(found: "list[tuple[OrthancSource, WatchedSource]]") -> None:
+def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSource]]") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("Source", "State", "Last success", "Series fetched", "Change", "Last error"):
+    for title in ("Source", "State", "Last success", "Series fetched", "Up to", "Last error"):
         table.add_column(title, overflow="fold")
     for source, known in found:
         state = _state(known)

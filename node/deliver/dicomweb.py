@@ -3,11 +3,9 @@
 Reference: PS3.18 10.5 (Store), 10.6 (Search).
 """
 
-import json
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from requests import Response
 
@@ -16,6 +14,7 @@ from node.config import DicomWebDestination
 from node.deliver.courier import Note
 from node.deliver.files import ResultFile
 from node.deliver.http import HttpPeer
+from node.dicom_json import datasets_in, first_value, items_of
 from node.send import SendError
 from node.status import Outcome, meaning_of
 
@@ -65,7 +64,7 @@ class DicomWebCourier:
         response = self._peer.request("GET", path, query=query, headers={"Accept": _JSON}, also=(404,))
         if response.status_code in (204, 404):
             return False
-        return any(_first(item, _SOP_INSTANCE_UID) == file.key for item in _items(response))
+        return any(first_value(item, _SOP_INSTANCE_UID) == file.key for item in datasets_in(response.content))
 
     def _answers(self, response: Response, files: Sequence[ResultFile]) -> Iterator[tuple[ResultFile, ObjectProgress]]:
         """What the answer to a store says of each file.
@@ -73,15 +72,17 @@ class DicomWebCourier:
         Raises:
             SendError: it says that not all were stored, and not which.
         """
-        answer = next(iter(_items(response)), {})
-        stored = {_first(item, _REFERENCED_UID): item for item in _sequence(answer, _REFERENCED_SOP)}
-        failed = {_first(item, _REFERENCED_UID): item for item in _sequence(answer, _FAILED_SOP)}
-        others = [reason for item in _sequence(answer, _OTHER_FAILURES) if (reason := _first(item, _FAILURE_REASON))]
+        answer = next(iter(datasets_in(response.content)), {})
+        stored = {first_value(item, _REFERENCED_UID): item for item in items_of(answer, _REFERENCED_SOP)}
+        failed = {first_value(item, _REFERENCED_UID): item for item in items_of(answer, _FAILED_SOP)}
+        others = [
+            reason for item in items_of(answer, _OTHER_FAILURES) if (reason := first_value(item, _FAILURE_REASON))
+        ]
         for file in files:
             if file.key in failed:
-                yield file, self._judge(file, int(_first(failed[file.key], _FAILURE_REASON) or 0x0110))
+                yield file, self._judge(file, int(first_value(failed[file.key], _FAILURE_REASON) or 0x0110))
             elif file.key in stored:
-                remark = _first(stored[file.key], _WARNING_REASON)
+                remark = first_value(stored[file.key], _WARNING_REASON)
                 yield file, self._judge(file, int(remark) if remark else 0)
             elif response.status_code == 200:  # some servers answer nothing more
                 yield file, ObjectProgress(state=ObjectState.TAKEN)
@@ -129,25 +130,3 @@ class MultipartBody:
                     yield block
             yield b"\r\n"
         yield self._end
-
-
-def _items(response: Response) -> list[dict[str, Any]]:
-    """The datasets of an answer in the DICOM JSON Model; none where it is anything else."""
-    try:
-        content = json.loads(response.content)
-    except ValueError:
-        return []
-    listed = content if isinstance(content, list) else [content]
-    return [item for item in listed if isinstance(item, dict)]
-
-
-def _sequence(item: dict[str, Any], tag: str) -> list[dict[str, Any]]:
-    value = item.get(tag, {})
-    found = value.get("Value", []) if isinstance(value, dict) else []
-    return [inner for inner in found if isinstance(inner, dict)]
-
-
-def _first(item: dict[str, Any], tag: str) -> Any:
-    value = item.get(tag, {})
-    found = value.get("Value", []) if isinstance(value, dict) else []
-    return found[0] if found else None

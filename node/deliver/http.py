@@ -1,11 +1,11 @@
-"""HTTP as both kinds of HTTP destination need it: who we are, whom we trust, and what a failure means.
+"""HTTP as destinations and watched archives need it: who we are, whom we trust, and what a failure means.
 
 Proxies and credentials of the environment are not used: what goes where stands in the configuration. Redirects are not
 followed, since they would turn an upload into a question.
 """
 
 import ssl
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import requests
@@ -13,7 +13,7 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase, HTTPBasicAuth
 
 from node.config import DicomWebDestination, OrthancDestination
-from node.peers import ClientTls, HttpAuth
+from node.peers import ClientTls, DicomWebSource, HttpAuth
 from node.send import SendError
 from node.tls import TlsError, client_context, describe_tls_error
 
@@ -36,7 +36,7 @@ _Error = TypeVar("_Error", bound=BaseException)
 class HttpPeer:
     """An HTTP server while something is taken there. Close it after use."""
 
-    def __init__(self, destination: DicomWebDestination | OrthancDestination) -> None:
+    def __init__(self, destination: DicomWebDestination | OrthancDestination | DicomWebSource) -> None:
         self.name = destination.where
         self._root = destination.url.rstrip("/")
         self._timeout_s = destination.timeout_s
@@ -56,10 +56,13 @@ class HttpPeer:
         *,
         body: Any = None,
         headers: Mapping[str, str] | None = None,
-        query: Mapping[str, str] | None = None,
+        query: Mapping[str, str | Sequence[str]] | None = None,
         also: Collection[int] = (),
+        stream: bool = False,
     ) -> requests.Response:
         """The answer, if it has a status of 2xx or one of `also`. path: below the URL of the destination.
+
+        stream: its body is read later, and it is to be closed.
 
         Raises:
             SendError: there is no such answer; permanent where another attempt would end the same.
@@ -73,6 +76,7 @@ class HttpPeer:
                 params=query,
                 timeout=self._timeout_s,
                 allow_redirects=False,
+                stream=stream,
             )
         except requests.exceptions.RequestException as error:
             raise failure(self.name, error, self._timeout_s) from error

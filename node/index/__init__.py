@@ -14,9 +14,18 @@ from node.index.notifications import Notifications
 from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving
 from node.index.retaining import Retaining
-from node.index.watching import WatchedSource, Watching
+from node.index.watching import WatchedSeries, WatchedSource, Watching
 
-__all__ = ["Commitment", "DatabaseError", "HeldInstance", "Index", "NewInstance", "StoredSeries", "WatchedSource"]
+__all__ = [
+    "Commitment",
+    "DatabaseError",
+    "HeldInstance",
+    "Index",
+    "NewInstance",
+    "StoredSeries",
+    "WatchedSeries",
+    "WatchedSource",
+]
 
 
 class Index(Receiving, Completing, Analysing, Deliveries, Notifications, Operating, Retaining, Committing, Watching):

@@ -48,6 +48,8 @@ STEPS = (
     (),
     # 11: a file that a power cut left with its length and without its bytes is found.
     ("ALTER TABLE instances ADD COLUMN checksum BIGINT",),
+    # 12: what is known of the Series of a watched archive, a new table.
+    (),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -137,10 +137,20 @@ watched = Table(  # archives that are followed
     "watched",
     metadata,
     Column("source", String, primary_key=True),
-    Column("position", BigInteger),  # number of the last change that is done with; None before the first look
+    Column("position", BigInteger),  # how far it is done with (node/watch); None before the first look
     Column("num_series", Integer, nullable=False),  # fetched so far
     Column("succeeded_at", Float),  # the last look that found all well
     Column("failed_at", Float),  # the last one that did not
     Column("error", String, nullable=False),  # why
     Column("is_failing", Integer, nullable=False),  # 1: the last look was one that failed
+)
+watched_series = Table(  # of archives that tell what they have, and not what is new
+    "watched_series",
+    metadata,
+    Column("source", String, primary_key=True),
+    Column("series_instance_uid", String(64), primary_key=True),
+    Column("num_instances", Integer, nullable=False),  # that the archive has of it
+    Column("counted_at", Float, nullable=False),  # when it was first seen to have that many
+    Column("num_done", Integer),  # how many it had when it was fetched, or passed over; None before
+    Column("listed_at", Float, nullable=False),  # the last time, within a day
 )

@@ -1,15 +1,16 @@
-"""How far each watched archive has been followed, and how the last looks went."""
+"""How far each watched archive has been followed, how the last looks went, and what is known of its Series."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import case, delete, select, update
 from sqlalchemy.dialects.postgresql import insert
 
 from node.index import tables
 from node.index.database import Database
 
-_watched = tables.watched
+_watched, _series = tables.watched, tables.watched_series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +26,22 @@ class WatchedSource:
     is_failing: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class WatchedSeries:
+    """A Series of a watched archive. num_instances: that the archive has, since `counted_at` (s since 1970).
+
+    num_done: how many it had when it was fetched, or passed over; None before. listed_at: the last time, within a day.
+    """
+
+    series_instance_uid: str
+    num_instances: int
+    counted_at: float
+    num_done: int | None
+    listed_at: float
+
+
 class Watching(Database):
-    """One row for each archive that was ever looked at."""
+    """One row for each archive that was ever looked at, and for each Series of those that do not tell what is new."""
 
     def watched_source(self, source: str) -> WatchedSource:
         """What is known of the archive of that name."""
@@ -48,6 +63,57 @@ class Watching(Database):
     def note_failure(self, source: str, error: str) -> None:
         """A look did not."""
         self._note(source, {"failed_at": self.now(), "error": error, "is_failing": 1})
+
+    def watched_series(self, source: str) -> dict[str, WatchedSeries]:
+        """What is known of the Series of an archive, by UID."""
+        columns = [column for column in _series.c if column is not _series.c.source]
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(*columns).where(_series.c.source == source)).mappings()
+            return {row["series_instance_uid"]: WatchedSeries(**row) for row in rows}
+
+    def note_listed(self, source: str, counts: Mapping[str, int], *, are_done: bool = False) -> None:
+        """The archive has these Series, with that many Instances; are_done: none of them is to be fetched."""
+        now = self.now()
+        if not counts:
+            return
+        rows = [
+            {
+                "source": source,
+                "series_instance_uid": uid,
+                "num_instances": count,
+                "counted_at": now,
+                "num_done": count if are_done else None,
+                "listed_at": now,
+            }
+            for uid, count in counts.items()
+        ]
+        row = insert(_series)
+        same = _series.c.num_instances == row.excluded.num_instances
+        known = row.on_conflict_do_update(
+            index_elements=["source", "series_instance_uid"],
+            set_={
+                "num_instances": row.excluded.num_instances,
+                "counted_at": case((same, _series.c.counted_at), else_=now),
+                "listed_at": now,
+            },
+        )
+        with self._writing() as connection:
+            connection.execute(known, rows)
+
+    def note_series_done(self, source: str, series_instance_uid: str, num_instances: int, *, is_fetched: bool) -> None:
+        """A Series that had that many Instances was fetched, or is not to be."""
+        row = (_series.c.source == source) & (_series.c.series_instance_uid == series_instance_uid)
+        with self._writing() as connection:
+            connection.execute(update(_series).where(row).values(num_done=num_instances))
+            if is_fetched:
+                counted = _watched.c.num_series + 1
+                connection.execute(update(_watched).where(_watched.c.source == source).values(num_series=counted))
+
+    def forget_series(self, source: str, listed_before: float) -> None:
+        """Forgets Series that the archive has not listed since then (s since 1970)."""
+        old = (_series.c.source == source) & (_series.c.listed_at < listed_before)
+        with self._writing() as connection:
+            connection.execute(delete(_series).where(old))
 
     def _note(self, source: str, values: dict[str, Any], or_else: dict[str, Any] | None = None) -> None:
         """Notes values; where there is a row, `or_else` in place of those it names."""

@@ -1,19 +1,22 @@
 """Archives that are followed for new CT Series: a look now and then, in a thread of its own for each.
 
-`orthanc.py` follows the changes of an Orthanc and fetches what passes the rules, by the same way to disk and index as
-C-STORE; `describe.py` says what the rules can ask before anything is fetched. What becomes of a Series that is here is
-decided as for any other (`complete/`). `orthanc/client.py` speaks to the archive; it needs `orthanc-api-client`, so
-`node/service.py` imports this only where something is watched.
+`orthanc.py` follows the changes of an Orthanc, `dicomweb.py` what a DICOMweb archive lists (`web_archive.py` speaks to
+it, `orthanc/client.py` to Orthanc); `following.py` is what both do, `taking.py` the way of an Instance to disk and
+index, the receiver's, and `describe.py` says what the rules can ask before anything is fetched. What becomes of a
+Series that is here is decided as for any other (`complete/`).
 """
 
 import time
+from typing import TYPE_CHECKING
 
 from node.config import Config
 from node.index import Index
 from node.receive.store import Store
-from node.watch.orthanc import OrthancWatch
 
-__all__ = ["OrthancWatch", "Watches"]
+if TYPE_CHECKING:
+    from node.watch.following import Watch
+
+__all__ = ["Watches"]
 
 _END_S = 3.0
 
@@ -22,12 +25,21 @@ class Watches:
     """All that are configured, with one place for the Instances they fetch.
 
     Raises:
+        ModuleNotFoundError: what a watch of an Orthanc needs is not installed.
         OSError: there is no such place.
     """
 
     def __init__(self, config: Config, index: Index) -> None:
         self._store = Store(config, index, f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-watch")
-        self.each = [OrthancWatch(config, source, index, self._store) for source in config.sources.orthanc]
+        self.each: list[Watch] = []
+        if config.sources.orthanc:
+            from node.watch.orthanc import OrthancWatch
+
+            self.each += [OrthancWatch(config, source, index, self._store) for source in config.sources.orthanc]
+        if config.sources.dicomweb:
+            from node.watch.dicomweb import DicomWebWatch
+
+            self.each += [DicomWebWatch(config, source, index, self._store) for source in config.sources.dicomweb]
 
     def stop(self) -> None:
         """Ends what is going on; what is not here by then is fetched after the next start."""

@@ -5,98 +5,54 @@ Instances that are here already are not fetched again. What is no CT, and so eve
 """
 
 import logging
-import threading
-import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from model import PARSE_ERRORS
 from node.config import Config
 from node.deliver.http import TlsAdapter, failure, read_secret, refusal
 from node.index import Index
 from node.peers import ClientTls, OrthancSource
-from node.process import describe_error
-from node.receive.incoming import IncomingFile
-from node.receive.sender import Sender
-from node.receive.status import OUT_OF_RESOURCES, RefusedError
 from node.receive.store import Store
-from node.retry import retry_wait_s
-from node.rules.match import Outcome, decide
 from node.send import SendError
-from node.watch.describe import describe
+from node.watch.following import Watch
+from node.watch.taking import Taking
 from orthanc.client import GoneError, Instance, Orthanc, OrthancError
 
 log = logging.getLogger(__name__)
 
-_LONGEST_WAIT_S = 300.0
-_MAX_ATTEMPTS = 5  # at one Series, where Orthanc answers, with an error
 
-
-class _StoppingError(Exception):
-    """The node stops."""
-
-
-class OrthancWatch:
-    """Of one Orthanc. `look` is called again and again, never twice at once."""
+class OrthancWatch(Watch):
+    """Of one Orthanc."""
 
     def __init__(self, config: Config, source: OrthancSource, index: Index, store: Store) -> None:
-        self.source = source
-        self._config, self._index, self._store = config, index, store
-        self._stopping, self._looking = threading.Event(), threading.Lock()
-        self._not_before = 0.0  # monotonic, s
-        self._num_failures, self._reason = 0, ""
-        self._attempts: Counter[str] = Counter()  # at Series that Orthanc does not give out
+        super().__init__(config, source, index, store)
+        self._source = source
 
-    def stop(self) -> None:
-        """Has a look that is going on end soon."""
-        self._stopping.set()
-
-    def join(self, timeout_s: float) -> None:
-        """Waits for the end of that look."""
-        if self._looking.acquire(timeout=max(0.0, timeout_s)):
-            self._looking.release()
-
-    def look(self) -> None:
-        """Fetches what is new; whatever goes wrong is noted, and tried again after a wait that grows."""
-        if time.monotonic() < self._not_before:
-            return
-        name = self.source.name
+    def _follow(self) -> None:
         try:
-            with self._looking, closing(_open(self.source)) as orthanc:
-                self._follow(orthanc)
-            if self._num_failures:
-                log.info("action=source-answers source=%r", name)
-            self._num_failures, self._reason = 0, ""
-            self._index.note_success(name)
-        except _StoppingError:
-            return
-        except (OrthancError, SendError) as error:
-            self._failed(str(_explain(self.source, error)))
-        except (OSError, SQLAlchemyError) as error:
-            self._failed(f"what it has cannot be stored now: {describe_error(error)}")
+            with closing(_open(self._source)) as orthanc:
+                self._follow_changes(orthanc)
+        except OrthancError as error:
+            raise _explain(self._source, error) from error
 
-    def _follow(self, orthanc: Orthanc) -> None:
-        name = self.source.name
-        position, last = self._index.watched_source(name).position, orthanc.last_change()
+    def _follow_changes(self, orthanc: Orthanc) -> None:
+        position, last = self._index.watched_source(self.name).position, orthanc.last_change()
         if position is None:
-            position = last if self.source.begin == "now" else 0
-            self._index.note_position(name, position)
+            position = last if self._source.begin == "now" else 0
+            self._index.note_position(self.name, position)
         if last < position:
-            log.warning("action=source-anew source=%r: its changes begin anew, so it is looked through again", name)
+            log.warning(
+                "action=source-anew source=%r: its changes begin anew, so it is looked through again", self.name
+            )
             position = 0
         while position < last:
             changes = orthanc.changes(position)
             for change in changes.stable:
                 is_fetched = self._take(orthanc, change.series_id)
-                self._index.note_position(name, change.number, num_fetched=int(is_fetched))
+                self._index.note_position(self.name, change.number, num_fetched=int(is_fetched))
             if changes.last <= position:
                 return
             position = changes.last
-            self._index.note_position(name, position)
+            self._index.note_position(self.name, position)
 
     def _take(self, orthanc: Orthanc, series_id: str) -> bool:
         """Fetches a Series unless it is none for us; False also when Orthanc does not give it out."""
@@ -106,10 +62,8 @@ class OrthancWatch:
             return False
         except OrthancError as error:
             is_about_series = error.status is not None and error.status >= 400 and error.status not in (401, 403, 503)
-            self._attempts[series_id] += is_about_series
-            if self._attempts[series_id] < _MAX_ATTEMPTS:
+            if not is_about_series or not self._is_given_up(series_id, error):
                 raise
-            log.error("action=series-not-fetched source=%r id=%s: %s", self.source.name, series_id, error)
             is_fetched = False
         del self._attempts[series_id]
         return is_fetched
@@ -124,79 +78,21 @@ class OrthancWatch:
         if not wanted:
             return False
         # A scout may come first or last.
-        traits = describe(orthanc.tags(instances[len(instances) // 2]), self.source.ae_title)
-        decision = decide(self._config.rules, traits, is_whole=False)
         uid = series.get("SeriesInstanceUID", "")
-        if decision.outcome is Outcome.SKIP:
-            log.info("action=left-there source=%r series=%s: %s", self.source.name, uid, decision.reason)
+        if not self._is_wanted(orthanc.tags(instances[len(instances) // 2]), uid):
             return False
-        started = time.monotonic()
-        self._fetch(orthanc, wanted)
-        log.info(
-            "action=fetched source=%r series=%s instances=%d total_s=%.1f",
-            self.source.name,
-            uid,
-            len(wanted),
-            time.monotonic() - started,
-        )
+        with self._taking(uid) as taking:
+            taking.take_each(wanted, lambda instance: _fetch_one(orthanc, instance, taking), self._source.connections)
         return True
 
-    def _fetch(self, orthanc: Orthanc, instances: Sequence[Instance]) -> None:
-        """Takes Instances, several at the same time; for the index they are one association."""
-        sender = Sender(lambda: self.source.ae_title, self._index, self._store.run)
-        is_whole = False
-        pool = ThreadPoolExecutor(self.source.connections, "watch")
-        try:
-            for _ in pool.map(lambda instance: self._fetch_one(orthanc, instance, sender), instances):
-                pass
-            is_whole = True
-        finally:
-            pool.shutdown(cancel_futures=True)
-            sender.end(released=is_whole)
 
-    def _fetch_one(self, orthanc: Orthanc, instance: Instance, sender: Sender) -> None:
-        """Returns when the Instance is safely here, or will never be."""
-        file = IncomingFile(self._store, sender)
-        try:
-            with closing(orthanc.read(instance)) as pieces:
-                for piece in pieces:
-                    if self._stopping.is_set():
-                        raise _StoppingError
-                    file.write(memoryview(piece))
-                    if file.refusal is not None:
-                        break
-            file.finish()
-        except GoneError:
-            file.abandon()
-        except RefusedError as refusal:
-            if refusal.status == OUT_OF_RESOURCES:
-                raise SendError(f"what {self.source.where} has cannot be stored now: {refusal}") from refusal
-            self._refused(instance, str(refusal))
-        except (OSError, SQLAlchemyError, OrthancError, SendError, _StoppingError):
-            file.abandon()
-            raise
-        except PARSE_ERRORS as error:
-            self._refused(instance, f"it cannot be parsed: {describe_error(error)}")
-
-    def _refused(self, instance: Instance, reason: str) -> None:
-        log.warning(
-            "action=instance-refused by=watch source=%r instance=%.64r: %s",
-            self.source.name,
-            instance.sop_instance_uid,
-            reason,
-        )
-
-    def _failed(self, reason: str) -> None:
-        self._num_failures += 1
-        wait_s = retry_wait_s(self._num_failures, self.source.poll_s, max(_LONGEST_WAIT_S, self.source.poll_s))
-        self._not_before = time.monotonic() + wait_s
-        if reason != self._reason:  # an archive that is down for a night says so in one line
-            log.warning("action=source-failed source=%r: %s", self.source.name, reason)
-        self._reason = reason
-        try:
-            self._index.note_failure(self.source.name, reason)
-        except (OSError, SQLAlchemyError) as error:
-            log.error("action=failure-not-noted source=%r: %s", self.source.name, describe_error(error))
+def _fetch_one(orthanc: Orthanc, instance: Instance, taking: Taking) -> None:
+    """Returns when the Instance is safely here, or will never be."""
+    try:
+        with closing(orthanc.read(instance)) as pieces:
+            taking.take(pieces, instance.sop_instance_uid)
+    except GoneError:
+        return
 
 
 def check_source(source: OrthancSource) -> str:

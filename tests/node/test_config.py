@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +22,7 @@ from node.config import (
     Source,
     load_config,
 )
-from node.peers import ClientTls, HttpAuth, OrthancSource
+from node.peers import ClientTls, DicomWebSource, HttpAuth, OrthancSource
 
 ROOT = Path(__file__).parents[2]
 CONFIG_YAML = ROOT / "config.yaml"
@@ -359,8 +360,19 @@ def test_the_example_of_a_watched_orthanc_in_config_yaml_holds_the_defaults(load
     (source,) = load(f"sources:\n  orthanc:\n{listed}\n").sources.orthanc
     assert source == OrthancSource(name="orthanc", url="http://127.0.0.1:8042")
     assert set(OrthancSource.model_fields) == set(yaml.safe_load(listed)[0])
-    two = "sources:\n  orthanc: [{name: a, url: 'http://a'}, {name: a, url: 'http://b'}]\n"
+    two = "sources:\n  orthanc: [{name: a, url: 'http://a'}]\n  dicomweb: [{name: a, url: 'http://b'}]\n"
     assert faults(load, two) == ["line 1: sources: two sources share the name a; give each its own"]
+
+
+def test_the_example_of_a_watched_dicomweb_archive_in_config_yaml_holds_the_defaults(load: Load) -> None:
+    text = CONFIG_YAML.read_text(encoding="utf-8")
+    text = text.partition("  # DICOMweb archives, which")[2].partition("  dicomweb: []")[0]
+    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    (source,) = load(f"sources:\n  dicomweb:\n{listed}\n").sources.dicomweb
+    assert source == DicomWebSource(name="pacs", url="https://pacs.example.org/dicom-web")
+    assert set(DicomWebSource.model_fields) == set(yaml.safe_load(listed)[0])
+    later = load("sources:\n  dicomweb: [{name: a, url: 'http://a', begin: 2026-11-01}]\n").sources.dicomweb[0]
+    assert later.begin == date(2026, 11, 1)
 
 
 def test_two_sources_cannot_send_with_one_ae_title(load: Load) -> None:

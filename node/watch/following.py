@@ -1,0 +1,133 @@
+"""What every watch of an archive does: looks now and then, never twice at once, and waits longer while that fails.
+
+How an archive tells what is new, and how it gives that out, the watch of its kind knows.
+"""
+
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from node.config import Config
+from node.index import Index
+from node.peers import DicomWebSource, OrthancSource
+from node.process import describe_error
+from node.receive.store import Store
+from node.retry import retry_wait_s
+from node.rules.match import Outcome, decide
+from node.send import SendError
+from node.watch.describe import describe
+from node.watch.taking import StoppingError, Taking
+
+log = logging.getLogger(__name__)
+
+_LONGEST_WAIT_S = 300.0
+_MAX_ATTEMPTS = 5  # at one Series, where the archive answers, with an error
+
+
+class BusyError(SendError):
+    """The archive asks for a pause of `wait_s`."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
+class Watch(ABC):
+    """Of one archive. `look` is called again and again."""
+
+    def __init__(self, config: Config, source: OrthancSource | DicomWebSource, index: Index, store: Store) -> None:
+        self.name, self.where, self.poll_s = source.name, source.where, source.poll_s
+        self._ae_title = source.ae_title
+        self._config, self._index, self._store = config, index, store
+        self._stopping, self._looking = threading.Event(), threading.Lock()
+        self._not_before = 0.0  # monotonic, s
+        self._num_failures, self._reason = 0, ""
+        self._attempts: Counter[str] = Counter()  # at Series that the archive does not give out
+
+    def stop(self) -> None:
+        """Has a look that is going on end soon."""
+        self._stopping.set()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits for the end of that look."""
+        if self._looking.acquire(timeout=max(0.0, timeout_s)):
+            self._looking.release()
+
+    def look(self) -> None:
+        """Fetches what is new; whatever goes wrong is noted, and tried again after a wait that grows."""
+        if time.monotonic() < self._not_before:
+            return
+        try:
+            with self._looking:
+                self._follow()
+            if self._num_failures:
+                log.info("action=source-answers source=%r", self.name)
+            self._num_failures, self._reason = 0, ""
+            self._index.note_success(self.name)
+        except StoppingError:
+            return
+        except SendError as error:
+            self._failed(str(error), error.wait_s if isinstance(error, BusyError) else 0.0)
+        except (OSError, SQLAlchemyError) as error:
+            self._failed(f"what it has cannot be stored now: {describe_error(error)}")
+
+    @abstractmethod
+    def _follow(self) -> None:
+        """Fetches what is new.
+
+        Raises:
+            SendError, StoppingError, OSError, SQLAlchemyError: not all of it.
+        """
+
+    def _is_wanted(self, attributes: Mapping[str, Any], series_instance_uid: str) -> bool:
+        """Whether the rules let a Series pass, as far as one of its Instances tells. attributes: by keyword."""
+        decision = decide(self._config.rules, describe(attributes, self._ae_title), is_whole=False)
+        if decision.outcome is Outcome.SKIP:
+            log.info("action=left-there source=%r series=%s: %s", self.name, series_instance_uid, decision.reason)
+        return decision.outcome is not Outcome.SKIP
+
+    @contextmanager
+    def _taking(self, series_instance_uid: str) -> Iterator[Taking]:
+        """While the Instances of a Series are fetched."""
+        started, is_whole = time.monotonic(), False
+        taking = Taking(self.name, self.where, self._ae_title, self._store, self._stopping)
+        try:
+            yield taking
+            is_whole = True
+        finally:
+            taking.end(is_whole=is_whole)
+        log.info(
+            "action=fetched source=%r series=%s instances=%d total_s=%.1f",
+            self.name,
+            series_instance_uid,
+            len(taking.answered),
+            time.monotonic() - started,
+        )
+
+    def _is_given_up(self, series_id: str, error: Exception) -> bool:
+        """Whether this failure at a Series, of an archive that otherwise answers, was one too many."""
+        self._attempts[series_id] += 1
+        if self._attempts[series_id] < _MAX_ATTEMPTS:
+            return False
+        log.error("action=series-not-fetched source=%r id=%s: %s", self.name, series_id, error)
+        del self._attempts[series_id]
+        return True
+
+    def _failed(self, reason: str, least_wait_s: float = 0.0) -> None:
+        self._num_failures += 1
+        wait_s = retry_wait_s(self._num_failures, self.poll_s, max(_LONGEST_WAIT_S, self.poll_s))
+        self._not_before = time.monotonic() + max(wait_s, least_wait_s)
+        if reason != self._reason:  # an archive that is down for a night says so in one line
+            log.warning("action=source-failed source=%r: %s", self.name, reason)
+        self._reason = reason
+        try:
+            self._index.note_failure(self.name, reason)
+        except (OSError, SQLAlchemyError) as error:
+            log.error("action=failure-not-noted source=%r: %s", self.name, describe_error(error))
