@@ -8,13 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from model.bundle import Bundle, ClassifySettings, Networks, RegionSettings, SegmentSettings, StudySettings
+from model.bundle import (
+    Bundle,
+    ClassifySettings,
+    Networks,
+    RegionSettings,
+    SegmentSettings,
+    StudySettings,
+    write_bundle,
+)
 from model.calibrate import Challenge, Platt
 from model.classify import Judgement, judge, network_input
 from model.findings import Analysis, Finding, ModelInfo
 from model.geometry import Grid
 from model.levels import OUTPUTS
-from model.pipeline import Pipeline
+from model.pipeline import Pipeline, load_pipeline
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
 
@@ -164,6 +172,27 @@ def make_certain(logit: float) -> Networks:
     nn.init.zeros_(network.head.weight)
     nn.init.constant_(network.head.bias, logit)
     return networks
+
+
+def test_a_bundle_with_every_network_is_loaded_and_judges(tmp_path: Path) -> None:
+    bundle = replace(
+        BUNDLE,
+        folder=tmp_path,
+        segment=SegmentSettings(encoder="efficientnet-b0", spacing_mm=2.0),
+        classify=replace(BUNDLE.classify, encoder="efficientnet-b0", num_pixels=32, num_heads=7, num_layers=2),
+        num_folds=2,
+        study=StudySettings(num_hidden=4),
+        regions=RegionSettings(encoder="residual-4-8", weight=0.5),
+    )
+    write_bundle(bundle, bundle.new_networks())
+    pipeline = load_pipeline(tmp_path, device="cpu")
+
+    labels, _ = pipeline.segment(make_volume())
+    analysis = pipeline.judge(make_volume(), *make_vertebrae())
+
+    assert labels.shape == GRID.shape
+    assert analysis.logits.keys() == {"C2", "C3", "patient_overall"}
+    assert all(np.isfinite(logit) for logit in analysis.logits.values())
 
 
 def test_probabilities_are_calibrated_by_output_and_logits_kept_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

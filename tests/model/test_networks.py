@@ -266,3 +266,27 @@ def test_a_study_net_looks_at_neighbours_but_not_at_what_is_missing() -> None:
     torch.testing.assert_close(before.logits[0, :6], after.logits[0, :6])
     torch.testing.assert_close(before.patient, after.patient)
     assert not torch.allclose(complete.logits[0, :6], after.logits[0, :6])
+
+
+def gradients_are_finite(network: nn.Module) -> bool:
+    return all(p.grad is not None and bool(p.grad.isfinite().all()) for p in network.parameters())
+
+
+def test_every_weight_can_learn() -> None:
+    torch.manual_seed(0)
+    stacks = torch.randn(2, 3, 6, 64, 64)
+    fracture_net = FractureNet("efficientnet-b0", 4, num_heads=7, num_layers=2, dropout=0.5)
+    region_net = RegionUNet("efficientnet-b0")
+    slice_unet = SliceUNet("efficientnet-b0")
+    study_net = make_study(is_trained=True).train()
+
+    answer = fracture_net(stacks, torch.tensor([0, 6]))
+    (answer.logits.sum() + answer.regions.square().mean()).backward()
+    opinion = region_net(stacks)
+    (opinion.logits.sum() + opinion.regions.square().mean()).backward()
+    slice_unet(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    study = study_net(CONTEXTS, LOGITS, PRESENT)
+    (study.logits[PRESENT].square().mean() + study.patient.square().mean()).backward()
+
+    for network in (fracture_net, region_net, slice_unet, study_net):
+        assert gradients_are_finite(network)
