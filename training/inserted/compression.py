@@ -37,11 +37,11 @@ def compress(near: Neighbourhood, frame: VertebraFrame, depth_mm: float, rng: np
         for index, part in zip(np.ogrid[tuple(slice(0, size) for size in w.shape)], step, strict=True)
     ]
     moved = map_coordinates(near.voxels_hu, sources, order=3, mode="nearest")
-    denser = np.clip(ratio, 1, 1.6) * half_space_share(lowered - w, 0.6)
+    denser = np.clip(ratio, 1, 1.4) * half_space_share(lowered - w, 0.6)
     moved = np.where(moved > 100, 60 + (moved - 60) * np.maximum(denser, 1), moved)
     band = np.exp(-(((w - lowered + np.float32(1.6 * BAND_MM)) / np.float32(BAND_MM)) ** 2) / 2)
     band *= np.clip(sunk / 1.5, 0, 1) * (moved > 100)
-    moved += band * np.float32(rng.uniform(100, 260))
+    moved += band * np.float32(rng.uniform(60, 200))
     changed = (np.abs(amount) > 1e-3) | (band > 0.05)
     near.voxels_hu[:] = np.where(changed, np.clip(moved, -1024, 2200), near.voxels_hu)
     return np.asarray((band > 0.3) & (sunk > 0.5) & near.bone)

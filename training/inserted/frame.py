@@ -23,7 +23,12 @@ CUT_AREA_MM2 = 40.0
 MAX_TILT = 0.7
 """Cosine of the greatest angle between spine and long axis of the patient that the masks are believed."""
 
-BONE_HU = 150.0
+MAX_TURN = 0.44
+"""Radians a vertebra may be turned against the others of the neck (25 degrees) before its symmetry is not believed."""
+
+BONE_HU, MIN_BRIGHT = 150.0, 0.3
+"""What counts as bone, and the share of a mask that must be bone for its landmarks to mean anything."""
+
 _MAX_POINTS = 12_000
 
 
@@ -80,17 +85,31 @@ def vertebra_frames(voxels_hu: NDArray[np.int16], labels: NDArray[np.uint8], gri
         if len(indices) * grid.voxel_volume_mm3 >= MIN_VOLUME_MM3:
             masks[label] = indices
     centres = {label: grid.to_lps_mm(indices.mean(axis=0)) for label, indices in masks.items()}
-    frames = []
+    points, mm3_a_point = {}, {}
     for label, indices in masks.items():
-        if _is_cut(indices, grid):
-            continue
         bright = indices[voxels_hu[tuple(indices.T)] > BONE_HU]
-        if len(bright) < 0.3 * len(indices):
-            continue
-        step = max(1, len(bright) // _MAX_POINTS)
-        points = grid.to_lps_mm(bright[::step].astype(float))
-        frames.append(_frame(label, points, step * grid.voxel_volume_mm3, _spine_axis(label, centres)))
-    return frames
+        if not _is_cut(indices, grid) and len(bright) >= MIN_BRIGHT * len(indices):
+            step = max(1, len(bright) // _MAX_POINTS)
+            points[label] = grid.to_lps_mm(bright[::step].astype(float))
+            mm3_a_point[label] = step * grid.voxel_volume_mm3
+    lefts = _to_the_left(points)
+    return [
+        _frame(label, points[label], mm3_a_point[label], _spine_axis(label, centres), lefts[label]) for label in points
+    ]
+
+
+def _to_the_left(points: dict[int, FloatArray]) -> dict[int, FloatArray]:
+    """Unit vector to the left of each vertebra, from its symmetry; where that is far off the others', as theirs."""
+    midlines = {label: find_midline(of_level) for label, of_level in points.items()}
+    angles = {
+        label: float(np.arctan2(midline.left[1], midline.left[0]))
+        for label, midline in midlines.items()
+        if midline is not None
+    }
+    middle = float(np.median(list(angles.values()))) if angles else 0.0
+    turned = {label: angles.get(label, middle) for label in points}
+    turned = {label: angle if abs(angle - middle) < MAX_TURN else middle for label, angle in turned.items()}
+    return {label: np.array([np.cos(angle), np.sin(angle), 0.0]) for label, angle in turned.items()}
 
 
 def _is_cut(indices: NDArray[np.int64], grid: Grid) -> bool:
@@ -117,9 +136,9 @@ def _unit(vector: FloatArray) -> FloatArray:
     return vector / length if length > 1e-6 else np.zeros(3)
 
 
-def _frame(label: int, points_lps_mm: FloatArray, mm3_a_point: float, up: FloatArray) -> VertebraFrame:
-    midline = find_midline(points_lps_mm)
-    left = np.array([1.0, 0.0, 0.0]) if midline is None else midline.left
+def _frame(
+    label: int, points_lps_mm: FloatArray, mm3_a_point: float, up: FloatArray, left: FloatArray
+) -> VertebraFrame:
     left = _unit(left - (left @ up) * up)
     rows = np.stack([left, np.cross(up, left), up])
     centre = points_lps_mm.mean(axis=0)

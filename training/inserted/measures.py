@@ -1,5 +1,6 @@
 """Measures a whole pipeline on a real volume: as it is, and with fractures put in that nobody but us knows of."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,9 @@ from model.findings import Analysis, Finding, LevelFinding
 from model.levels import LEVELS
 from model.pipeline import Pipeline
 from model.volume import Volume
+from training.evaluation import roc_auc
+from training.evaluation.masks import attention_alignment
 from training.inserted.insertion import Inserted, InsertedFracture, insert
-from training.phantom_measures import auc
 
 HIT_MM = 2.0
 """A region that is shown this near to the fracture has hit it."""
@@ -26,8 +28,8 @@ class Outcome:
     """What the pipeline said of one vertebra in one volume.
 
     fractures: what was put in; () for an intact one. is_untouched: of the volume as it came. attention: share of the
-    attention on slices with the fracture in them; attention_by_chance: what even attention would give. hit: a region is
-    shown at the fracture. All three are None where there is no fracture; hit also where none was called.
+    attention on slices with the fracture in them; attention_by_chance: what even attention would give; None where none
+    of the slices looked at has a fracture. hit: a region is shown at the fracture; None where none was called.
     """
 
     level: str
@@ -41,15 +43,22 @@ class Outcome:
 
 
 def measure_on_inserted(
-    pipeline: Pipeline, volume: Volume, rng: np.random.Generator, num: int, *, negatives: float = 0.0
+    pipeline: Pipeline,
+    volume: Volume,
+    rng: np.random.Generator,
+    num: int,
+    *,
+    negatives: float = 0.0,
+    reuse_masks: bool = False,
 ) -> list[Outcome]:
     """Outcomes of the untouched volume, and of `num` copies of it with one to three levels broken.
 
     Vertebrae that the pipeline leaves undetermined, or that are not whole in its masks, are left out: count them
-    elsewhere. negatives: see `insert`.
+    elsewhere. negatives: see `insert`. reuse_masks: judge on the masks of the untouched volume, which is faster but
+    leaves out what fractures do to the masks.
     """
-    untouched = pipeline.analyse(volume)
-    labels = untouched.vertebrae
+    labels, vertebrae = pipeline.segment(volume)
+    untouched = pipeline.judge(volume, labels, vertebrae)
     outcomes = [
         outcome
         for name, level in untouched.findings.levels.items()
@@ -60,12 +69,16 @@ def measure_on_inserted(
         count = min(1 + int(rng.choice(3, p=_HOW_MANY)), len(present))
         levels = [int(label) for label in rng.choice(present, count, replace=False)]
         inserted = insert(volume.voxels_hu, labels, volume.grid, rng, levels=levels, negatives=negatives)
-        analysis = pipeline.analyse(replace(volume, voxels_hu=inserted.voxels_hu))
+        changed = replace(volume, voxels_hu=inserted.voxels_hu)
+        analysis = pipeline.judge(changed, labels, vertebrae) if reuse_masks else pipeline.analyse(changed)
         outcomes += _outcomes(analysis, inserted, volume)
     return outcomes
 
 
 def _outcomes(analysis: Analysis, inserted: Inserted, volume: Volume) -> list[Outcome]:
+    # From the end, so that an Instance that also stands for an interpolated slice means its own.
+    numbered = reversed(list(enumerate(volume.slices)))
+    index = {(source.sop_instance_uid, source.frame_number): z for z, source in numbered}
     outcomes = []
     for label in inserted.eligible:
         name = LEVELS[label - 1]
@@ -74,12 +87,12 @@ def _outcomes(analysis: Analysis, inserted: Inserted, volume: Volume) -> list[Ou
         outcome = _outcome(name, level, fractures, is_untouched=False)
         if outcome is not None and fractures:
             slices = np.flatnonzero((inserted.regions == label).any(axis=(1, 2)))
-            uids = {volume.slices[index].sop_instance_uid for index in slices}
-            on = [weight for weight in level.attention if weight.sop_instance_uid in uids]
+            weights = {index[weight.sop_instance_uid, weight.frame_number]: weight.weight for weight in level.attention}
+            alignment = attention_alignment(weights, set(slices.tolist()))
             outcome = replace(
                 outcome,
-                attention=sum(weight.weight for weight in on),
-                attention_by_chance=len(on) / max(1, len(level.attention)),
+                attention=alignment and alignment[0],
+                attention_by_chance=alignment and alignment[1],
                 hit=_hit(analysis.fractures, inserted.regions, label, volume) if outcome.called else None,
             )
         if outcome is not None:
@@ -113,24 +126,26 @@ def _hit(shown: NDArray[np.uint8], regions: NDArray[np.uint8], label: int, volum
 def summarise_inserted(outcomes: list[Outcome]) -> dict[str, Any]:
     """The outcomes of any number of volumes in a dozen numbers.
 
-    Inserted fractures against the untouched vertebrae; specificity on the untouched ones. `by_kind`: sensitivity.
+    Inserted fractures against the untouched vertebrae; specificity on these, and on the intact ones (with their hard
+    negatives, if any) of the changed volumes. `by_kind`: sensitivity.
     """
     untouched = [outcome for outcome in outcomes if outcome.is_untouched]
     broken = [outcome for outcome in outcomes if outcome.fractures]
+    beside = [outcome for outcome in outcomes if not outcome.is_untouched and not outcome.fractures]
     summary: dict[str, Any] = {"num_untouched": len(untouched), "num_broken": len(broken)}
     if not untouched or not broken:
         return summary
     scores = np.array([outcome.probability for outcome in (*broken, *untouched)])
     truths = np.arange(len(scores)) < len(broken)
     kinds = sorted({fracture.kind for outcome in broken for fracture in outcome.fractures})
-    hits = [outcome.hit for outcome in broken if outcome.hit is not None]
     summary |= {
-        "vertebra_auc": _rounded(auc(scores, truths)),
+        "vertebra_auc": round(roc_auc(truths, scores), 4),
         "vertebra_sensitivity": _share(outcome.called for outcome in broken),
         "vertebra_specificity": _share(not outcome.called for outcome in untouched),
-        "attention_on_fracture": _share(outcome.attention or 0 for outcome in broken),
-        "attention_by_chance": _share(outcome.attention_by_chance or 0 for outcome in broken),
-        "region_hits": _share(hits) if hits else None,
+        "specificity_beside_fractures": _share(not outcome.called for outcome in beside),
+        "attention_on_fracture": _share(outcome.attention for outcome in broken),
+        "attention_by_chance": _share(outcome.attention_by_chance for outcome in broken),
+        "region_hits": _share(outcome.hit for outcome in broken),
         "by_kind": {
             kind: _share(o.called for o in broken if kind in {fracture.kind for fracture in o.fractures})
             for kind in kinds
@@ -139,9 +154,7 @@ def summarise_inserted(outcomes: list[Outcome]) -> dict[str, Any]:
     return summary
 
 
-def _share(values: Any) -> float:
-    return _rounded(np.mean([float(value) for value in values]))
-
-
-def _rounded(value: Any) -> float:
-    return round(float(value), 4)
+def _share(values: Iterable[float | None]) -> float | None:
+    """The mean; None of nothing."""
+    known = [float(value) for value in values if value is not None]
+    return round(float(np.mean(known)), 4) if known else None

@@ -180,6 +180,7 @@ def _osteophyte(site: Site) -> bool:
     direction = np.array([np.sin(angle), -np.cos(angle), 0.0])
     rim = np.array([0, frame.front + depth, 0]) + direction * (frame.half_width, depth, 0)
     rim[2] = (frame.ceiling if is_upper else frame.floor) @ (1, rim[0], rim[1])
+    rim = frame.points[np.linalg.norm(frame.points - rim, axis=1).argmin()]
     away = 1.0 if is_upper else -1.0
     length = rng.uniform(1.5, 4.5)
     near = site.near(rim, length + 9)

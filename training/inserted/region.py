@@ -15,6 +15,9 @@ Float32Array = NDArray[np.float32]
 NEAR_MM = (1.5, 3.0)
 """Up to the first distance from its mask a vertebra's bone is changed fully, beyond the second not at all."""
 
+OTHER_BONE_HU = 150.0
+"""A network's masks take soft tissue along; what is darker in the mask of another vertebra is not in the way."""
+
 POINT_SPREAD_MM = 0.6
 """Full width at half maximum of a sharp scanner. Coarse pixels go with a smoother kernel: at least 1.1 of them."""
 
@@ -23,8 +26,8 @@ POINT_SPREAD_MM = 0.6
 class Neighbourhood:
     """A box of a volume around a place at one vertebra, all arrays `(Z, Y, X)`.
 
-    voxels_hu: float32, changed in place; `before` is its first state. own, other: the mask of the vertebra and of all
-    others. share: 0..1, how much a voxel belongs to the vertebra, in its mask or near it. bone: the bone of it in
+    voxels_hu: float32, changed in place; `before` is its first state. own: the mask of the vertebra. other: the bone
+    of all others. share: 0..1, how much a voxel belongs to the vertebra, in its mask or near it. bone: its bone in
     `before`. noise_hu: deviation of the scanner's noise in soft tissue. texture_hu: of what bone looks like at its
     finest, noise included.
     """
@@ -61,7 +64,7 @@ def neighbourhood(
     box = (slice(int(first[0]), int(last[0])), slice(int(first[1]), int(last[1])), slice(int(first[2]), int(last[2])))
     before = voxels_hu[box].astype(np.float32)
     near_labels = labels[box]
-    own, other = near_labels == label, (near_labels > 0) & (near_labels != label)
+    own, other = near_labels == label, (near_labels > 0) & (near_labels != label) & (before > OTHER_BONE_HU)
     part = grid.part(first, before.shape)
     to_own_mm, to_other_mm = distance_mm(own, part), distance_mm(other, part)
     share = np.clip((NEAR_MM[1] - to_own_mm) / (NEAR_MM[1] - NEAR_MM[0]), 0, 1) * (to_own_mm <= to_other_mm)

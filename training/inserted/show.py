@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
+from scipy.ndimage import map_coordinates
 
 from model.geometry import FloatArray, Grid
 from model.resample import index_range
@@ -99,15 +100,9 @@ def _slice(voxels: NDArray, grid: Grid, centre_lps_mm: FloatArray, axis: int) ->
     points = centre_lps_mm + reach[None, :, None] * np.array(across) + reach[:, None, None] * np.array(down)
     half = TILE_MM / 2 + 1
     first, last = index_range(grid, centre_lps_mm - half, centre_lps_mm + half, margin=1)
-    indices = np.clip(grid.to_index(points), first, last - 1)
-    low = np.minimum(np.floor(indices).astype(int), np.asarray(grid.shape) - 2)
-    share = indices - low
-    total = np.zeros(points.shape[:2])
-    for corner in np.ndindex(2, 2, 2):
-        weight = np.prod(np.where(np.array(corner), share, 1 - share), axis=-1)
-        z, y, x = np.moveaxis(low + corner, -1, 0)
-        total += weight * voxels[z, y, x]
-    return total.astype(np.float32)
+    (z0, y0, x0), (z1, y1, x1) = first, last
+    part = voxels[z0:z1, y0:y1, x0:x1].astype(np.float32)
+    return np.asarray(map_coordinates(part, np.moveaxis(grid.to_index(points) - first, -1, 0), order=1, mode="nearest"))
 
 
 def _grey(tile_hu: NDArray[np.float32]) -> Picture:

@@ -13,6 +13,7 @@ from scipy import ndimage
 from model.bundle import ClassifySettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
 from model.geometry import Grid
+from model.levels import LEVELS
 from training.inserted.insertion import Inserted, insert
 from training.inserted.scanner import disturb
 
@@ -22,17 +23,20 @@ def inserted_stacks(
 ) -> dict[str, NDArray]:
     """The N vertebrae of a changed volume that are there and whole, in level order.
 
+    labels: as `insert` had them, or as a network draws them of the changed volume.
+
     `planes` int16 HU `(N, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(N, slices, Y, X)`, `fractured` bool and
     `levels` uint8 1..7 `(N,)`.
 
     Raises:
         ValueError: no vertebra is whole.
     """
-    if not inserted.eligible:
+    boxes = ndimage.find_objects(labels, max_label=len(LEVELS))
+    there = [label for label in inserted.eligible if boxes[label - 1] is not None]
+    if not there:
         raise ValueError("No vertebra of this volume is whole and large enough to be cut. Leave the volume out.")
-    boxes = ndimage.find_objects(labels, max_label=max(inserted.eligible))
     planes, masks, regions = [], [], []
-    for label in inserted.eligible:
+    for label in there:
         box = boxes[label - 1]
         points = grid.to_lps_mm(np.argwhere(labels[box] == label) + [float(side.start) for side in box])
         stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
@@ -45,8 +49,8 @@ def inserted_stacks(
         "planes": np.stack(planes),
         "masks": np.stack(masks),
         "regions": np.stack(regions),
-        "fractured": np.array([f"C{label}" in broken for label in inserted.eligible]),
-        "levels": np.array(inserted.eligible, np.uint8),
+        "fractured": np.array([LEVELS[label - 1] in broken for label in there]),
+        "levels": np.array(there, np.uint8),
     }
 
 
