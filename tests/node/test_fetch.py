@@ -16,8 +16,11 @@ from pynetdicom.sop_class import (
     StudyRootQueryRetrieveInformationModelMove,
 )
 
-from node.config import Config
+from node.config import Config, load_config
 from node.index import Index
+from node.peers import DicomPeer
+from node.send import send_files
+from tests.certificates import Authority
 from tests.factories import make_ct_series, make_report
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
@@ -25,6 +28,8 @@ from tests.receiver import listening
 
 if TYPE_CHECKING:
     from click.testing import Result
+
+    from tests.postgresql_server import PostgreSQLServer
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -166,9 +171,6 @@ def test_a_list_fetches_nothing(
 def test_another_node_is_an_archive_too(
     studies: list[list[Path]], fetch: Fetch, tmp_path: Path, make_config: Callable[..., Config]
 ) -> None:
-    from node.peers import DicomPeer
-    from node.send import send_files
-
     config = make_config(retrieve={"enabled": True}).model_copy(update={"data_dir": tmp_path / "other"})
     with closing(Index(config.data_dir)) as index, listening(config, index):
         peer = DicomPeer(name="x", host="127.0.0.1", port=config.receive.port, ae_title="CSPINE")
@@ -176,6 +178,47 @@ def test_another_node_is_an_archive_too(
         result = fetch(config.receive.port, "--accession", "ACC1", ae_title="CSPINE")
     assert result.exit_code == 0, result.output
     assert {dcmread(path).file_meta.TransferSyntaxUID for path in here(tmp_path).values()} == {JPEGLSLossless}
+
+
+@pytest.mark.parametrize("by", ["get", "move"])
+def test_a_study_comes_under_tls_into_a_node_on_postgresql(
+    studies: list[list[Path]],
+    tmp_path: Path,
+    make_config: Callable[..., Config],
+    cspine: Callable[..., "Result"],
+    postgresql: "PostgreSQLServer",
+    by: str,
+) -> None:
+    authority = Authority(tmp_path / "ca")
+    one, other = authority.sign("archive"), authority.sign("node")
+    us = {"ca": str(authority.certificate), "certificate": str(other.certificate), "key": str(other.key)}
+    taken = {"verify": "required", "client_ca": str(authority.certificate)}
+    node_port, database = free_port(), postgresql.make_database()
+    there = make_config(
+        receive={"ae_title": "ARCHIVE", "tls": taken | {"certificate": one.certificate, "key": one.key}},
+        retrieve={
+            "enabled": True,
+            "peers": [{"name": "n", "host": "127.0.0.1", "port": node_port, "ae_title": "CSPINE", "tls": us}],
+        },
+    ).model_copy(update={"data_dir": tmp_path / "other"})
+    peer = {"name": "pacs", "host": "127.0.0.1", "port": there.receive.port, "ae_title": "ARCHIVE", "tls": us}
+    receive = {"port": node_port, "min_free_disk_mb": 0}
+    receive |= {"tls": taken | {"certificate": str(other.certificate), "key": str(other.key)}}
+    settings = {"data_dir": str(tmp_path / "data"), "receive": receive, "retrieve": {"peers": [peer]}}
+    settings["database"] = database.get_secret_value()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    here = load_config(tmp_path / "config.yaml")
+    with (
+        closing(Index(there.data_dir)) as archive,
+        listening(there, archive),
+        closing(Index(here.data_dir, database)) as index,
+        listening(here, index),
+    ):
+        assert not send_files(studies[1], DicomPeer(**peer), calling_ae_title="CT1")
+        result = cspine("fetch", "--from", "pacs", "--study", uid_of(studies[1]), "--by", by)
+        assert result.exit_code == 0, result.output
+        (case,) = index.cases()
+        assert (case.series_instance_uid, case.num_instances) == (uid_of(studies[1], "SeriesInstanceUID"), NUM_SLICES)
 
 
 # ---- what does not ----

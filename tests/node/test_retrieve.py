@@ -3,12 +3,15 @@
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from pydantic import SecretStr
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
     UID,
@@ -30,7 +33,7 @@ from node.config import Config, ReceiveConfig, RetrieveConfig
 from node.conformance import OBJECTS
 from node.index import Index
 from node.peers import DicomPeer
-from node.retrieve import identifier
+from node.retrieve import identifier, scp
 from node.retrieve.scp import RESULT_SOP_CLASSES
 from node.send import associated
 from tests.factories import make_ct_series, make_report
@@ -38,6 +41,9 @@ from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.receiver import listening
 from tests.web_server import hold
+
+if TYPE_CHECKING:
+    from tests.postgresql_server import PostgreSQLServer
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -68,8 +74,8 @@ def _study(number: int) -> Callable[[int, Dataset], None]:
 class Held:
     """A node that holds three Studies of two patients, the third compressed, and a report made of the first."""
 
-    def __init__(self, folder: Path) -> None:
-        self.index = Index(folder / "data")
+    def __init__(self, folder: Path, database: SecretStr | None = None) -> None:
+        self.index = Index(folder / "data", database)
         syntaxes = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless)
         self.paths = []
         for number, syntax in enumerate(syntaxes):
@@ -510,3 +516,83 @@ def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: P
 
     seconds()
     assert min(seconds() for _ in range(2)) < min(seconds(TCP_NODELAY="1") for _ in range(2)) + num * 0.02
+
+
+# ---- C-CANCEL ----
+
+
+def test_a_cancelled_c_find_ends_and_the_association_goes_on(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_cancelled, answers = threading.Event(), scp.answers
+
+    def pausing(*arguments: Any) -> Iterator[Dataset]:
+        for answer in answers(*arguments):
+            yield answer
+            is_cancelled.wait(10)
+            time.sleep(0.2)  # for the request to get here
+
+    monkeypatch.setattr(scp, "answers", pausing)
+    query = Dataset()
+    query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", ""
+    with associated(held.peer, [(STUDY_FIND, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
+        statuses = []
+        for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=7):
+            statuses.append(status.Status)
+            if not is_cancelled.is_set():
+                association.send_c_cancel(7, query_model=STUDY_FIND)
+                is_cancelled.set()
+        assert statuses == [0xFF00, 0xFE00]
+        monkeypatch.setattr(scp, "answers", answers)
+        assert [status.Status for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=8)] == [
+            *[0xFF00] * len(held.studies),
+            0x0000,
+        ]
+
+
+def test_a_cancelled_c_move_sends_no_more(held: Held) -> None:
+    is_cancelled = threading.Event()
+    came: list[str] = []
+
+    def on_c_store(event: evt.Event) -> int:
+        if came:
+            is_cancelled.wait(10)
+            time.sleep(0.2)
+        came.append(str(event.request.AffectedSOPInstanceUID))
+        return 0x0000
+
+    model = StudyRootQueryRetrieveInformationModelMove
+    names = Dataset()
+    names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", held.studies[1]
+    ae = AE("WORKSTATION")
+    ae.add_supported_context(CTImageStorage, [ExplicitVRLittleEndian, ImplicitVRLittleEndian])
+    server = ae.start_server(("127.0.0.1", held.store_port), block=False, evt_handlers=[(evt.EVT_C_STORE, on_c_store)])
+    try:
+        with associated(held.peer, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
+            said = []
+            for status, _ in association.send_c_move(names, "WORKSTATION", model, msg_id=7):
+                said.append(status)
+                if not is_cancelled.is_set():
+                    association.send_c_cancel(7, query_model=model)
+                    is_cancelled.set()
+    finally:
+        server.shutdown()
+    last = said[-1]
+    assert last.Status == 0xFE00
+    assert 1 <= len(came) < NUM_SLICES
+    assert last.NumberOfCompletedSuboperations == len(came)
+    assert last.NumberOfRemainingSuboperations == NUM_SLICES - len(came)
+
+
+# ---- a node whose cases are in PostgreSQL ----
+
+
+def test_what_postgresql_knows_of_is_found_and_given(postgresql: "PostgreSQLServer", tmp_path: Path) -> None:
+    node = Held(tmp_path, postgresql.make_database())
+    with listening(node.config, node.index):
+        found, _ = ask(node.peer, "STUDY", PatientID="P-0", StudyInstanceUID="")
+        assert [answer.StudyInstanceUID for answer in found] == [node.studies[2], node.studies[0]]
+        _, came = retrieve(
+            tmp_path, tool("getscu"), "-S", "-aec", "CSPINE", "127.0.0.1", str(node.peer.port),
+            "-k", "QueryRetrieveLevel=STUDY", "-k", f"StudyInstanceUID={node.studies[1]}",
+        )  # fmt: skip
+    node.index.close()
+    assert {ds.SOPInstanceUID for ds in came} == {dcmread(path).SOPInstanceUID for path in node.paths[1]}
