@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz soak clean dicomweb-bench
+.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
 
 install: .venv/.installed
 
@@ -42,6 +42,10 @@ ingest: install
 # Mutated PDUs and datasets at the receiver: 50,000, some minutes.
 fuzz: install
 	$(BIN)/python -m tests.fuzz_receiver
+
+# Odd requests at the HTTP side: 20,000, some minutes.
+fuzz-web: install
+	CSPINE_FUZZ_EXAMPLES=20000 $(BIN)/pytest -q tests/test_web_fuzz.py
 
 # Random kill -9 of every process under load, then 2,000 associations: about a quarter of an hour.
 soak: install
