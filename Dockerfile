@@ -2,6 +2,7 @@
 # The node in a container: docker build -t cspine-node .
 #   docker run -p 11112:11112 -v cspine-data:/data cspine-node         serve, results to /data/results
 #   docker run --rm cspine-node demo                                   watch it work on two made-up studies
+# The case list, OHIF and DICOMweb: web in the settings below, -p 8043:8043, and a token by docker exec ... cspine token make.
 # Settings of your own: -v ./config.yaml:/config.yaml:ro, with data_dir /data, receive.host 0.0.0.0 and the peers in
 # receive.allow; with a list there, add - {ae_title: HEALTHCHECK, address: 127.0.0.1} for the health check, which speaks
 # plain DICOM: with receive.tls, run with --no-healthcheck.
@@ -23,9 +24,18 @@ COPY orthanc orthanc
 COPY training training
 RUN /opt/cspine/bin/pip install --constraint constraints.txt '.[orthanc]'
 
+# OHIF, the web viewer, as its makers build it; ort/, two thirds of it, is a runtime for tools that are not used.
+FROM node:22-slim AS viewer
+ARG OHIF=3.13.2
+WORKDIR /viewer
+RUN npm pack --silent @ohif/app@$OHIF \
+    && tar --extract --gzip --file ohif-app-$OHIF.tgz --strip-components=2 --exclude=package/dist/ort package/dist \
+    && rm ohif-app-$OHIF.tgz
+
 FROM python:3.11-slim
 ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 COPY --from=build /opt/cspine /opt/cspine
+COPY --from=viewer /viewer /opt/cspine/viewer
 RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent cspine \
     && install --directory --owner=cspine --group=cspine --mode=0750 /data
 # A container has a network of its own: 0.0.0.0 is that one, and what is published of it is decided by docker run.
@@ -44,7 +54,7 @@ USER cspine
 # The cspine command takes ./config.yaml where none is named.
 WORKDIR /
 VOLUME /data
-EXPOSE 11112
+EXPOSE 11112 8043
 HEALTHCHECK --interval=60s --timeout=10s --start-period=60s --retries=3 \
     CMD ["python", "-m", "pynetdicom", "echoscu", "127.0.0.1", "11112", "--calling-aet", "HEALTHCHECK", "--called-aet", "CSPINE"]
 ENTRYPOINT ["cspine"]

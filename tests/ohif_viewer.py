@@ -36,7 +36,7 @@ _CHROMIUM_ARGUMENTS = [
     "--enable-unsafe-swiftshader",
     "--ignore-gpu-blocklist",
 ]
-_TIMEOUT_MS = 90_000
+_TIMEOUT_MS = float(os.environ.get("CSPINE_BROWSER_TIMEOUT_MS", "90000"))
 
 
 def find_chromium() -> str:
@@ -111,19 +111,19 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
 class OhifStudy:
     """A Study open in OHIF, its CT in the one viewport. hosts: whom the browser has asked for anything."""
 
-    def __init__(self, page: Page, host: str, study_instance_uid: str) -> None:
-        self._page = page
-        self.hosts: set[str] = set()
-        page.on("request", lambda request: self.hosts.add(request.url.split("/")[2]))
-        page.goto(f"http://{host}/viewer/viewer?StudyInstanceUIDs={study_instance_uid}")
+    def __init__(self, page: Page, hosts: set[str]) -> None:
+        self._page, self.hosts = page, hosts
         page.wait_for_function("() => window.cornerstone?.getEnabledElements()[0]?.viewport.getImageIds?.().length")
         page.get_by_text("Skip all").click()  # a tour of the viewer
 
     def load_segmentation(self, series_description: str) -> None:
-        """Opens a Series of segmentations over the CT, as a reader does: double-click, then "Yes"."""
+        """Opens a Series of segmentations over the CT, as a reader does: by a double-click."""
         thumbnails = self._page.locator('[data-cy="study-browser-thumbnail-no-image"]')
         thumbnails.filter(has_text=series_description).dblclick()
-        self._page.get_by_role("button", name="Yes").click()
+        self.wait_for_segmentation()
+
+    def wait_for_segmentation(self) -> None:
+        """Waits until one lies over the CT."""
         self._page.wait_for_function("() => window.cornerstoneTools.segmentation.state.getSegmentations().length")
 
     def picture_of(self, sop_instance_uid: str, png: Path) -> NDArray[np.float32]:
@@ -154,13 +154,23 @@ class OhifStudy:
 
 
 @contextmanager
-def open_study(host: str, study_instance_uid: str) -> Iterator[OhifStudy]:
-    """Opens a Study in a browser of its own, in the OHIF of that host and port."""
+def browser_page() -> Iterator[tuple[Page, set[str]]]:
+    """A page of a browser of its own, and the hosts that it will have asked for anything."""
+    hosts: set[str] = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=_CHROMIUM_ARGUMENTS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(_TIMEOUT_MS)
+        page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
         try:
-            yield OhifStudy(page, host, study_instance_uid)
+            yield page, hosts
         finally:
             browser.close()
+
+
+@contextmanager
+def open_study(host: str, study_instance_uid: str) -> Iterator[OhifStudy]:
+    """Opens a Study in the OHIF of that host and port."""
+    with browser_page() as (page, hosts):
+        page.goto(f"http://{host}/viewer/viewer?StudyInstanceUIDs={study_instance_uid}")
+        yield OhifStudy(page, hosts)

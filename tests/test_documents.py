@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 from pydicom.uid import (
     UID,
     AllTransferSyntaxes,
@@ -28,6 +29,7 @@ from node.receive import status
 from node.receive.contexts import CT_SOP_CLASSES
 from node.send import SendError, echo
 from node.tls import check_dates
+from node.web import viewer
 from tests.receiver import listening
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -117,3 +119,30 @@ def test_every_configuration_in_the_security_guide_is_valid(tmp_path: Path) -> N
 
 def test_the_changelog_knows_this_version() -> None:
     assert f"## {version('cspine-node')} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+# ---- the container ----
+
+
+def test_the_node_of_the_compose_file_publishes_what_it_serves(tmp_path: Path) -> None:
+    node = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    path = tmp_path / "config.yaml"
+    path.write_text(node["configs"]["node"]["content"])
+    web = load_config(path).web
+    assert (web.enabled, web.allow) == (True, "tokens")
+    assert node["services"]["node"]["ports"] == [f"127.0.0.1:{web.port}:{web.port}"]
+
+
+def test_the_image_holds_the_viewer_that_is_tested_where_the_node_looks_for_it() -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (tested,) = re.findall(r"^OHIF := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert re.findall(r"^ARG OHIF=(.*)$", dockerfile, re.MULTILINE) == [tested]
+    (place,) = re.findall(r"^COPY --from=viewer \S+ (.*)$", dockerfile, re.MULTILINE)
+    assert Path(place) in viewer.PLACES
+
+
+def test_what_the_image_is_made_of_is_sent_to_the_builder() -> None:
+    dockerfile, sent = (ROOT / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().split()
+    copied = " ".join(re.findall(r"^COPY ((?!-)[^<\n]*) \S+$", dockerfile, re.MULTILINE)).split()
+    assert len(copied) > 5
+    assert [name for name in copied if f"!{name}" not in sent or not (ROOT / name).exists()] == []

@@ -16,7 +16,7 @@ from model.phantom import Anatomy, Phantom, default_grid, render, write_series
 from node.config import Config
 from node.encode.seg import VERTEBRAE
 from node.index import Index
-from tests.ohif_viewer import OhifSite, find_chromium, open_study
+from tests.ohif_viewer import OhifSite, OhifStudy, browser_page, find_chromium, open_study
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.web_server import WebServer, hold
@@ -45,8 +45,8 @@ def analysed(tmp_path_factory: pytest.TempPathFactory) -> Analysed:
     return Analysed(phantom, paths, sorted((folder / "out").glob("*.dcm")))
 
 
-def check_overlay(host: str, analysed: Analysed, picture: Path, before: Path) -> None:
-    """Opens the Study there: the overlay lies on the vertebra, not on its mirror image, and nobody else was asked."""
+def check_overlay(study: OhifStudy, analysed: Analysed, picture: Path) -> None:
+    """The overlay lies on the vertebra, not on its mirror image."""
     phantom = analysed.phantom
     is_vertebra = (phantom.vertebrae >= 1) & (phantom.vertebrae <= 7)
     z = int(is_vertebra.sum(axis=(1, 2)).argmax())
@@ -54,16 +54,11 @@ def check_overlay(host: str, analysed: Analysed, picture: Path, before: Path) ->
     # Where a mirror image would lie, but for what is next to the vertebra.
     off = on[:, ::-1] & ~binary_dilation(on, iterations=2)
     on_lps_mm, off_lps_mm = (phantom.grid.to_lps_mm(np.insert(np.argwhere(mask), 0, z, axis=1)) for mask in (on, off))
-    first = dcmread(analysed.paths[z], stop_before_pixels=True)
     picture.parent.mkdir(exist_ok=True)
-    with open_study(host, first.StudyInstanceUID) as study:
-        plain = study.picture_of(first.SOPInstanceUID, before)
-        study.load_segmentation(VERTEBRAE.series_description)
-        marked = study.picture_of(first.SOPInstanceUID, picture)
-        overlay = np.ptp(marked, axis=2) > np.ptp(plain, axis=2) + 0.1  # it brought colour
-        assert share_of(study.to_page(on_lps_mm), overlay) > 0.75
-        assert share_of(study.to_page(off_lps_mm), overlay) < 0.1
-        assert study.hosts == {host}
+    shown = study.picture_of(dcmread(analysed.paths[z], stop_before_pixels=True).SOPInstanceUID, picture)
+    overlay = np.ptp(shown, axis=2) > 0.1  # CT is grey
+    assert share_of(study.to_page(on_lps_mm), overlay) > 0.75
+    assert share_of(study.to_page(off_lps_mm), overlay) < 0.1
 
 
 def share_of(places: NDArray[np.intp], marked: NDArray[np.bool_]) -> float:
@@ -74,28 +69,47 @@ def share_of(places: NDArray[np.intp], marked: NDArray[np.bool_]) -> float:
 def test_ohif_on_an_orthanc_lays_the_vertebrae_over_the_ct_where_they_are(analysed: Analysed, tmp_path: Path) -> None:
     orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
     site = OhifSite(orthanc.url)
+    study_uid = dcmread(analysed.paths[0], stop_before_pixels=True).StudyInstanceUID
     try:
         for path in (*analysed.paths, *analysed.results):
             orthanc.client.upload_file(str(path))
-        check_overlay(site.host, analysed, BUILD_FOLDER / "ohif.png", tmp_path / "before.png")
+        with open_study(site.host, study_uid) as study:
+            study.load_segmentation(VERTEBRAE.series_description)
+            check_overlay(study, analysed, BUILD_FOLDER / "ohif.png")
+            assert study.hosts == {site.host}
     finally:
         site.stop()
         orthanc.stop()
 
 
-def test_ohif_served_by_the_node_shows_its_own_results(analysed: Analysed, index: Index, tmp_path: Path) -> None:
+def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(analysed: Analysed, index: Index) -> None:
     hold(index, [Path(shutil.copy(path, index.data_dir)) for path in analysed.paths])
     case = index.cases()[0]
     folder = index.data_dir / "cases" / case.series_instance_uid / "0123"
     folder.mkdir(parents=True)
-    for path in analysed.results:
+    for path in (*analysed.results, analysed.results[0].parent / "findings.json"):
         shutil.copy(path, folder)
     index.queue(case)
     claimed = index.claim_next()
     assert claimed is not None
     index.finish(claimed, folder, summary="", sop_instance_uids=[], destinations=[])
     server = WebServer(Config(), index)
+    BUILD_FOLDER.mkdir(exist_ok=True)
     try:
-        check_overlay(f"127.0.0.1:{server.port}", analysed, BUILD_FOLDER / "ohif-node.png", tmp_path / "before.png")
+        with browser_page() as (page, hosts):
+            page.goto(server.root)
+            for width, name in ((1280, "case-list.png"), (360, "case-list-phone.png")):
+                page.set_viewport_size({"width": width, "height": 800})
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                page.screenshot(path=BUILD_FOLDER / name)
+            page.set_viewport_size({"width": 1280, "height": 800})
+            assert page.get_by_role("row").count() == 2
+            assert page.get_by_role("columnheader", name="Probability").is_visible()
+            page.keyboard.press("Tab")
+            page.keyboard.press("Enter")
+            study = OhifStudy(page, hosts)
+            study.wait_for_segmentation()
+            check_overlay(study, analysed, BUILD_FOLDER / "ohif-node.png")
+        assert hosts == {f"127.0.0.1:{server.port}"}
     finally:
         server.stop()

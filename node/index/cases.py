@@ -20,9 +20,10 @@ class Cases(Database):
         found = self._cases(select(_cases).where(_cases.c.series_instance_uid == series_instance_uid))
         return found[0] if found else None
 
-    def cases(self, limit: int | None = None, states: Collection[CaseState] = ()) -> list[Case]:
-        """Cases, the latest first. states: only those in one of them."""
-        query = select(_cases).order_by(_cases.c.first_received_at.desc()).limit(limit)
+    def cases(self, limit: int | None = None, states: Collection[CaseState] = (), offset: int = 0) -> list[Case]:
+        """Cases, the latest first. states: only those in one of them. offset: how many to leave out."""
+        query = select(_cases).order_by(_cases.c.first_received_at.desc(), _cases.c.case_id.desc())
+        query = query.limit(limit).offset(offset)
         return self._cases(query.where(_cases.c.state.in_(states)) if states else query)
 
     def fingerprint(self) -> tuple[Any, ...]:

@@ -96,7 +96,10 @@ class DicomWebWatch(Watch):
             elif row is not None and row.num_done is not None:
                 counts[uid] = row.num_instances
             else:
-                counts[uid] = len(archive.instances(series))
+                try:
+                    counts[uid] = len(archive.instances(series))
+                except NotGivenError:
+                    counts[uid] = 1  # fetching it will fail too, and say so
         same = {uid: row.num_instances for uid, row in known.items() if now - row.listed_at < _DAY_S}
         changed = {uid: count for uid, count in counts.items() if same.get(uid) != count}
         self._index.note_listed(self.name, changed)

@@ -35,12 +35,10 @@ from node.web.multipart import (
 
 _JSON = "application/dicom+json"  # alone: Azure refuses a list of choices
 _DICOM = "application/dicom"
-# As it is stored; Google and Azure would transcode to Explicit VR Little Endian what is asked for without a transfer
-# syntax, others do not know the asterisk.
-_ACCEPTED = (
-    'multipart/related; type="application/dicom"; transfer-syntax=*',
-    'multipart/related; type="application/dicom"',
-)
+# Google and Azure would transcode to Explicit VR Little Endian what is asked for without a transfer syntax; others do
+# not know the asterisk.
+_AS_STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
+_PLAIN = 'multipart/related; type="application/dicom"'
 _LIMIT = 200  # the most that Azure gives at a time; it refuses to be asked for more
 _MAX_PARTS = 100_000
 _CHUNK_BYTES = 256 * 1024
@@ -90,6 +88,7 @@ class WebArchive:
         self._timeout_s, self._pause_s = source.timeout_s, 1 / source.max_requests_per_s
         self._next_at = 0.0  # monotonic, s
         self._lock = threading.Lock()
+        self._accepted = _AS_STORED
 
     def close(self) -> None:
         self._peer.close()
@@ -205,13 +204,15 @@ class WebArchive:
                 raise NotGivenError(f"{self._peer.name} gives what cannot be read: {error}", 200) from error
 
     def _ask_for_files(self, path: str) -> requests.Response:
-        first, plainer = _ACCEPTED
         try:
-            return self._ask(path, first, stream=True)
+            return self._ask(path, self._accepted, stream=True)
         except NotGivenError as error:
-            if error.status not in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_ACCEPTABLE):
+            is_about_form = error.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_ACCEPTABLE)
+            if not is_about_form or self._accepted == _PLAIN:
                 raise
-        return self._ask(path, plainer, stream=True)
+        response = self._ask(path, _PLAIN, stream=True)
+        self._accepted = _PLAIN
+        return response
 
     def _ask(self, path: str, accept: str, query: Query | None = None, *, stream: bool = False) -> requests.Response:
         self._wait()

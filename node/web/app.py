@@ -24,7 +24,7 @@ from node.receive.headers import is_uid
 from node.receive.sender import Sender
 from node.receive.store import Store
 from node.remove import delete_case
-from node.web import qido, rendered, viewer, wado
+from node.web import case_list, qido, rendered, viewer, wado
 from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
@@ -41,13 +41,14 @@ _MAX_RENDERED_FRAMES = 1
 
 
 def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> FastAPI:
-    """The application: DICOMweb at /dicom-web, OHIF at /viewer."""
+    """The application: the case list at /, DICOMweb at /dicom-web, OHIF at /viewer."""
     app = FastAPI(title="C-Spine Node", docs_url=None, redoc_url=None)
     app.state.catalog = catalog
     app.state.public_url = config.web.public_url
     app.include_router(_search_router(), prefix="/dicom-web")
     app.include_router(_retrieve_router(), prefix="/dicom-web")
     app.include_router(_store_router(config.web, catalog, store), prefix="/dicom-web")
+    app.include_router(case_list.make_router(store.index, catalog))
     app.include_router(viewer.make_router())
     app.add_middleware(AccessMiddleware, config=config.web, tokens=tokens)
     for error, status in (

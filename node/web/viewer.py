@@ -10,7 +10,7 @@ from pathlib import Path
 from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse, JSONResponse
 
-_PLACES = (Path(__file__).parents[2] / ".viewer", Path("/opt/cspine/viewer"))  # a checkout, the container
+PLACES = (Path(__file__).parents[2] / ".viewer", Path("/opt/cspine/viewer"))  # a checkout, the container
 
 CONFIG = {
     "routerBasename": "/viewer",
@@ -18,6 +18,7 @@ CONFIG = {
     "modes": [],
     "showStudyList": True,
     "investigationalUseDialog": {"option": "never"},
+    "disableConfirmationPrompts": True,
     "defaultDataSourceName": "node",
     "dataSources": [
         {
@@ -39,12 +40,13 @@ CONFIG = {
         }
     ],
 }
-"""What OHIF is told. Its tour of the viewer and its notice of investigational use would hide the first picture."""
+"""What OHIF is told. Its tour of the viewer, its notice of investigational use and its question whether to show a
+Segmentation would stand between the case list and the first picture."""
 
 
 def find_viewer() -> Path | None:
     """The folder of OHIF's files; None if they are not here."""
-    return next((place for place in _PLACES if (place / "index.html").is_file()), None)
+    return next((place for place in PLACES if (place / "index.html").is_file()), None)
 
 
 def make_router() -> APIRouter:
