@@ -154,6 +154,23 @@ def test_subgroups_and_regions_add_their_sections(files: dict[str, Path], tmp_pa
     assert "Fracture regions" in report
 
 
+def test_predictions_that_say_nothing_are_measured_and_reported_as_such(files: dict[str, Path], tmp_path: Path) -> None:
+    nothing = ["", *[""] * 7, " ".join(HEADER[1:])]
+    write_table(files["predictions"], {"1.2.3.1": nothing, "1.2.3.2": nothing}, (*HEADER, "undetermined"))
+    columns = ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")
+    files["true_boxes"] = write_csv(tmp_path / "boxes.csv", columns, [("9.9", 1, 1, 5, 5, 1)])
+    files["predicted_regions"] = write_csv(tmp_path / "regions.csv", (*columns, "score"), [])
+
+    result = evaluate(files)
+
+    assert result.exit_code == 0, result.output
+    metrics = metrics_of(files)
+    assert metrics["weighted_log_loss"] == metrics["baselines"]["base_rates"]["weighted_log_loss"]
+    assert metrics["patient_overall"]["num"] == 0
+    assert metrics["froc"]["boxes_of_other_studies"] == ["9.9"]
+    assert "no true box" in metrics["froc"]["reasons"]["all"]
+
+
 def test_regions_without_boxes_are_a_usage_error(files: dict[str, Path], tmp_path: Path) -> None:
     regions = write_csv(tmp_path / "r.csv", ("StudyInstanceUID",), [("1",)])
     result = evaluate(files, "--predicted-regions", regions)

@@ -9,6 +9,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, mannwhitneyu, norm
 
+from model.levels import OUTPUTS
 from tests.training.evaluation_data import draw_patients
 from training.evaluation import average_precision, roc_auc, weighted_log_loss
 from training.evaluation.binary import Question, measure
@@ -16,7 +17,7 @@ from training.evaluation.bootstrap import draw_resamples, over_resamples, percen
 from training.evaluation.loss import best_constants, constant_baselines, study_losses
 from training.evaluation.metrics import Settings, level_accuracy, localisation, measure_all
 from training.evaluation.ranking import Ranking, pr_curve, roc_areas, roc_curve
-from training.evaluation.tables import OUTPUTS, InputError, Matched
+from training.evaluation.tables import InputError, Matched
 
 HALF = dict.fromkeys(OUTPUTS, 0.5)
 
@@ -252,8 +253,10 @@ def test_undetermined_answers_are_counted_and_left_out() -> None:
 
 def test_no_answer_at_all_is_measured_as_nothing() -> None:
     found = answers(question([1, 0], [math.nan, math.nan]))
-    assert found["num"] == 0
+    assert found["num"] == found["true_positives"] == 0
     assert found["reasons"]
+    assert found.keys() == answers(question([1, 0], [0.9, 0.1])).keys()
+    assert found["auc"] is found["auc_ci"] is found["ece"] is None
 
 
 # ---- all together ----

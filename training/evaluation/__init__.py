@@ -3,8 +3,9 @@
 Door: what is named here, for trainings that want a number on the way. No torch, no network.
 """
 
+from model.levels import OUTPUTS
 from training.evaluation.loss import log_losses, weighted_log_loss
 from training.evaluation.ranking import average_precision, roc_auc
-from training.evaluation.tables import OUTPUTS, InputError
+from training.evaluation.tables import InputError
 
 __all__ = ["OUTPUTS", "InputError", "average_precision", "log_losses", "roc_auc", "weighted_log_loss"]

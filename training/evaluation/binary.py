@@ -33,7 +33,22 @@ SHARES = {
 }
 """Shares of calls: what counts for and what against."""
 
-_NO_REASON = {
+_COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
+
+_MEASURES = (
+    "auc",
+    "pr_auc",
+    *SHARES,
+    "f1",
+    *(f"{kind}_at_{round(100 * prevalence)}_percent" for prevalence in PREVALENCES for kind in ("ppv", "npv")),
+    "brier",
+    "log_loss",
+    "mean_probability",
+    "prevalence",
+)
+"""What has a value and an interval."""
+
+_REASONS = {
     "auc": "needs fractured and intact ones",
     "pr_auc": "needs fractured ones",
     "precision": "nothing was called fractured",
@@ -87,14 +102,15 @@ def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_s
         "operating_point": _one_value(question.operating_point),
     }
     if len(rows.truth) == 0:
-        return measured | {"reasons": {"all": "there is no answer to measure"}}
+        nothing = dict.fromkeys((*_MEASURES, *(f"{name}_ci" for name in _MEASURES), "ece"))
+        reasons = {"all": "there is no answer to measure"}
+        return measured | dict.fromkeys(_COUNTS, 0) | nothing | {"reliability": [], "reasons": reasons}
     once = {name: float(values[0]) for name, values in _statistics(rows)(np.ones((1, len(rows.truth)))).items()}
     resampled = over_resamples(resamples, rows.study, _statistics(rows))
     reasons = {}
-    for name, value in once.items():
-        if name in _COUNTS:
-            measured[name] = int(value)
-            continue
+    measured |= {name: int(once[name]) for name in _COUNTS}
+    for name in _MEASURES:
+        value = once[name]
         measured[name] = value if np.isfinite(value) else None
         if name in SHARES and one_row_per_study:
             interval = wilson_interval(*_for_and_all(name, once))
@@ -102,13 +118,10 @@ def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_s
             interval = percentile_interval(resampled[name])
         measured[f"{name}_ci"] = interval if np.isfinite(value) else None
         if not np.isfinite(value):
-            reasons[name] = _NO_REASON.get(name, "its sensitivity or specificity cannot be computed")
+            reasons[name] = _REASONS.get(name, "its sensitivity or specificity cannot be computed")
         elif interval is None:
             reasons[f"{name}_ci"] = "more than 5 % of the bootstrap resamples have no value: too few of one class"
     return measured | {"ece": expected_calibration_error(rows), "reliability": reliability(rows), "reasons": reasons}
-
-
-_COUNTS = ("true_positives", "false_positives", "true_negatives", "false_negatives")
 
 
 def _statistics(rows: Question) -> Callable[[Array], dict[str, Array]]:

@@ -22,6 +22,8 @@ _CHUNK_BYTES = 64 * 2**20
 
 def draw_resamples(patients: Sequence[Hashable], num_resamples: int, seed: int) -> NDArray[np.float32]:
     """How often each Study is in each resample, `(num_resamples, N)`; Studies of one patient come and go together."""
+    if not patients:
+        return np.zeros((num_resamples, 0), np.float32)
     index_of: dict[Hashable, int] = {}
     index = np.array([index_of.setdefault(patient, len(index_of)) for patient in patients])
     rng = np.random.default_rng(seed)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from model import read_bundle
+from model.levels import OUTPUTS
 from training.evaluation.bootstrap import draw_resamples
 from training.evaluation.files import replacing
 from training.evaluation.froc import MIN_IOU, Boxes, Events, compare, measure_froc, read_boxes
 from training.evaluation.metrics import Settings, measure_all
 from training.evaluation.report import Report, write_report
 from training.evaluation.tables import (
-    OUTPUTS,
+    OVERALL,
     InputError,
     Matched,
     match,
@@ -61,12 +62,13 @@ def operating_points(given: Iterable[str], default: Mapping[str, float]) -> dict
 
 
 def points_of(bundle: Path | None) -> dict[str, float]:
-    """The operating points of a model; None: of the one that comes with the package.
+    """Each output's operating point of a model; None: of the one that comes with the package.
 
     Raises:
         BundleError: the bundle is missing or damaged.
     """
-    return dict.fromkeys(OUTPUTS, read_bundle(bundle).info.operating_point)
+    info = read_bundle(bundle).info
+    return {OVERALL: info.operating_point, **info.level_operating_points}
 
 
 def evaluate(inputs: Inputs, settings: Settings, out: Path, more: Mapping[str, Any] | None = None) -> dict[str, Any]:

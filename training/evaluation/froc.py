@@ -185,6 +185,7 @@ def sensitivity_at(false_positives: Array, sensitivity: Array, limit: float) -> 
 def measure_froc(events: Events, resamples: NDArray[np.float32]) -> dict[str, Any]:
     """Sensitivity at each of FALSE_POSITIVES_PER_STUDY, with bootstrap intervals over Studies."""
     num_true = int(events.num_true.sum())
+    reasons: dict[str, str] = {}
     measured: dict[str, Any] = {"num_true": num_true, "num_found_at_any_score": int(events.is_found.sum())}
     if num_true == 0:
         return measured | {"reasons": {"all": "there is no true box in the Studies measured"}}
@@ -200,4 +201,8 @@ def measure_froc(events: Events, resamples: NDArray[np.float32]) -> dict[str, An
         measured[f"{name}_ci"] = percentile_interval(
             np.concatenate([sensitivity_at(*curves, limit) for curves in resampled])
         )
-    return measured
+        if measured[f"{name}_ci"] is None:
+            reasons[f"{name}_ci"] = (
+                "more than 5 % of the bootstrap resamples have no true box: too few Studies with one"
+            )
+    return measured | {"reasons": reasons}

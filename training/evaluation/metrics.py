@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from model.levels import LEVELS
+from model.levels import LEVELS, OUTPUTS
 from training.evaluation.binary import Question, measure
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.loss import constant_baselines, study_losses, weighted_log_loss
 from training.evaluation.subgroups import split
-from training.evaluation.tables import OUTPUTS, PATIENT, Matched
+from training.evaluation.tables import PATIENT, Matched
 
 Array = NDArray[np.float64]
 

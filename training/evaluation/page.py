@@ -26,12 +26,15 @@ p { margin: .4rem 0; } .soft { color: var(--soft); font-size: .87rem; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .25rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-td small { color: var(--soft); } td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td small { color: var(--soft); } .text th, .text td { text-align: left; }
+.text td { white-space: normal; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; max-width: 54rem; height: auto; margin: .4rem auto; font-family: inherit; }
 svg.narrow { max-width: 32rem; }
 details { margin-top: .5rem; } summary { cursor: pointer; color: var(--soft); }
 ul { margin: .3rem 0; padding-left: 1.2rem; } code { font-size: .85em; overflow-wrap: anywhere; }
+@page { margin: 14mm; }
 @media print { body { background: none; font-size: 10pt; } main { max-width: none; padding: 0; }
+  svg { max-width: 36rem; }
   section { border: none; padding: .4rem 0; } svg, tr, .tile, h2, h3 { break-inside: avoid; }
   h2, h3 { break-after: avoid; }
   .wide { overflow: visible; } table { font-size: 8pt; } th, td { padding: .15rem .3rem; } }
@@ -78,16 +81,16 @@ def tiles(values: Iterable[tuple[str, str, str]]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, is_text: bool = False) -> str:
     """Cells are text; what follows a newline in a cell is set small. is_text: cells are sentences, not numbers."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(_cell(cell, is_text) for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header) if any(header) else ""
+    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in rows)
+    kind = ' class="text"' if is_text else ""
+    return f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(text: str, is_text: bool) -> str:
+def _cell(text: str) -> str:
     figure, _, small = text.partition("\n")
     more = f"<br><small>{escape(small)}</small>" if small else ""
-    kind = ' class="text"' if is_text else ""
-    return f"<td{kind}>{escape(figure)}{more}</td>"
+    return f"<td>{escape(figure)}{more}</td>"
 
 
 def folded(summary: str, items: Sequence[str]) -> str:

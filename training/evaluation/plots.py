@@ -125,8 +125,7 @@ def roc(matched: Matched, metrics: Mapping[str, Any]) -> str:
                 if measured["specificity"] is not None and measured["sensitivity"] is not None:
                     axis.plot(1 - measured["specificity"], measured["sensitivity"], "o", color=colour, markersize=5)
             axis.set(xlabel="1 - specificity", ylabel="sensitivity", **_UNIT_SQUARE)
-            if curves:
-                axis.legend(loc="lower right", title="AUC")
+            _legend(axis, loc="lower right", title="AUC")
     return drawn[0]
 
 
@@ -139,8 +138,7 @@ def precision_recall(matched: Matched, metrics: Mapping[str, Any]) -> str:
                 label = f"{name}  {_of(metrics, name)['pr_auc']:.3f}"
                 axis.plot(*pr_curve(truth, probability), color=colour, linewidth=width, label=label)
             axis.set(xlabel="recall", ylabel="precision", **_UNIT_SQUARE)
-            if curves:
-                axis.legend(loc="best", title="PR-AUC")
+            _legend(axis, loc="best", title="PR-AUC")
     return drawn[0]
 
 
@@ -178,7 +176,7 @@ def probabilities(matched: Matched, metrics: Mapping[str, Any]) -> str:
             if point is not None:
                 axis.axvline(point, color=_INK, linestyle="--", linewidth=1)
             axis.set(xlabel=f"probability said, {name}", ylabel="share of its kind", xlim=(0, 1))
-            axis.legend(loc="upper right")
+            _legend(axis, loc="upper right")
     return drawn[0]
 
 
@@ -222,7 +220,7 @@ def froc(curves: Mapping[str, Events]) -> str:
         for limit in (0.5, 1, 2):
             axis.axvline(limit, color=_INK, linewidth=0.8, linestyle=":", alpha=0.6)
         axis.set(xlabel="false positives per Study", ylabel="sensitivity", ylim=(-0.02, 1.02), xlim=(-0.05, 4))
-        axis.legend(loc="lower right")
+        _legend(axis, loc="lower right")
     return drawn[0]
 
 
@@ -233,7 +231,7 @@ def _forest(axis: Axes, rows: Mapping[str, Mapping[str, Any]], key: str, colours
         if interval:
             axis.plot(interval, [place, place], color=colour, linewidth=2, alpha=0.6, solid_capstyle="butt")
         if value is not None:
-            axis.plot(value, place, "o", color=colour, markersize=5)
+            axis.plot(value, place, "o", color=colour, markersize=5, clip_on=False)
     axis.set_yticks(range(len(rows)), list(rows))
     lowest = min((end for part in rows.values() for end in _ends(part, key)), default=0.0)
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(math.floor(10 * lowest - 0.1) / 10, 1.01))
@@ -244,6 +242,12 @@ def _ends(measured: Mapping[str, Any], key: str) -> list[float]:
     """All that is drawn of a row."""
     value = measured.get(key)
     return [] if value is None else [value, *(measured.get(f"{key}_ci") or [])]
+
+
+def _legend(axis: Axes, **options: str) -> None:
+    """None where nothing was drawn: of one class only, or without an answer."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(**options)
 
 
 def _cut(text: str) -> str:

@@ -99,6 +99,8 @@ def _log_loss(metrics: Mapping[str, Any]) -> str:
         "best_constants": "best constants on this truth",
     }
     rows = [["these predictions", number(metrics["weighted_log_loss"], 4), between(metrics["weighted_log_loss_ci"], 4)]]
+    if challenge := metrics.get("challenge"):
+        rows.append(["the model's numbers for the challenge", number(challenge["weighted_log_loss"], 4), ""])
     rows += [[text, number(metrics["baselines"][name]["weighted_log_loss"], 4), ""] for name, text in names.items()]
     return table(["", "weighted log loss", "95 % interval"], rows) + paragraph(
         "The challenge's metric, row-normalised: weight 14 or 7 for a fractured or intact patient, 2 or 1 for a level, "

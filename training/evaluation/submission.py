@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from model.levels import OUTPUTS
 from training.evaluation.files import replacing
 from training.evaluation.loss import RSNA_PREVALENCE
-from training.evaluation.tables import OUTPUTS, STUDY, InputError, read_predictions, read_rows
+from training.evaluation.tables import STUDY, InputError, read_predictions, read_rows
 
 _MAX_NAMED = 10
 

@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from model.levels import LEVELS
+from model.levels import OUTPUTS
 
 STUDY = "StudyInstanceUID"
-OVERALL = "patient_overall"
-OUTPUTS = (OVERALL, *LEVELS)
-"""The eight numbers of a Study, in the order of every array here and of the columns of the challenge's train.csv."""
+OVERALL = OUTPUTS[0]
+"""The eight outputs are in the order of `model.levels.OUTPUTS` in every array here."""
 
 UNDETERMINED = "undetermined"
 """Optional column of predictions: the outputs without an answer, separated by blanks; their cells are empty."""

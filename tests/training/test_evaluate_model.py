@@ -1,0 +1,176 @@
+"""`cspine-train evaluate --data`: a model over a folder as the challenge's, restarted, and what it leaves behind."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from model.levels import OUTPUTS
+from tests.training.evaluation_data import HEADER, write_csv
+from tests.training.rsna_data import uid
+from tests.untrained import write_untrained_bundle
+from training.cli import main
+from training.evaluation.evaluate import operating_points, points_of
+from training.evaluation.evaluate_model import evaluate_model, measure_run, write_tables
+from training.evaluation.froc import Box, read_boxes
+from training.evaluation.metrics import Settings, measure_all
+from training.evaluation.run import Run, run_model
+from training.evaluation.tables import InputError, match, read_predictions, read_truth
+from training.rsna import read_source
+
+SETTINGS = Settings(operating_points=dict.fromkeys(OUTPUTS, 0.5), num_resamples=20)
+ASKED = (0, 1, 3)
+"""Studies: 0 and 1 have masks, 0 has boxes, 3 cannot be read."""
+
+
+@pytest.fixture(scope="module")
+def evaluated(rsna_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Folder of the result, and what stood on the terminal."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    with (rsna_folder / "train.csv").open(newline="", encoding="utf-8") as file:
+        labels = {row["StudyInstanceUID"]: row for row in csv.DictReader(file)}
+    rows = ([labels[uid(number)][name] for name in HEADER] for number in ASKED)
+    truth = write_csv(folder / "truth.csv", HEADER, rows)
+    arguments = ["evaluate", "--data", rsna_folder, "--truth", truth, "--out", folder / "out", "--resamples", 20]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = CliRunner().invoke(main, [*map(str, arguments), "--device", "cpu"], catch_exceptions=False)
+    torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    return folder / "out", result.output
+
+
+def test_a_study_that_fails_is_named_with_its_reason_and_the_others_are_measured(evaluated: tuple[Path, str]) -> None:
+    out, output = evaluated
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+    assert metrics["num_studies"] == metrics["run"]["num_answered"] == 2
+    assert list(metrics["run"]["failures"]) == metrics["only_in_truth"] == [uid(3)]
+    reason = metrics["run"]["failures"][uid(3)]
+    assert len(reason) > 20
+    assert f"{uid(3)}: {reason}" in output
+    assert reason.split(".")[0] in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_seconds_memory_and_masks_are_measured(evaluated: tuple[Path, str]) -> None:
+    metrics = json.loads((evaluated[0] / "metrics.json").read_text(encoding="utf-8"))
+
+    assert 0 < metrics["run"]["latency_s"]["p50"] <= metrics["run"]["latency_s"]["p95"] < 120
+    assert 2**26 < metrics["run"]["peak_memory_bytes"] < 2**35
+    assert metrics["masks"]["num_studies"] == 2
+    assert 0.5 < metrics["masks"]["mean_dice"] < 1
+    assert metrics["masks"]["levels"]["C4"]["num_levels"] == 2
+    assert "froc" in metrics
+
+
+def test_the_predictions_it_writes_can_be_evaluated_again(evaluated: tuple[Path, str]) -> None:
+    out, _ = evaluated
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+
+    matched = match(read_predictions(out / "predictions.csv"), read_truth(out.parent / "truth.csv"))
+    again = measure_all(matched, SETTINGS, {})
+
+    assert again["weighted_log_loss"] == pytest.approx(metrics["weighted_log_loss"])
+    assert again["all_levels"]["num"] == metrics["all_levels"]["num"]
+
+
+def test_a_study_that_was_answered_is_not_run_again(evaluated: tuple[Path, str], rsna_folder: Path) -> None:
+    out, _ = evaluated
+    files = sorted((out / "studies").iterdir())
+    before = [path.stat().st_mtime_ns for path in files]
+
+    run = run_model(None, read_source(rsna_folder), out, only=[uid(0), uid(1)], device="cpu")
+
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert set(run.answers) == {path.stem for path in files} == {uid(0), uid(1)}
+
+
+def test_answers_of_another_model_are_not_mixed_in(
+    evaluated: tuple[Path, str], rsna_folder: Path, tmp_path: Path
+) -> None:
+    bundle = write_untrained_bundle(tmp_path / "bundle")
+    with pytest.raises(InputError, match=r"holds an answer of .* and the model to run is untrained 0\.0\.1"):
+        evaluate_model(bundle, rsna_folder, evaluated[0], SETTINGS)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no train\.csv"):
+        evaluate_model(None, tmp_path, tmp_path / "out", SETTINGS)
+
+
+def test_no_answer_at_all_says_why(rsna_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"None of the 1 Studies .* has an answer.\n  {uid(3)}: "):
+        run_model(None, read_source(rsna_folder), tmp_path, only=[uid(3)], device="cpu")
+
+
+def test_masks_and_attention_are_summed_up_over_the_levels_that_are_there() -> None:
+    def answer(masks: dict[str, object] | None, alignment: dict[str, tuple[float, float]]) -> dict[str, object]:
+        seconds = {"read": 1.0, "analyse": 2.0, "all": 3.0}
+        return {
+            "masks": masks,
+            "alignment": alignment,
+            "seconds": seconds,
+            "num_slices": 100,
+            "peak_memory_bytes": 5,
+            "device": "cpu",
+        }
+
+    both = {
+        "dice": {"C1": 0.9, "C2": 0.7},
+        "hd95_mm": {"C1": 1.0, "C2": 3.0},
+        "surface_distance_mm": {"C1": 0.5, "C2": 1.5},
+        "identified": {"C1": True, "C2": True},
+        "invented": ["C7"],
+    }
+    missed = {
+        "dice": {"C1": 0.0},
+        "hd95_mm": {"C1": None},
+        "surface_distance_mm": {"C1": None},
+        "identified": {"C1": False},
+        "invented": [],
+    }
+    answers = {
+        "1": answer(both, {"C1": (0.6, 0.2), "C2": (0.4, 0.4)}),
+        "2": answer(missed, {}),
+        "3": answer({"problem": "It belongs to another CT."}, {}),
+        "4": answer(None, {}),
+    }
+    found = measure_run(Run(model={}, answers=answers, failures={}), SETTINGS)
+
+    assert found["masks"]["num_studies"] == 2
+    assert found["masks"]["mean_dice"] == pytest.approx((0.8 + 0) / 2)
+    assert found["masks"]["levels"]["C1"]["dice"] == 0.45
+    assert found["masks"]["levels"]["C1"]["hd95_mm_median"] == 1
+    assert found["masks"]["levels"]["C3"]["dice"] is None
+    assert found["masks"]["identification_rate"] == pytest.approx(2 / 3)
+    assert (found["masks"]["num_not_drawn"], found["masks"]["num_invented"]) == (1, 1)
+    assert list(found["masks"]["problems"]) == ["3"]
+    assert found["attention"]["alignment"] == pytest.approx(0.5)
+    assert found["attention"]["even"] == pytest.approx(0.3)
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_a_model_said_is_written_so_that_evaluate_and_submission_can_read_it(tmp_path: Path) -> None:
+    said: dict[str, float | None] = dict.fromkeys(OUTPUTS, 0.25)
+    answer = {
+        "probabilities": said | {"C1": None},
+        "challenge": dict.fromkeys(OUTPUTS, 0.4),
+        "regions": [[10, 20, 30, 40, 7, 0.25]],
+    }
+    write_tables(Run(model={}, answers={"1.2": answer}, failures={}), tmp_path)
+
+    assert np.isnan(read_predictions(tmp_path / "predictions.csv").values[0]).tolist() == [False, True] + [False] * 6
+    assert (read_predictions(tmp_path / "predictions_metric.csv").values == 0.4).all()
+    box = Box(x=10, y=20, width=30, height=40, slice_number=7, score=0.25)
+    assert read_boxes(tmp_path / "regions.csv", scored=True) == {"1.2": [box]}
+
+
+def test_the_operating_points_of_a_model_are_taken_unless_others_are_given() -> None:
+    own = points_of(None)
+    assert list(own) == list(OUTPUTS)
+    given = operating_points(["C2=0.125"], own)
+    assert given == own | {"C2": 0.125}

@@ -1,0 +1,183 @@
+"""The straight line of `evaluate --data`: run the model, write what it said as CSV files, measure those and the run."""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.levels import LEVELS, OUTPUTS
+from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
+from training.evaluation.evaluate import Inputs, evaluate
+from training.evaluation.files import replacing
+from training.evaluation.froc import BOX_COLUMNS
+from training.evaluation.loss import weighted_log_loss
+from training.evaluation.metrics import Settings
+from training.evaluation.run import Run, run_model
+from training.evaluation.tables import STUDY, UNDETERMINED, InputError, match, read_predictions, read_truth
+from training.rsna import SourceError, read_source
+
+METRIC_TABLE = "predictions_metric.csv"
+
+
+def evaluate_model(
+    bundle: Path | None,
+    data: Path,
+    out: Path,
+    settings: Settings,
+    *,
+    truth: Path | None = None,
+    subgroups: Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Runs the model over a folder as the challenge's, and evaluates what it says; returns what metrics.json holds.
+
+    Beside what `evaluate` writes, `out` gets `studies/`, an answer a Study, and what `write_tables` writes.
+    truth: only its Studies are run; None: all of the folder's train.csv.
+
+    Raises:
+        InputError: see `run_model` and `evaluate`; or the folder is not as it should be.
+        BundleError: the bundle is missing, damaged or of another architecture.
+    """
+    try:
+        source = read_source(data)
+    except SourceError as error:
+        raise InputError(str(error)) from error
+    only = None if truth is None else read_truth(truth).studies
+    run = run_model(bundle, source, out, only=only, device=device)
+    write_tables(run, out)
+    boxes = source.folder / "train_bounding_boxes.csv"
+    inputs = Inputs(
+        predictions=out / "predictions.csv",
+        truth=truth or source.folder / "train.csv",
+        subgroups=subgroups,
+        predicted_regions=out / "regions.csv" if boxes.exists() else None,
+        true_boxes=boxes if boxes.exists() else None,
+    )
+    more = measure_run(run, settings)
+    if (out / METRIC_TABLE).exists():
+        submitted = match(read_predictions(out / METRIC_TABLE), read_truth(inputs.truth))
+        more["challenge"] = {"weighted_log_loss": weighted_log_loss(submitted.truth, submitted.predicted)}
+    return evaluate(inputs, settings, out, more)
+
+
+def write_tables(run: Run, out: Path) -> None:
+    """Writes what the model said to a folder, as CSV files that `evaluate` and `submission` take.
+
+    `predictions.csv`, `regions.csv`, and `predictions_metric.csv` if the bundle has numbers made for the challenge's
+    metric, which are no probabilities.
+    """
+    answers = run.answers.items()
+    rows: dict[str, list[Sequence[object]]] = {
+        "predictions.csv": [
+            (STUDY, *OUTPUTS, UNDETERMINED),
+            *(_row(uid, each["probabilities"]) for uid, each in answers),
+        ],
+        "regions.csv": [
+            (STUDY, *BOX_COLUMNS, "score"),
+            *((uid, *region) for uid, each in answers for region in each["regions"]),
+        ],
+    }
+    if all(each["challenge"] for _, each in answers):
+        rows[METRIC_TABLE] = [(STUDY, *OUTPUTS, UNDETERMINED), *(_row(uid, each["challenge"]) for uid, each in answers)]
+    with replacing(*(out / name for name in rows)) as paths:
+        for path, lines in zip(paths, rows.values(), strict=True):
+            with path.open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(lines)
+
+
+def _row(uid: str, values: Mapping[str, float | None]) -> list[str]:
+    """A Study's line of a table of predictions."""
+    cells = ["" if values[name] is None else f"{values[name]:.6f}" for name in OUTPUTS]
+    return [uid, *cells, " ".join(name for name in OUTPUTS if values[name] is None)]
+
+
+def measure_run(run: Run, settings: Settings) -> dict[str, Any]:
+    """The sections `run`, `masks` and `attention`; keys as in README.md."""
+    answers = list(run.answers.values())
+    seconds = np.array([answer["seconds"]["all"] for answer in answers])
+    return {
+        "run": {
+            "model": run.model,
+            "num_answered": len(answers),
+            "num_failed": len(run.failures),
+            "failures": run.failures,
+            "devices": sorted({answer["device"] for answer in answers}),
+            "latency_s": {
+                "p50": float(np.percentile(seconds, 50)),
+                "p95": float(np.percentile(seconds, 95)),
+                "read_p50": float(np.median([answer["seconds"]["read"] for answer in answers])),
+                "analyse_p50": float(np.median([answer["seconds"]["analyse"] for answer in answers])),
+            },
+            "num_slices_p50": float(np.median([answer["num_slices"] for answer in answers])),
+            "peak_memory_bytes": max(answer["peak_memory_bytes"] for answer in answers),
+        },
+        "masks": _masks(run, settings),
+        "attention": _attention(answers, settings),
+    }
+
+
+def _masks(run: Run, settings: Settings) -> dict[str, Any] | None:
+    """Over the Studies with a mask; None if there is none."""
+    with_mask = {uid: answer["masks"] for uid, answer in run.answers.items() if answer["masks"] is not None}
+    compared = [masks for masks in with_mask.values() if masks.get("dice")]
+    problems = {uid: masks["problem"] for uid, masks in with_mask.items() if "problem" in masks}
+    if not compared:
+        return {"num_studies": 0, "problems": problems} if problems else None
+    mean_dice = [float(np.mean(list(masks["dice"].values()))) for masks in compared]
+    everywhere = {
+        key: [value for masks in compared for value in masks[key].values()]
+        for key in ("dice", "hd95_mm", "surface_distance_mm", "identified")
+    }
+    return {
+        "num_studies": len(compared),
+        "problems": problems,
+        "mean_dice": float(np.mean(mean_dice)),
+        "mean_dice_ci": _interval_of_mean(mean_dice, settings),
+        **_of_levels(everywhere),
+        "num_invented": sum(len(masks["invented"]) for masks in compared),
+        "levels": {
+            name: _of_levels(
+                {key: [masks[key][name] for masks in compared if name in masks[key]] for key in everywhere}
+            )
+            for name in LEVELS
+        },
+    }
+
+
+def _of_levels(values: dict[str, list[Any]]) -> dict[str, Any]:
+    """Means over some levels of some Studies; distances over those that were drawn."""
+    num = len(values["dice"])
+    drawn = [value for value in values["hd95_mm"] if value is not None]
+    distances = [value for value in values["surface_distance_mm"] if value is not None]
+    return {
+        "num_levels": num,
+        "num_not_drawn": num - len(drawn),
+        "dice": float(np.mean(values["dice"])) if num else None,
+        "hd95_mm_median": float(np.median(drawn)) if drawn else None,
+        "surface_distance_mm": float(np.mean(distances)) if distances else None,
+        "identification_rate": float(np.mean(values["identified"])) if num else None,
+        "identification_rate_ci": wilson_interval(sum(values["identified"]), num),
+    }
+
+
+def _attention(answers: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any] | None:
+    """Mean share of a fractured level's attention on slices with a fracture, beside even attention; None of none."""
+    shares = [pair for answer in answers for pair in answer["alignment"].values()]
+    if not shares:
+        return None
+    alignment, even = (list(side) for side in zip(*shares, strict=True))
+    return {
+        "num_levels": len(shares),
+        "alignment": float(np.mean(alignment)),
+        "alignment_ci": _interval_of_mean(alignment, settings),
+        "even": float(np.mean(even)),
+    }
+
+
+def _interval_of_mean(values: Sequence[float], settings: Settings) -> list[float] | None:
+    resamples = draw_resamples(range(len(values)), settings.num_resamples, settings.seed)
+    rows, column = np.arange(len(values)), np.array(values)
+    means = over_resamples(resamples, rows, lambda counts: {"mean": counts @ column / counts.sum(axis=1)})
+    return percentile_interval(means["mean"])
