@@ -291,6 +291,19 @@ def test_localisation_worked_out_by_hand() -> None:
     assert accuracy["all_levels_right"] == 0.5
 
 
+def test_the_mean_auc_of_levels_is_over_those_with_both_classes() -> None:
+    truth, predicted = draw_patients(200)
+    truth[:, 3] = False
+    found = measure_all(matched(truth, predicted), Settings(operating_points=HALF, num_resamples=100), {})
+    areas = [level["auc"] for level in found["levels"].values() if level["auc"] is not None]
+    assert found["mean_level_auc_num"] == len(areas) == 6
+    assert found["mean_level_auc"] == pytest.approx(np.mean(areas))
+    lower, upper = found["mean_level_auc_ci"]
+    one = found["levels"]["C7"]["auc_ci"]
+    assert lower < found["mean_level_auc"] < upper
+    assert upper - lower < one[1] - one[0]  # the mean of six is surer than one
+
+
 def test_each_level_is_called_at_its_own_operating_point() -> None:
     truth, predicted = draw_patients(50)
     points = HALF | {"C2": 0.0}

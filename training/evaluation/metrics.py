@@ -11,6 +11,7 @@ from model.levels import LEVELS, OUTPUTS
 from training.evaluation.binary import Question, measure
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.loss import constant_baselines, study_losses, weighted_log_loss
+from training.evaluation.ranking import Ranking, roc_areas
 from training.evaluation.subgroups import split
 from training.evaluation.tables import PATIENT, Matched
 
@@ -75,7 +76,6 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         measure(question(slice(column, column + 1)), resamples, one_row_per_study=True)
         for column in range(len(OUTPUTS))
     ]
-    areas = [level["auc"] for level in each[1:] if level.get("auc") is not None]
     return {
         "num_studies": num_studies,
         "weighted_log_loss": float(losses.mean()),
@@ -90,10 +90,30 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         "patient_overall": each[0],
         "levels": dict(zip(LEVELS, each[1:], strict=True)),
         "all_levels": measure(question(slice(1, None)), resamples, one_row_per_study=False),
-        "mean_level_auc": float(np.mean(areas)) if areas else None,
-        "mean_level_auc_num": len(areas),
+        **mean_level_auc(truth[:, 1:], predicted[:, 1:], resamples),
         **level_accuracy(truth[:, 1:], predicted[:, 1:], points[1:]),
         **localisation(truth, predicted, points[0]),
+    }
+
+
+def mean_level_auc(truth: NDArray[np.bool_], predicted: Array, resamples: NDArray[np.float32]) -> dict[str, Any]:
+    """Mean AUC over the levels that have one, and over how many; truth and predicted `(N, 7)`."""
+    rankings = []
+    for labels, probability in zip(truth.T, predicted.T, strict=True):
+        rows = np.flatnonzero(~np.isnan(probability))
+        if 0 < labels[rows].sum() < len(rows):
+            rankings.append((rows, Ranking.of(labels[rows], probability[rows])))
+
+    def statistics(counts: Array) -> dict[str, Array]:
+        areas = [roc_areas(*ranking.counted(counts[:, rows])) for rows, ranking in rankings]
+        return {"auc": np.mean(areas, axis=0)}
+
+    if not rankings:
+        return {"mean_level_auc": None, "mean_level_auc_ci": None, "mean_level_auc_num": 0}
+    return {
+        "mean_level_auc": float(statistics(np.ones((1, len(truth))))["auc"][0]),
+        "mean_level_auc_ci": percentile_interval(over_resamples(resamples, np.arange(len(truth)), statistics)["auc"]),
+        "mean_level_auc_num": len(rankings),
     }
 
 

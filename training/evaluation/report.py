@@ -180,7 +180,11 @@ def _localisation(metrics: Mapping[str, Any]) -> list[str]:
         ],
         ["Level accuracy", number(metrics["level_accuracy"]), "of all levels with an answer, called rightly"],
         ["All seven right", with_interval(metrics, "all_levels_right"), "of all patients, every level called rightly"],
-        ["Mean AUC of levels", number(metrics["mean_level_auc"]), f"over {metrics['mean_level_auc_num']} levels"],
+        [
+            "Mean AUC of levels",
+            with_interval(metrics, "mean_level_auc"),
+            f"over {metrics['mean_level_auc_num']} levels",
+        ],
     ]
     if attention := metrics.get("attention"):
         text = f"of a fractured level's attention on slices with a fracture; even attention: {attention['even']:.3f}"
