@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,14 @@ import pytest
 from click.testing import CliRunner
 from pydicom.uid import JPEGLosslessSV1
 
-from model import LEVELS
-from model.phantom import Phantom
+from model import LEVELS, Grid
+from model.phantom import Phantom, write_series
 from tests.training.rsna_data import NUM_STUDIES, SPACING_MM, make_cache, uid
 from training.cli import main
-from training.rsna import Cache, CacheError, Settings, labels_on, prepare, read_source
+from training.rsna import Cache, CacheError, Settings, SourceStudy, labels_on, prepare, read_source
 from training.rsna.demo import SMALL, draw_study, traits
+from training.rsna.source import DrawnBox
+from training.rsna.study import prepare_study
 
 USABLE = [number for number in range(NUM_STUDIES) if not traits(number).is_sagittal]
 WITH_MASK = [number for number in USABLE if traits(number).has_mask]
@@ -149,6 +152,47 @@ def test_what_was_left_out_or_changed_is_named_with_the_reason(rsna_cache: Cache
     assert lines.index("Left out (1)") < next(i for i, line in enumerate(lines) if line.startswith(uid(3)))
     with pytest.raises(CacheError, match=r"report\.txt says why"):
         rsna_cache.study(uid(3))
+
+
+def water_in_air(folder: Path) -> Path:
+    """Files of a CT without bone."""
+    grid = Grid.axial(shape=(32, 40, 40), spacing_mm=(2.5, 3.0, 3.0))
+    voxels_hu = np.full(grid.shape, -1000, np.int16)
+    voxels_hu[:, 8:32, 8:32] = 40
+    empty = np.zeros(grid.shape, np.uint8)
+    write_series(Phantom(voxels_hu=voxels_hu, grid=grid, vertebrae=empty, fractures=empty), folder)
+    return folder
+
+
+def test_a_study_that_cannot_be_used_says_why(rsna_folder: Path, tmp_path: Path) -> None:
+    study = read_source(rsna_folder).studies[uid(1)]
+    listed = replace(study, study_instance_uid="1.2.826.0.1.3680043.29952")
+    nothing = replace(study, files=tmp_path / "nothing")
+    no_bone = replace(study, files=water_in_air(tmp_path / "water"))
+
+    def why(changed: SourceStudy) -> str:
+        root = changed.files.parents[1]
+        return str(prepare_study(root, changed, tmp_path / "cache", Settings(spacing_mm=SPACING_MM))["left_out"])
+
+    assert "on the list of studies" in why(listed)
+    assert "There are no files in" in why(nothing)
+    assert "It holds 0 cm3 of bone; at least 30 are expected of a neck." in why(no_bone)
+    assert not list(tmp_path.glob("cache/studies/*/neck.npy"))
+
+
+def test_a_mask_or_box_that_cannot_be_used_is_named_and_the_study_kept(rsna_folder: Path, tmp_path: Path) -> None:
+    study = read_source(rsna_folder).studies[uid(1)]
+    (tmp_path / "mask.nii").write_bytes(b"not NIfTI")
+    stray = DrawnBox(slice_number=9999, x=1, y=1, width=2, height=2)
+    changed = replace(study, mask=tmp_path / "mask.nii", boxes=(stray, replace(stray, slice_number=3)))
+
+    record = prepare_study(rsna_folder, changed, tmp_path / "cache", Settings(spacing_mm=SPACING_MM))
+
+    assert record["left_out"] is None
+    assert record["mask"] is None
+    assert [box["z"] for box in record["boxes"]] == [2]
+    assert record["notes"][0].startswith("The mask was left out: mask.nii cannot be read as NIfTI")
+    assert record["notes"][1] == "1 of 2 boxes lie in slices that are not here."
 
 
 def test_studies_come_by_fold_and_mask_and_patients_stay_together(rsna_cache: Cache) -> None:

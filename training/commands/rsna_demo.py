@@ -27,6 +27,8 @@ def rsna_demo(out: Path, studies: int, test_studies: int, small: bool, seed: int
 
     from training.rsna.demo import FINE, SMALL, generate
 
+    if (out / "train_images").exists():
+        raise click.ClickException(f"{out} has a data set already. Name another folder, or remove it.")
     done = generate(
         out, studies, num_test=test_studies, scanner=SMALL if small else FINE, seed=seed, num_workers=workers
     )

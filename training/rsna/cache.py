@@ -70,11 +70,15 @@ class Study:
         return voxels
 
     def labels(self, name: str = "truth") -> NDArray[np.uint8] | None:
-        """Labels `(Z, Y, X)` on `neck_grid`: the mask's, or those of a set that was written; None if it has none."""
+        """Labels `(Z, Y, X)` on `neck_grid`: the mask's, or those of a set that was written; None if it has none.
+
+        Labels that were written for a neck of another spacing count as none.
+        """
         if name == "truth":
             return _array(self._folder / "truth.npz", "neck") if self.has_mask else None
         path = self._labels_path(name)
-        return _array(path, "labels") if path.exists() else None
+        labels = _array(path, "labels") if path.exists() else None
+        return labels if labels is not None and labels.shape == self.neck_grid.shape else None
 
     def write_labels(self, name: str, labels: NDArray[np.uint8]) -> None:
         """Puts labels `(Z, Y, X)` on `neck_grid` into a set, in place of what it had for this study.

@@ -105,7 +105,8 @@ def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str |
 def _labels(study: Study, volume: Volume, masks: str | Path) -> tuple[NDArray[np.uint8], Grid]:
     """Labels of a study that has them, and their grid."""
     if isinstance(masks, Path):
-        return _pipeline(masks).analyse(volume).vertebrae, volume.grid
+        labels, _ = _pipeline(masks).segment(volume)
+        return labels, volume.grid
     labels = study.mask() if masks == "truth" else study.labels(masks)
     assert labels is not None
     return labels, study.grid if masks == "truth" else study.neck_grid

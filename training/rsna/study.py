@@ -27,6 +27,10 @@ BONE_HU, MIN_BONE_CM3 = 200, 30.0
 """A neck has some 100 cm3 of vertebrae, and skull and ribs beside: with less bone than this it is no neck."""
 
 
+class UnusableStudy(Exception):  # noqa: N818 - a finding about the study, not a failure
+    """This study cannot be trained on; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What shapes the cache. spacing_mm: of the neck's grid."""
@@ -65,10 +69,6 @@ def prepare_study(source_folder: Path, study: SourceStudy, cache: Path, settings
             np.savez_compressed(folder / "truth.npz", ct=arrays["ct"], neck=arrays["neck"])
         write_json(folder / "study.json", record)
     return record
-
-
-class UnusableStudy(Exception):  # noqa: N818 - a finding about the study, not a failure
-    """This study cannot be trained on; the message says why."""
 
 
 def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[dict[str, Any], dict[str, NDArray]]:
