@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from model import Volume
+from model import SeriesError, Volume
 from model.bundle import DEFAULT_BUNDLE
 from model.classify import NUM_NEIGHBOURS, sample_mask, stack_grid
 from model.phantom import Phantom
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
 from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_settings, cut_study
-from training.rsna.cut import visible_shares
+from training.rsna.cuts import visible_shares
 from training.rsna.demo import SMALL, draw_study, traits
 
 SETTINGS = CutSettings(num_slices=9, num_pixels=64, pixel_mm=1.4)
@@ -155,6 +155,19 @@ def test_a_bundle_finds_the_vertebrae_itself(rsna_cache: Cache) -> None:
     assert stacks_of(one, 7, "bundle").judged.sum() >= 4
 
 
+def test_a_study_that_the_bundle_refuses_has_no_stacks(rsna_cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refuses:
+        def segment(self, volume: Volume) -> None:
+            raise SeriesError(f"Series {volume.series_instance_uid} holds no Hounsfield units.")
+
+    monkeypatch.setattr("training.rsna.cuts._pipeline", lambda bundle: Refuses())
+
+    ((study, has_stacks),) = cut(replace(rsna_cache, folds={uid(7): 0}), "refused", SETTINGS, DEFAULT_BUNDLE)
+
+    assert not has_stacks
+    assert study.stacks("refused") is None
+
+
 # ---- cut once ----
 
 
@@ -186,7 +199,7 @@ def test_what_is_not_there_is_one_sentence(rsna_cache: Cache, tmp_path: Path) ->
     result = CliRunner().invoke(main, arguments)
 
     assert result.exit_code == 1
-    assert "Error: No study has labels 'no-such-set'" in result.output
+    assert "Error: No study got labels from 'no-such-set'" in result.output
     with pytest.raises(CacheError, match="There is no cut 'other'"):
         cut_settings(rsna_cache, "other")
     with pytest.raises(CacheError, match="no longer in"):

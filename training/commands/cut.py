@@ -43,6 +43,7 @@ def cut(cache: Path, name: str, masks: str, slices: int, pixels: int, pixel_mm: 
         raise click.ClickException(str(error)) from error
     if not any(has_stacks):
         raise click.ClickException(
-            f"No study has labels {masks!r}. Name truth, a set in {cache / 'labels'}, or the folder of a model bundle."
+            f"No study got labels from {masks!r}. Name truth, a set in {cache / 'labels'}, or the folder of a model "
+            "bundle."
         )
-    click.echo(f"{sum(has_stacks)} studies cut, {len(has_stacks) - sum(has_stacks)} have no labels of {masks}.")
+    click.echo(f"{sum(has_stacks)} studies cut, {len(has_stacks) - sum(has_stacks)} got no labels from {masks}.")

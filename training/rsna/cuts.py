@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from model import LEVELS, Grid, Volume, load_pipeline, read_bundle
+from model import LEVELS, Grid, SeriesError, Volume, load_pipeline, read_bundle
 from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
@@ -47,8 +47,9 @@ def cut(
 ) -> Iterator[tuple[Study, bool]]:
     """Cuts every study that has labels; gives each study as it is done, and whether it has stacks now.
 
-    masks: "truth" or a label set of the cache; or the folder of a model bundle, which then finds the vertebrae. What
-    was cut with the same labels and settings is kept; stacks of studies that no longer have labels are removed.
+    masks: "truth" or a label set of the cache; or the folder of a model bundle, which then finds the vertebrae, unless
+    it refuses the study. What was cut with the same labels and settings is kept; stacks of studies that no longer have
+    labels are removed.
 
     Raises:
         BundleError: the bundle cannot be read.
@@ -97,7 +98,11 @@ def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str |
     if stacks_fingerprint(folder) == fingerprint:
         return True
     volume = study.volume()
-    labels, grid = _labels(study, volume, masks)
+    try:
+        labels, grid = _labels(study, volume, masks)
+    except SeriesError:  # the bundle's own rules are stricter than those for training
+        shutil.rmtree(folder, ignore_errors=True)
+        return False
     write_stacks(folder, cut_study(study, volume, labels, grid, settings), fingerprint)
     return True
 
