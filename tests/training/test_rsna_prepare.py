@@ -261,7 +261,11 @@ def test_only_studies_whose_files_or_settings_changed_are_made_again(
     def made_again(settings: Settings) -> set[str]:
         files = {number: tmp_path / "cache" / "studies" / uid(number) / "study.json" for number in range(NUM_STUDIES)}
         before = {number: path.stat().st_ino for number, path in files.items()}
-        list(prepare(read_source(tmp_path / "rsna"), tmp_path / "cache", settings, num_workers=1))
+        run = prepare(read_source(tmp_path / "rsna"), tmp_path / "cache", settings, num_workers=1)
+        next(run)
+        with pytest.raises(CacheError, match="no finished cache"):
+            Cache.open(tmp_path / "cache")
+        assert len(list(run)) == NUM_STUDIES - 1
         return {number for number, path in files.items() if path.stat().st_ino != before[number]}
 
     assert made_again(Settings(spacing_mm=SPACING_MM)) == {0}

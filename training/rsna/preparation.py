@@ -35,6 +35,7 @@ def prepare(
     """
     (cache / "studies").mkdir(parents=True, exist_ok=True)
     remove_unfinished(cache / "studies")
+    (cache / "cache.json").unlink(missing_ok=True)  # until all studies are of these files and settings
     records: dict[str, dict[str, Any]] = {}
     jobs = {uid: (source.folder, study, cache, settings) for uid, study in source.studies.items()}
     for uid, record in in_processes(prepare_study, jobs, num_workers):
