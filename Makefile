@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
+.PHONY: install run test lint train-demo train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
 
 install: .venv/.installed
 
@@ -30,6 +30,14 @@ lint: install
 # Trains the bundled weights again, on the procedural phantom only.
 train-phantom: install
 	$(BIN)/cspine-train phantom --out model/weights/phantom
+
+# The way RSNA 2022 takes, on a generated data set of its shape: a night on two cores. Given again, it goes on.
+DEMO := runs/train-demo
+train-demo: install
+	test -f $(DEMO)/rsna/train.csv || { rm -rf $(DEMO)/rsna && \
+	    $(BIN)/cspine-train --config training/demo.yaml rsna-demo --out $(DEMO)/rsna; }
+	$(BIN)/cspine-train --config training/demo.yaml all --rsna $(DEMO)/rsna --cache $(DEMO)/cache \
+	    --work $(DEMO)/work --out $(DEMO)/bundle --folds 0,1
 
 # Segmentations by the node and by highdicom alone, side by side; all objects of a case.
 encode-bench: install

@@ -1,33 +1,57 @@
 """`cspine-train`: the commands that make and measure a model."""
 
 import logging
+from pathlib import Path
 
 import click
 
+from training.commands.calibrate import calibrate
+from training.commands.classify import classify
+from training.commands.config_file import read_config
 from training.commands.cut import cut
 from training.commands.evaluate import evaluate
+from training.commands.everything import everything
+from training.commands.export import export
 from training.commands.measure import measure
 from training.commands.phantom import phantom
 from training.commands.prepare import prepare
+from training.commands.regions import regions
 from training.commands.rsna_demo import rsna_demo
+from training.commands.segment import segment
 from training.commands.show_fractures import show_fractures
+from training.commands.study import study
 from training.commands.submission import submission
 
 
 @click.group()
-def main() -> None:
+@click.option("--config", type=click.Path(path_type=Path), help="YAML: other defaults for the commands' options.")
+@click.pass_context
+def main(context: click.Context, config: Path | None) -> None:
     """Train the networks of the C-Spine Node and measure them.
 
     What comes out is a model bundle: a folder that `analyse.bundle` in the node's config.yaml names.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if config is not None:
+        context.default_map = read_config(config, main)
 
 
+main.add_command(calibrate)
+main.add_command(classify)
 main.add_command(cut)
 main.add_command(evaluate)
+main.add_command(everything)
+main.add_command(export)
 main.add_command(measure)
 main.add_command(phantom)
 main.add_command(prepare)
+main.add_command(regions)
 main.add_command(rsna_demo)
+main.add_command(segment)
 main.add_command(show_fractures)
+main.add_command(study)
 main.add_command(submission)
+
+
+if __name__ == "__main__":
+    main()

@@ -89,12 +89,14 @@ def region_loss(logits: Tensor, regions: Tensor) -> Tensor:
 def loss(logits: Tensor, attention: Tensor, regions: Tensor, batch: Batch) -> Tensor:
     """Verdict, regions, and attention that shall fall on slices with a fracture in them."""
     verdict = F.binary_cross_entropy_with_logits(logits, batch.fractured)
-    total = 2 * verdict + region_loss(regions, batch.regions)
-    broken = batch.regions.amax(dim=(2, 3)) > 0.5
-    if broken.any():
-        seen = (attention * broken).sum(dim=1)[broken.any(dim=1)]
-        total = total - 0.2 * seen.clamp(min=1e-4).log().mean()
-    return total
+    return 2 * verdict + region_loss(regions, batch.regions) + attention_loss(attention, batch.regions)
+
+
+def attention_loss(attention: Tensor, regions: Tensor) -> Tensor:
+    """0 if all attention falls on slices with a region in them, or there are none."""
+    broken = regions.amax(dim=(2, 3)) > 0.5
+    seen = (attention * broken).sum(dim=1)[broken.any(dim=1)]
+    return -0.2 * seen.clamp(min=1e-4).log().mean() if len(seen) else attention.sum() * 0
 
 
 def read_stack(path: Path, index: int) -> Stack:
@@ -108,9 +110,12 @@ def read_stack(path: Path, index: int) -> Stack:
         )
 
 
-def patches(stack: Stack, rng: np.random.Generator) -> list[Stack]:
-    """PATCHES_PER_STACK squares of single slices with their neighbours: most on a fracture if there is one."""
-    half = PATCH_PIXELS // 2 + PATCH_MARGIN
+def patches(stack: Stack, rng: np.random.Generator, num_pixels: int = PATCH_PIXELS) -> list[Stack]:
+    """PATCHES_PER_STACK squares of single slices with their neighbours: most on a fracture if there is one.
+
+    num_pixels: side of a square, to which PATCH_MARGIN comes on each side.
+    """
+    half = num_pixels // 2 + PATCH_MARGIN
     broken, bone = np.argwhere(stack.regions), np.argwhere(stack.masks > 127)
     cut = []
     for number in range(PATCHES_PER_STACK):

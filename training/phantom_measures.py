@@ -38,12 +38,14 @@ def auc(scores: NDArray[np.float64], truths: NDArray[np.bool_]) -> float:
     return float(((above > 0) + 0.5 * (above == 0)).mean())
 
 
-def choose_operating_point(logits: NDArray[np.float64], truths: NDArray[np.bool_]) -> float:
-    """The probability with the greatest sensitivity at a specificity of MIN_SPECIFICITY; in the middle of several."""
+def choose_operating_point(
+    logits: NDArray[np.float64], truths: NDArray[np.bool_], min_specificity: float = MIN_SPECIFICITY
+) -> float:
+    """The probability with the greatest sensitivity at a specificity of at least this; in the middle of several."""
     candidates = np.linspace(-5, 5, 201)
     calls = logits[None] >= candidates[:, None]
     sensitivity, specificity = calls[:, truths].mean(axis=1), (~calls[:, ~truths]).mean(axis=1)
-    benefit = np.where(specificity >= MIN_SPECIFICITY, sensitivity, -1.0)
+    benefit = np.where(specificity >= min_specificity, sensitivity, -1.0)
     best = candidates[benefit == benefit.max()]
     return float(1 / (1 + np.exp(-np.median(best))))
 

@@ -34,7 +34,7 @@ def train_unet(network: VertebraUNet, paths: list[Path], *, num_steps: int, seed
 
     def loss_of_step(step: int) -> Tensor:
         if step >= NORM_SHARE * num_steps:
-            _freeze_norms(network)
+            freeze_norms(network)
         crop = SMALL_CROP if step < LARGE_CROP_SHARE * num_steps else LARGE_CROP
         crops = [draw_crop(paths[rng.integers(len(paths))], rng, crop) for _ in range(BATCH_SIZE)]
         inputs = torch.stack([network_input(hu) for hu, _, _ in crops]).contiguous(memory_format=torch.channels_last_3d)
@@ -43,7 +43,7 @@ def train_unet(network: VertebraUNet, paths: list[Path], *, num_steps: int, seed
     yield from train(network, loss_of_step, num_steps=num_steps, learning_rate=LEARNING_RATE)
 
 
-def _freeze_norms(network: VertebraUNet) -> None:
+def freeze_norms(network: VertebraUNet) -> None:
     """From here on norms use what they have learned of activations, as in analysis, not what one crop holds."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):

@@ -1,0 +1,298 @@
+"""The whole way from an RSNA-shaped data set to a bundle that runs, with tiny networks and a few steps of each."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from model.levels import LEVELS, OUTPUTS
+from model.resample import sample
+from tests.training.rsna_data import NUM_STUDIES, uid
+from training.cli import main
+from training.commands.everything import steps
+from training.rsna import Cache
+from training.rsna.demo import SMALL, draw_study
+
+FOLDS = (0, 1, 3)
+"""Of the eight studies of `rsna_data`, these have fractured ones and intact ones, and a mask each."""
+
+TINY = {
+    "segment": {
+        "channels": [8, 16],
+        "spacing-mm": 4.0,
+        "crop": [16, 16, 16],
+        "batch-size": 2,
+        "draws": 4,
+        "epochs": 2,
+        "pseudo-label-rounds": 1,
+        "workers": 0,
+        "label-all": True,
+    },
+    "cut": {"slices": 3, "pixels": 64, "pixel-mm": 1.5, "workers": 1},
+    "regions": {
+        "encoder": "residual-8-16",
+        "patch": 32,
+        "batch-size": 2,
+        "draws": 4,
+        "epochs": 1,
+        "pseudo-label-rounds": 1,
+        "workers": 0,
+    },
+    "classify": {
+        "encoder": "residual-8-16",
+        "hidden": 8,
+        "layers": 1,
+        "batch-size": 2,
+        "draws": 4,
+        "epochs": 1,
+        "mixup": 0.5,
+        "workers": 0,
+    },
+    "study": {"hidden": 8, "batch-size": 2, "draws": 4, "epochs": 1, "workers": 0},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose more by waiting for threads than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY), encoding="utf-8")
+    return path
+
+
+def run(config: Path, *arguments: str) -> str:
+    result = CliRunner().invoke(main, ["--config", str(config), *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def work(rsna_folder: Path, rsna_cache: Cache, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything trained for three folds, and exported to `bundle`."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    for arguments in steps(rsna_folder, rsna_cache.folder, folder, folder / "bundle", FOLDS):
+        if arguments[0] == "cut":
+            label_rightly(rsna_cache, "oof-tiny")
+        if arguments[0] != "prepare":  # the fixture has
+            run(config, *arguments)
+    return folder
+
+
+def label_rightly(cache: Cache, name: str) -> None:
+    """Puts the truth in the place of labels: a network of a few steps finds nothing."""
+    for number in range(NUM_STUDIES):
+        if uid(number) not in cache.folds:
+            continue
+        study = cache.study(uid(number))
+        assert study.labels(name) is not None
+        phantom = draw_study(number, 0, SMALL)
+        vertebrae = torch.from_numpy(phantom.vertebrae).float()[None]
+        study.write_labels(name, sample(vertebrae, phantom.grid, study.neck_grid, nearest=True)[0].byte().numpy())
+
+
+def result(work: Path, step: str, fold: int) -> dict:
+    return json.loads((work / step / f"fold{fold}" / "result.json").read_text(encoding="utf-8"))
+
+
+def test_every_step_of_a_fold_leaves_weights_curves_a_checkpoint_and_a_result_beside_constants(work: Path) -> None:
+    for step in ("segment", "regions", "classify", "study"):
+        folder = work / step / "fold0"
+        assert {"weights.safetensors", "last.ckpt", "options.json"} <= {path.name for path in folder.iterdir()}
+        assert list((folder / "curves").glob("events.*"))
+        assert result(work, step, 0)["constants"]
+
+
+def test_what_a_network_of_a_few_steps_labels_is_not_believed(work: Path, rsna_cache: Cache) -> None:
+    others = rsna_cache.studies([1, 2, 3, 4], has_mask=False)
+
+    assert result(work, "segment", 0)["pseudo_label_rounds"] == [{"levels missing": len(others)}]
+
+
+def test_the_exported_bundle_runs_with_folds_calibration_and_what_it_was_trained_on(work: Path) -> None:
+    from model import load_pipeline
+    from model.phantom import Anatomy, default_grid, render
+    from training.samples import phantom_volume
+
+    pipeline = load_pipeline(work / "bundle", device="cpu")
+    bundle = pipeline.bundle
+
+    assert bundle.num_folds == len(FOLDS)
+    assert bundle.calibration.keys() == set(OUTPUTS)
+    assert bundle.training_data[0].licence == "non-commercial research"
+    assert bundle.metrics["study"].keys() == {f"fold{fold}" for fold in FOLDS}
+    anatomy = Anatomy.random(5)
+    phantom = render(anatomy, default_grid(anatomy, (3.0, 1.8, 1.8)), noise_hu=10, blur_mm=0.5, seed=5)
+    findings = pipeline.analyse(phantom_volume(phantom, "1.2.3")).findings
+    assert findings.levels.keys() == set(LEVELS)
+
+
+def test_predictions_of_held_out_studies_are_evaluated(work: Path, rsna_cache: Cache) -> None:
+    lines = (work / "calibrate" / "predictions.csv").read_text(encoding="utf-8").splitlines()
+
+    metrics = json.loads((work / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
+    assert len(lines) - 1 == len(rsna_cache.studies(FOLDS)) == metrics["num_studies"]
+
+
+def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
+    work = tmp_path / "killed"
+    arguments = ["segment", "--cache", str(rsna_cache.folder), "--work", str(work), "--fold", "0"]
+    arguments += ["--epochs", "30", "--pseudo-label-rounds", "0"]
+    command = [sys.executable, "-m", "training.cli", "--config", str(config), *arguments]
+    checkpoint = work / "segment" / "fold0" / "last.ckpt"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ) as process:
+        while not checkpoint.exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    epoch = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert epoch < 29
+
+    seen = []
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def note(self: ModelCheckpoint, trainer: object, module: object) -> None:
+        seen.append(trainer.current_epoch)  # type: ignore[attr-defined]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelCheckpoint, "on_train_epoch_start", note, raising=False)
+        run(config, *arguments)
+    assert seen == list(range(epoch + 1, 30))
+
+    refused = CliRunner().invoke(main, ["--config", str(config), *arguments, "--learning-rate", "1"])
+    assert refused.exit_code == 1
+    assert "learning_rate 0.002, now 1.0. Give the same to go on, --fresh to begin again" in refused.output
+    # Given again, a finished step only says what it measured.
+    assert json.loads(run(config, *arguments)) == result(work, "segment", 0)
+
+
+def test_what_must_come_before_is_named(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
+    where = ["--cache", str(rsna_cache.folder), "--work", str(tmp_path)]
+    for arguments, sentence in (
+        (["study", *where, "--fold", "0"], "Run `cspine-train classify --fold 0` first"),
+        (["calibrate", *where], "Run `cspine-train study` first"),
+        (["regions", *where, "--fold", "0", "--cut", "none"], "then `cspine-train cut --name none`"),
+        (["segment", *where, "--fold", "0", "--crop", "5,5,5"], "must be three multiples of 2"),
+    ):
+        refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
+        assert refused.exit_code == 1
+        assert sentence in refused.output
+
+
+def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("study: {epoch: 3}\n", encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "study"])
+
+    assert refused.exit_code == 2
+    assert "gives study epoch; its options are" in refused.output
+
+
+def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
+    from training.commands.config_file import read_config
+
+    read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
+    (tmp_path / "calibrate").mkdir()
+    points = {"level_operating_point": 0.3, "patient_operating_point": 0.5}
+    (tmp_path / "calibrate" / "calibration.json").write_text(json.dumps(points), encoding="utf-8")
+    for name in ("predictions.csv", "train.csv", "subgroups.csv"):
+        for folder in (tmp_path, tmp_path / "calibrate"):
+            (folder / name).touch()
+
+    for name, *arguments in steps(tmp_path, tmp_path, tmp_path, tmp_path / "bundle", (0, 1)):
+        command = main.commands[name]
+        assert isinstance(command, click.Command)
+        command.make_context(name, arguments)
+
+
+def test_draws_depend_on_seed_and_epoch_and_are_shared_out_among_processes() -> None:
+    from training.steps.fit import Draws
+
+    alone = Draws([1, 0, 2], 8, seed=3, rank=0, num_processes=1)
+    alone.set_epoch(5)
+    shares = []
+    for rank in range(2):
+        share = Draws([1, 0, 2], 8, seed=3, rank=rank, num_processes=2)
+        share.set_epoch(5)
+        shares.append(list(share))
+
+    drawn = list(alone)
+    assert drawn[::2] == shares[0]
+    assert drawn[1::2] == shares[1]
+    assert {index for index, _ in drawn} <= {0, 2}
+    alone.set_epoch(6)
+    assert list(alone) != drawn
+
+
+def test_labels_of_a_neck_are_doubted_for_a_reason() -> None:
+    from model.geometry import Grid
+    from training.steps.pseudo_labels import doubt
+
+    grid = Grid.axial(shape=(150, 40, 40), spacing_mm=(1.0, 1.0, 1.0), centre_lps_mm=(0.0, 0.0, 0.0))
+    labels = np.zeros(grid.shape, np.uint8)
+    for label in range(1, 8):  # C1 at the head, where Z is high
+        labels[140 - 18 * label : 155 - 18 * label, 8:32, 8:32] = label
+    assert doubt(labels, labels, grid) is None
+
+    assert doubt(np.where(labels == 3, 0, labels), labels, grid) == "levels missing"
+    assert doubt(np.where(labels > 0, 8 - labels, 0).astype(np.uint8), labels, grid) == "implausible distance"
+    shifted = np.roll(labels, 6, axis=2)
+    assert doubt(labels, shifted, grid) == "disagrees with its mirror image"
+    small = labels.copy()
+    small[(labels == 4) & (np.arange(40) < 20)] = 0
+    assert doubt(small, small, grid) is None
+    small[(labels == 4) & (np.arange(40) < 27)] = 0
+    assert doubt(small, small, grid) == "implausible volume"
+
+
+def test_a_mixture_has_both_labels_in_part_and_no_regions() -> None:
+    from training.steps.augment import Sample, mixed
+
+    def sample(value: float) -> Sample:
+        shape = (3, 6, 8, 8)
+        return Sample(
+            inputs=torch.full(shape, value),
+            regions=torch.ones(3, 8, 8),
+            known=torch.tensor(1.0),
+            fractured=torch.tensor(value),
+            level=torch.tensor(2),
+        )
+
+    mixture = mixed(sample(1.0), sample(0.0), np.random.default_rng(0))
+
+    assert 0 < mixture.fractured < 1
+    assert torch.allclose(mixture.inputs, mixture.fractured)
+    assert mixture.known == 0
+
+
+def test_calibration_halves_share_no_patient_and_have_both_kinds() -> None:
+    from training.steps.calibrate import halve
+
+    patients = ["a", "a", "b", "c", "d", "e"]
+    fractured = np.array([True, False, True, False, False, False])
+
+    first = halve(patients, fractured)
+
+    assert first[0] == first[1]
+    assert first[0] != first[2]
+    assert first[3:].any()
+    assert not first[3:].all()

@@ -1,0 +1,22 @@
+"""`cspine-train calibrate`: probabilities, operating points and the challenge's numbers."""
+
+from pathlib import Path
+
+import click
+
+from training.commands.run_options import CACHE_AND_WORK, echo
+
+
+@click.command()
+@CACHE_AND_WORK[0]
+@CACHE_AND_WORK[1]
+@click.option("--level-specificity", default=0.95, show_default=True, help="At least, of a vertebra.")
+@click.option("--patient-specificity", default=0.85, show_default=True, help="At least, of a patient.")
+def calibrate(cache: Path, work: Path, level_specificity: float, patient_specificity: float) -> None:
+    """Calibrate on the held-out studies of all finished folds, and write their predictions.
+
+    `WORK/calibrate/predictions.csv` are probabilities, `predictions_challenge.csv` what to submit.
+    """
+    from training.steps.calibrate import calibrate as fit
+
+    echo(lambda: fit(cache, work, level_specificity=level_specificity, patient_specificity=patient_specificity))

@@ -1,0 +1,54 @@
+"""`cspine-train classify`: the fracture network."""
+
+from typing import Any
+
+import click
+
+from training.commands.run_options import trains
+from training.steps.run import Run
+
+
+@click.command()
+@trains(epochs=30, draws=7000, batch_size=8, learning_rate=5e-4)
+@click.option("--cut", required=True, help="Name of the stacks that `cut` made.")
+@click.option("--encoder", default="efficientnet-b2", show_default=True, help="Or residual-N-N..., or timm:NAME.")
+@click.option("--hidden", "num_hidden", default=256, show_default=True, help="GRU units per direction.")
+@click.option("--layers", "num_layers", default=2, show_default=True, help="Of the GRU.")
+@click.option(
+    "--heads", "num_heads", type=click.Choice(["1", "7"]), default="7", show_default=True, help="7: one a level."
+)
+@click.option("--dropout", default=0.2, show_default=True, help="Of what the GRU says.")
+@click.option("--mixup", default=0.3, show_default=True, help="Share of samples that are mixtures of two vertebrae.")
+@click.option(
+    "--start",
+    type=click.Choice(["regions", "random"]),
+    default="regions",
+    show_default=True,
+    help="Begin with the encoder of `regions`, which must be the same, or with none.",
+)
+def classify(
+    run: Run,
+    cut: str,
+    encoder: str,
+    num_hidden: int,
+    num_layers: int,
+    num_heads: str,
+    dropout: float,
+    mixup: float,
+    start: str,
+) -> dict[str, Any]:
+    """Train the fracture network of one fold: CNN, BiGRU and attention over each vertebra's slices."""
+    from training.steps.classify import ClassifyPlan
+    from training.steps.classify import classify as train
+
+    plan = ClassifyPlan(
+        cut=cut,
+        encoder=encoder,
+        num_hidden=num_hidden,
+        num_heads=int(num_heads),
+        num_layers=num_layers,
+        dropout=dropout,
+        mixup=mixup,
+        start=start,
+    )
+    return train(run, plan)

@@ -1,0 +1,41 @@
+"""The file of `cspine-train --config`: defaults for the options of each command."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+
+def read_config(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
+    """What click takes as `default_map`, of a YAML file such as `segment: {epochs: 10, batch-size: 4}`.
+
+    Keys are commands and their options without the dashes in front.
+
+    Raises:
+        click.BadParameter: no YAML, or a command or option that does not exist.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path} cannot be read: {error}") from error
+    defaults: dict[str, dict[str, Any]] = {}
+    for name, options in content.items():
+        command = group.commands.get(name)
+        if command is None:
+            raise click.BadParameter(f"{path} names {name!r}; the commands are {', '.join(sorted(group.commands))}.")
+        known = {
+            long.removeprefix("--"): parameter.name
+            for parameter in command.params
+            for long in parameter.opts
+            if parameter.name
+        }
+        if unknown := sorted(options.keys() - known.keys()):
+            raise click.BadParameter(
+                f"{path} gives {name} {', '.join(unknown)}; its options are {', '.join(sorted(known))}."
+            )
+        defaults[name] = {
+            known[key]: ",".join(map(str, value)) if isinstance(value, list) else value
+            for key, value in options.items()
+        }
+    return defaults

@@ -1,0 +1,66 @@
+"""`cspine-train all`: every step, from the data set as downloaded to a bundle and its report."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+
+from training.commands.run_options import CACHE_AND_WORK, numbers
+
+NUM_FOLDS = 5
+
+
+@click.command("all")
+@click.option("--rsna", type=click.Path(path_type=Path), required=True, help="The data set's folder, as downloaded.")
+@CACHE_AND_WORK[0]
+@CACHE_AND_WORK[1]
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--folds", default="0,1,2,3,4", show_default=True, callback=numbers, help="Which to train.")
+@click.pass_context
+def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]) -> None:
+    """Run prepare, segment, cut, regions, classify, study, calibrate, export and evaluate.
+
+    Options of the steps come from --config, which stands before `all`. Each step is a process of its own; after a
+    failure or a kill the same command goes on where it stopped.
+    """
+    config = context.find_root().params["config"]
+    program = [sys.executable, "-m", "training.cli", *(["--config", str(config)] if config else [])]
+    for arguments in steps(rsna, cache, work, out, folds):
+        click.secho(f"cspine-train {' '.join(arguments)}", bold=True, err=True)
+        done = subprocess.run([*program, *arguments], check=False)
+        if done.returncode:
+            raise click.ClickException(
+                f"`{arguments[0]}` ended with {done.returncode}. What is done is kept: mend the cause and give the "
+                "same command."
+            )
+
+
+def steps(rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]) -> Iterator[list[str]]:
+    """The command line of each step, in order; a step may look at what those before it have written."""
+    where = ["--cache", str(cache), "--work", str(work)]
+    # Every study is labelled by a network that has not seen it, as soon as all folds are trained.
+    alone = ["--label-all"] if len(folds) < NUM_FOLDS else []
+    yield ["prepare", "--rsna", str(rsna), "--cache", str(cache)]
+    for fold in folds:
+        yield ["segment", *where, "--fold", str(fold), *alone]
+    yield ["cut", "--cache", str(cache), "--name", work.name, "--masks", f"oof-{work.name}"]
+    for fold in folds:
+        yield ["regions", *where, "--fold", str(fold), "--cut", work.name]
+        yield ["classify", *where, "--fold", str(fold), "--cut", work.name]
+        yield ["study", *where, "--fold", str(fold)]
+    yield ["calibrate", *where]
+    yield ["export", *where, "--out", str(out)]
+    fitted = json.loads((work / "calibrate" / "calibration.json").read_text(encoding="utf-8"))
+    points = {f"C{number}": fitted["level_operating_point"] for number in range(1, 8)}
+    points["patient_overall"] = fitted["patient_operating_point"]
+    yield [
+        "evaluate",
+        *("--predictions", str(work / "calibrate" / "predictions.csv")),
+        *("--truth", str(rsna / "train.csv")),
+        *("--subgroups", str(cache / "subgroups.csv")),
+        *("--out", str(work / "evaluate")),
+        *(part for output, point in points.items() for part in ("--operating-point", f"{output}={point:.6f}")),
+    ]

@@ -1,0 +1,57 @@
+"""`cspine-train export`: one bundle of everything that was trained."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.commands.run_options import CACHE_AND_WORK, echo
+
+RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
+
+
+@click.command()
+@CACHE_AND_WORK[0]
+@CACHE_AND_WORK[1]
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--name", default="cspine-rsna", show_default=True, help="Of the model.")
+@click.option("--model-version", default="0.1.0", show_default=True)
+@click.option("--data", default=RSNA, show_default=True, help="What it was trained on.")
+@click.option(
+    "--licence", default="non-commercial research", show_default=True, help="Of that data, and so of the model."
+)
+@click.option(
+    "--trained-on",
+    default=f"Trained on {RSNA}; for non-commercial research only.",
+    show_default=True,
+    help="A sentence that is shown wherever the model's numbers are.",
+)
+@click.option("--region-weight", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of its opinion.")
+def export(
+    cache: Path,
+    work: Path,
+    out: Path,
+    name: str,
+    model_version: str,
+    data: str,
+    licence: str,
+    trained_on: str,
+    region_weight: float,
+) -> None:
+    """Write one bundle: all finished folds together, calibrated, with their metrics."""
+    from training.steps.export import ExportPlan
+    from training.steps.export import export as write
+
+    plan = ExportPlan(
+        name=name,
+        version=model_version,
+        data_name=data,
+        licence=licence,
+        trained_on=trained_on,
+        region_weight=region_weight,
+    )
+
+    def metrics() -> dict[str, Any]:
+        return write(cache, work, out, plan).metrics["held_out"]
+
+    echo(metrics)

@@ -1,0 +1,215 @@
+"""Probabilities that mean what they say: from the logits of held-out folds, which nothing else was fitted to.
+
+Three things are fitted, and kept apart: Platt's scale and offset for each output (the probabilities that are shown),
+the operating points (from where on "fractured" is said), and the numbers that do best in the challenge's score, which
+are no probabilities. They are measured crosswise: fitted on one half of the patients, measured on the other.
+"""
+
+import csv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from model.calibrate import Challenge, Platt
+from model.levels import LEVELS, OUTPUTS
+from training.calibration import fit_platt
+from training.evaluation import weighted_log_loss
+from training.evaluation.loss import best_constants
+from training.phantom_measures import choose_operating_point
+from training.rsna import Cache
+from training.steps.run import StepError, fold_folder, folds_of, mean, rounded, write_json
+from training.steps.study import challenge_weights
+
+MIN_OF_EACH = 5
+"""An output with fewer fractured or intact ones is calibrated with all levels together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What networks said of studies they had not seen: logits `(N, 8)`, NaN where not judged, and truths `(N, 8)`."""
+
+    study_instance_uids: list[str]
+    logits: NDArray[np.float64]
+    truths: NDArray[np.bool_]
+    folds: list[int]
+
+    def part(self, chosen: NDArray[np.bool_]) -> "HeldOut":
+        """Some of the studies."""
+        uids = [uid for uid, is_in in zip(self.study_instance_uids, chosen, strict=True) if is_in]
+        return HeldOut(
+            study_instance_uids=uids, logits=self.logits[chosen], truths=self.truths[chosen], folds=self.folds
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """Calibration by output, operating points as calibrated probabilities, and the challenge's own numbers."""
+
+    platt: dict[str, Platt]
+    patient_operating_point: float
+    level_operating_point: float
+    challenge: Challenge
+
+
+def calibrate(
+    cache_folder: Path, work: Path, *, level_specificity: float, patient_specificity: float
+) -> dict[str, Any]:
+    """Fits on all finished folds' held-out studies; writes `calibration.json` and crosswise predictions."""
+    held_out = read_held_out(work)
+    cache = Cache.open(cache_folder)
+    first = halve([cache.study(uid).patient for uid in held_out.study_instance_uids], held_out.truths[:, 0])
+    specificity = (level_specificity, patient_specificity)
+
+    # Crosswise, to measure.
+    calibrated = np.full(held_out.logits.shape, np.nan)
+    challenge = np.empty(held_out.logits.shape)
+    present = np.zeros(held_out.logits.shape, bool)
+    constant = np.empty(held_out.logits.shape)
+    for half in (first, ~first):
+        fitted = fit_all(held_out.part(~half), *specificity)
+        calibrated[half] = calibrated_probabilities(fitted.platt, held_out.logits[half])
+        points = np.array([fitted.patient_operating_point, *[fitted.level_operating_point] * len(LEVELS)])
+        present[half] = calibrated[half] >= points
+        challenge[half] = challenge_probabilities(fitted.challenge, held_out.logits[half])
+        constant[half] = constants(held_out.truths[~half])
+    write_predictions(work / "calibrate" / "predictions.csv", held_out.study_instance_uids, calibrated)
+    write_predictions(work / "calibrate" / "predictions_challenge.csv", held_out.study_instance_uids, challenge)
+    result = {
+        "num_studies": len(first),
+        "folds": held_out.folds,
+        "raw": measure(held_out, 1 / (1 + np.exp(-held_out.logits))),
+        "calibrated": measure(held_out, calibrated),
+        "at_operating_points": sensitivity_and_specificity(held_out, present),
+        "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, challenge)),
+        "constants": {
+            "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, constant)),
+            **measure(held_out, constant),
+        },
+    }
+
+    # On all, to use.
+    fitted = fit_all(held_out, *specificity)
+    write_json(work / "calibrate" / "calibration.json", asdict(fitted))
+    write_json(work / "calibrate" / "result.json", result)
+    return result
+
+
+def read_held_out(work: Path) -> HeldOut:
+    """The held-out answers of all folds for which `study` is finished."""
+    folds = folds_of(work, "study")
+    uids: list[str] = []
+    logits, truths = [], []
+    for fold in folds:
+        with np.load(fold_folder(work, "study", fold) / "held_out.npz") as arrays:
+            uids += arrays["study_instance_uids"].tolist()
+            logits.append(arrays["logits"])
+            truths.append(arrays["truths"])
+    return HeldOut(study_instance_uids=uids, logits=np.concatenate(logits), truths=np.concatenate(truths), folds=folds)
+
+
+def halve(patients: list[str], fractured: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which studies are in the first of two halves that share no patient and have equally many fractured ones."""
+    broken = {patient for patient, is_fractured in zip(patients, fractured, strict=True) if is_fractured}
+    ordered = sorted(set(patients), key=lambda patient: (patient in broken, patient))
+    first = set(ordered[::2])
+    return np.array([patient in first for patient in patients])
+
+
+def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: float) -> Fitted:
+    """Everything, from these studies."""
+    logits, truth = held_out.logits, held_out.truths
+    judged = ~np.isnan(logits)
+    pooled = judged[:, 1:]
+    for name, kinds in (("studies", truth[:, 0]), ("levels", truth[:, 1:][pooled])):
+        if kinds.all() or not kinds.any():
+            raise StepError(
+                f"{kinds.sum()} of {len(kinds)} held-out {name} are fractured; both kinds are needed to calibrate. "
+                "Finish more folds, or prepare more studies."
+            )
+    platt = by_output(logits, truth, np.ones(truth.shape))
+    probability = calibrated_probabilities(platt, logits)
+    calibrated = np.log(probability / (1 - probability))
+    return Fitted(
+        platt=platt,
+        patient_operating_point=choose_operating_point(calibrated[:, 0], truth[:, 0], patient_specificity),
+        level_operating_point=choose_operating_point(
+            calibrated[:, 1:][pooled], truth[:, 1:][pooled], level_specificity
+        ),
+        challenge=Challenge(
+            platt=by_output(logits, truth, challenge_weights(truth)),
+            undetermined=dict(zip(OUTPUTS, constants(truth).tolist(), strict=True)),
+        ),
+    )
+
+
+def by_output(logits: NDArray[np.float64], truth: NDArray[np.bool_], weights: NDArray[np.float64]) -> dict[str, Platt]:
+    """Scale and offset of each output; those of all levels together for a level with too few of a kind."""
+    judged = ~np.isnan(logits)
+    platt = {}
+    for column, output in enumerate(OUTPUTS):
+        chosen = np.zeros(truth.shape, bool)
+        chosen[:, column] = judged[:, column]
+        num_fractured, num_judged = truth[chosen].sum(), chosen.sum()
+        if column > 0 and min(num_fractured, num_judged - num_fractured) < MIN_OF_EACH:
+            chosen[:, 1:] = judged[:, 1:]
+        platt[output] = fit_platt(logits[chosen], truth[chosen], weights[chosen])
+    return platt
+
+
+def constants(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The best answers in the challenge that look at no image, `(8,)`, short of certainty."""
+    return np.clip(best_constants(truth), 1e-3, 1 - 1e-3)
+
+
+def calibrated_probabilities(platt: dict[str, Platt], logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities `(N, 8)`, NaN where not judged."""
+    scale = np.array([platt[output].scale for output in OUTPUTS])
+    offset = np.array([platt[output].offset for output in OUTPUTS])
+    return np.clip(1 / (1 + np.exp(-(scale * logits + offset))), 1e-6, 1 - 1e-6)
+
+
+def challenge_probabilities(challenge: Challenge, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The numbers `(N, 8)` to submit, also for what was not judged."""
+    instead = np.array([challenge.undetermined[output] for output in OUTPUTS])
+    return np.where(np.isnan(logits), instead, calibrated_probabilities(challenge.platt, logits))
+
+
+def measure(held_out: HeldOut, probability: NDArray[np.float64]) -> dict[str, Any]:
+    """Cross-entropy and Brier score of the patient and of all judged levels together."""
+    measures = {}
+    for name, columns in (("patient", slice(0, 1)), ("levels", slice(1, None))):
+        judged = ~np.isnan(held_out.logits[:, columns])
+        p = np.clip(probability[:, columns][judged], 1e-6, 1 - 1e-6)
+        y = held_out.truths[:, columns][judged]
+        measures[name] = {
+            "cross_entropy": rounded(-np.mean(np.where(y, np.log(p), np.log(1 - p)))),
+            "brier": rounded(np.mean((p - y) ** 2)),
+        }
+    return measures
+
+
+def sensitivity_and_specificity(held_out: HeldOut, present: NDArray[np.bool_]) -> dict[str, Any]:
+    """Of the patient and of all judged levels together."""
+    measures = {}
+    for name, columns in (("patient", slice(0, 1)), ("levels", slice(1, None))):
+        judged = ~np.isnan(held_out.logits[:, columns])
+        said, truth = present[:, columns][judged], held_out.truths[:, columns][judged]
+        measures[name] = {
+            "sensitivity": rounded(mean(said[truth])),
+            "specificity": rounded(mean(~said[~truth])),
+        }
+    return measures
+
+
+def write_predictions(path: Path, study_instance_uids: list[str], probability: NDArray[np.float64]) -> None:
+    """A CSV as `cspine-train evaluate` reads it; what was not judged is empty, and named."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["StudyInstanceUID", *OUTPUTS, "undetermined"])
+        for uid, row in zip(study_instance_uids, probability, strict=True):
+            missing = " ".join(name for name, value in zip(OUTPUTS, row, strict=True) if np.isnan(value))
+            writer.writerow([uid, *("" if np.isnan(value) else f"{value:.6f}" for value in row), missing])

@@ -1,0 +1,197 @@
+"""Lightning's Trainer as every step uses it: progress bar, curves, checkpoints, averaged weights, resuming.
+
+A run that was killed goes on from its last checkpoint when the same command is given again. Which samples are drawn and
+how they are changed depends on the seed and the epoch only, not on how many processes draw them.
+"""
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from training.schedule import EMA_DECAY, WARM_UP_STEPS
+from training.steps.run import Run
+
+WEIGHTS = "weights.safetensors"
+"""A finished step's averaged weights, in its folder."""
+
+WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 2.0
+
+
+class Draws(Sampler[tuple[int, int]]):
+    """Which samples an epoch sees: `(index, seed)` pairs, drawn by weight, the seed for all that is random in it.
+
+    Each process of several takes its own share of the same draws.
+    """
+
+    def __init__(self, weights: Sequence[float], num_draws: int, seed: int, rank: int, num_processes: int) -> None:
+        self.weights = np.asarray(weights, float) / np.sum(weights)
+        self.num_draws = max(1, num_draws // num_processes)
+        self.seed, self.rank, self.num_processes = seed, rank, num_processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch, also when it goes on from a checkpoint."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_draws
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        rng = np.random.default_rng([self.seed, self.epoch])
+        total = self.num_draws * self.num_processes
+        indices = rng.choice(len(self.weights), size=total, p=self.weights)
+        seeds = rng.integers(1 << 62, size=total)
+        mine = slice(self.rank, None, self.num_processes)
+        return iter(list(zip(indices[mine].tolist(), seeds[mine].tolist(), strict=True)))
+
+
+class StepData(lightning.LightningDataModule):
+    """A training set to draw from, and a fixed one to watch.
+
+    train: its `__getitem__` takes an `(index, seed)` of `Draws`. watch: shown after each epoch; it decides nothing.
+    """
+
+    def __init__(self, run: Run, train: "Dataset[object]", weights: Sequence[float], watch: "Dataset[object]") -> None:
+        super().__init__()
+        self.run, self.train, self.weights, self.watch = run, train, weights, watch
+
+    def train_dataloader(self) -> "DataLoader[object]":
+        """Batches of one epoch."""
+        assert self.trainer is not None
+        draws = Draws(
+            self.weights, self.run.num_draws, self.run.seed, self.trainer.global_rank, self.trainer.world_size
+        )
+        return self._loader(self.train, sampler=draws)
+
+    def val_dataloader(self) -> "DataLoader[object]":
+        """The samples to watch, in order."""
+        return self._loader(self.watch)
+
+    def _loader(self, dataset: "Dataset[object]", sampler: Draws | None = None) -> "DataLoader[object]":
+        workers = self.run.num_workers
+        return DataLoader(
+            dataset,
+            batch_size=self.run.batch_size,
+            sampler=sampler,
+            drop_last=sampler is not None and len(sampler) >= self.run.batch_size,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # Forked, a worker would inherit torch's threads, and hang.
+            multiprocessing_context="spawn" if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, folder: Path) -> lightning.Trainer:
+    """Trains `network`, which is `module.network`, and leaves its averaged weights in it and in the folder.
+
+    No epoch is chosen by what the held-out fold says of it, so that this fold stays data that nothing was fitted to.
+    What was finished already is only loaded; the trainer is connected to the other processes either way.
+    """
+    run = data.run
+    _quiet()
+    lightning.seed_everything(run.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it, where bf16 or fp16 is not used
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=_devices(run.devices),
+        num_nodes=run.num_nodes,
+        strategy=run.strategy,
+        precision=_precision(run.precision),
+        max_epochs=run.num_epochs,
+        default_root_dir=folder,
+        logger=TensorBoardLogger(folder, name="curves", version=""),
+        callbacks=[
+            # The latest one: what `save_last` keeps beside no other is written at the end of a run only.
+            ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+            WeightAveraging(avg_fn=_averaged),
+            LearningRateMonitor("step"),
+            TQDMProgressBar(refresh_rate=10),
+        ],
+        use_distributed_sampler=False,
+        gradient_clip_val=MAX_GRADIENT_NORM,
+        log_every_n_steps=max(1, min(25, run.num_draws // run.batch_size)),
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    last = folder / "last.ckpt"
+    module.train()
+    if last.exists():
+        logging.getLogger(__name__).info("going on from %s", last)
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
+    # The averaged weights are the checkpoint's, whether this process trained to the end or found that one had.
+    averaged = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
+    mine = {key.removeprefix("network."): value for key, value in averaged.items() if key.startswith("network.")}
+    network.cpu().load_state_dict(mine)
+    network.eval()
+    if trainer.is_global_zero:
+        save_weights(network, folder / WEIGHTS)
+    trainer.strategy.barrier()
+    return trainer
+
+
+def adamw(module: lightning.LightningModule, learning_rate: float) -> dict[str, object]:
+    """What `configure_optimizers` gives: AdamW, warmed up and then down to zero along a cosine, step by step."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    total = int(module.trainer.estimated_stepping_batches)
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """A network's weights as safetensors."""
+    unfinished = path.with_suffix(".unfinished")
+    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished)
+    unfinished.replace(path)
+
+
+def load_weights(network: nn.Module, folder: Path) -> nn.Module:
+    """The network with a finished step's weights, in evaluation mode."""
+    network.load_state_dict(load_file(folder / WEIGHTS))
+    return network.eval()
+
+
+def _averaged(kept: Tensor, new: Tensor, num_averaged: Tensor | int) -> Tensor:
+    """As `training.schedule` averages: over more steps the longer the run is."""
+    if not kept.is_floating_point():
+        return new
+    num = float(num_averaged)
+    return torch.lerp(kept, new, 1 - min(EMA_DECAY, (1 + num) / (10 + num)))
+
+
+def _devices(devices: str) -> str | int | list[int]:
+    """ "auto", a number of devices, or a list of their numbers ("0,2")."""
+    if "," in devices:
+        return [int(number) for number in devices.split(",") if number]
+    return int(devices) if devices.lstrip("-").isdigit() else devices
+
+
+def _precision(precision: str) -> str:
+    if precision != "auto":
+        return precision
+    if not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+
+
+def _quiet() -> None:
+    """Leaves out what Lightning says of itself at every fit."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*does not have many workers")
+    warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

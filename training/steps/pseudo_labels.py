@@ -1,0 +1,113 @@
+"""Vertebrae as a trained network sees them, and whether they can be believed: labels for studies without a mask."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import nn
+
+from model.geometry import Grid
+from model.levels import LEVELS
+from model.memory import answer
+from model.networks import SliceUNet, VertebraUNet
+from model.resample import body_volume, sample
+from model.segment import T1, network_input, one_chain
+from training.rsna import Study
+from training.steps.slices import slice_inputs
+
+VOLUME_MM3 = (3_000.0, 45_000.0)
+"""Of one vertebra C1..C7, from a child's C1 to a large C7."""
+
+RELATIVE_VOLUME = (0.4, 2.5)
+"""Of one vertebra, compared with the median of its neck."""
+
+DISTANCE_MM = (7.0, 40.0)
+"""Between the centroids of neighbours."""
+
+MIN_AGREEMENT = 0.85
+"""Dice, of each level, of the answers for the neck and for its mirror image."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PseudoLabel:
+    """labels: uint8 on the study's `neck_grid`, 1..7 = C1..C7, 8 = T1 and below. doubt: why not to learn from it."""
+
+    labels: NDArray[np.uint8]
+    doubt: str | None
+
+
+def pseudo_label(study: Study, network: nn.Module, spacing_mm: float, device: torch.device) -> PseudoLabel:
+    """What the network says of a study, and of its mirror image, and whether that is plausible."""
+    voxels_hu = np.array(study.neck_hu())
+    labels = predicted_labels(voxels_hu, study.neck_grid, network, spacing_mm, device)
+    mirrored = predicted_labels(
+        np.ascontiguousarray(voxels_hu[..., ::-1]), study.neck_grid, network, spacing_mm, device
+    )
+    return PseudoLabel(labels=labels, doubt=doubt(labels, mirrored[..., ::-1], study.neck_grid))
+
+
+def predicted_labels(
+    voxels_hu: NDArray[np.int16], grid: Grid, network: nn.Module, spacing_mm: float, device: torch.device
+) -> NDArray[np.uint8]:
+    """One chain of labels `(Z, Y, X)` on an isotropic LPS grid, T1 with them; 0 where nothing was found.
+
+    spacing_mm: of the 3D network's own grid; the 2.5D one reads the slices as they are.
+    """
+    if isinstance(network, SliceUNet):
+        scores, on = slice_scores(voxels_hu, network, device), grid
+    else:
+        assert isinstance(network, VertebraUNet)
+        coarse_hu, on = body_volume(voxels_hu, grid, spacing_mm, network.stride)
+        scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
+    scores, found = one_chain(scores, on)
+    labels = torch.from_numpy(np.where(found, scores[1].round().clamp(1, T1).numpy(), 0)).float()
+    if on is not grid:
+        labels = sample(labels[None], on, grid, nearest=True)[0]
+    return labels.numpy().astype(np.uint8)
+
+
+def slice_scores(voxels_hu: NDArray[np.int16], network: SliceUNet, device: torch.device) -> torch.Tensor:
+    """The 2.5D network's classes as the 3D one answers: `(2, Z, Y, X)`, logit of "vertebra" and level."""
+    levels = torch.arange(1, T1 + 1, dtype=torch.float32)[:, None, None]
+    height, width = voxels_hu.shape[1:]
+    network.to(device)
+    scores = []
+    for start in range(0, len(voxels_hu), 8):
+        inputs = slice_inputs(voxels_hu, range(start, min(start + 8, len(voxels_hu))), network.stride)
+        probability = network(inputs.to(device)).float().softmax(dim=1).cpu()[..., :height, :width]
+        bone = probability[:, 1:].sum(dim=1).clamp(1e-6, 1 - 1e-6)
+        level = (probability[:, 1:] * levels).sum(dim=1) / bone
+        scores.append(torch.stack([bone.logit(), level]))
+    return torch.cat(scores, dim=1)
+
+
+def doubt(labels: NDArray[np.uint8], mirrored: NDArray[np.uint8], grid: Grid) -> str | None:
+    """Why these labels of a whole neck cannot be believed, in a few words; None if they can.
+
+    mirrored: the answer for the mirror image, mirrored back.
+    """
+    numbers = np.arange(1, len(LEVELS) + 1)
+    volumes = ndimage.sum_labels(labels > 0, labels, numbers) * grid.voxel_volume_mm3
+    if (volumes == 0).any():
+        return "levels missing"
+    if volumes.min() < VOLUME_MM3[0] or volumes.max() > VOLUME_MM3[1]:
+        return "implausible volume"
+    relative = volumes / np.median(volumes)
+    if relative.min() < RELATIVE_VOLUME[0] or relative.max() > RELATIVE_VOLUME[1]:
+        return "uneven volumes"
+    centroids = grid.to_lps_mm(np.array(ndimage.center_of_mass(labels > 0, labels, numbers)))
+    steps = np.diff(centroids, axis=0)
+    distances = np.linalg.norm(steps, axis=1)
+    if distances.min() < DISTANCE_MM[0] or distances.max() > DISTANCE_MM[1] or (steps[:, 2] >= 0).any():
+        return "implausible distance"
+    if min(dice(labels == number, mirrored == number) for number in numbers) < MIN_AGREEMENT:
+        return "disagrees with its mirror image"
+    return None
+
+
+def dice(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Overlap of two masks, 0..1; 1 of two empty ones."""
+    total = int(first.sum() + second.sum())
+    return 1.0 if total == 0 else 2 * int((first & second).sum()) / total

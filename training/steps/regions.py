@@ -1,0 +1,248 @@
+"""The fracture-region U-Net: where in a vertebra the fracture is.
+
+Trained on the vertebrae with boxes, inside the box and at the bone, and on intact ones, which have no region. Then,
+round by round, it draws the regions of fractured vertebrae without a box itself: that they are fractured is known from
+the study's label. An intact vertebra never gets a region.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from model.classify import network_input
+from model.networks import RegionUNet
+from training import fractures
+from training.calibration import fit_platt
+from training.evaluation import average_precision, roc_auc
+from training.rsna import NUM_FOLDS, Cache
+from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, save_weights
+from training.steps.run import Run, fold_folder, read_options, rounded, write_json
+from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
+
+MAX_OPINIONS = 1000
+"""Vertebrae that the two numbers of the second opinion are fitted to."""
+
+MIN_PIXELS = 20
+"""Regions drawn with fewer pixels than this, over all slices, are not learned from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionsPlan:
+    """cut: name of the stacks. encoder: see `model.networks.make_encoder`. patch: side of a training patch, in pixels.
+    num_rounds: of drawn regions. threshold: probability from which a pixel is drawn."""
+
+    cut: str
+    encoder: str
+    patch: int
+    num_rounds: int
+    threshold: float
+
+
+def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
+    """Trains one fold's network; what it measured, beside constants."""
+    folder = run.begin("regions", **asdict(plan))
+    if (folder / "result.json").exists():
+        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    cache = Cache.open(run.cache)
+    seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
+    known = [vertebra for vertebra in seen if vertebra.regions_known]
+    unknown = [vertebra for vertebra in seen if not vertebra.regions_known]
+    held_out = [v for v in judged_vertebrae(cache.studies([run.fold]), plan.cut) if v.regions_known]
+
+    # 1. From boxes, and from vertebrae that are intact.
+    network = RegionUNet(plan.encoder)
+    trainer = train(network, run, plan, folder, known, held_out)
+
+    # 2. And from what the network of the last round draws in fractured vertebrae without a box.
+    rounds = []
+    for number in range(1, plan.num_rounds + 1):
+        drawn = draw_round(unknown, network, plan, folder / f"round{number}", trainer)
+        rounds.append({"drawn": len(drawn), "nothing_seen": len(unknown) - len(drawn)})
+        trainer = train(network, run, plan, folder / f"round{number}", known + drawn, held_out)
+
+    # 3. The two numbers that make the strongest voxels an opinion on the vertebra.
+    device = trainer.strategy.root_device
+    network.to(device)
+    rng = np.random.default_rng(run.seed)
+    sample = [seen[i] for i in rng.permutation(len(seen))[:MAX_OPINIONS]]
+    fitted = fit_platt(
+        np.array([float(answer(network, vertebra).logits) for vertebra in sample]),
+        np.array([vertebra.fractured for vertebra in sample]),
+    )
+    with torch.no_grad():
+        network.scale.fill_(fitted.scale)
+        network.offset.fill_(fitted.offset)
+    result = {**measure(network, held_out, plan.threshold), "rounds": rounds}
+    if trainer.is_global_zero:
+        save_weights(network, folder / WEIGHTS)
+        write_json(folder / "result.json", result)
+    return result
+
+
+def trained_network(work: Path, fold: int) -> RegionUNet:
+    """A finished fold's network."""
+    network = RegionUNet(read_options(work, "regions", fold)["encoder"])
+    load_weights(network, fold_folder(work, "regions", fold))
+    return network
+
+
+def with_drawn(vertebrae: Sequence[Vertebra], work: Path, fold: int) -> list[Vertebra]:
+    """The same vertebrae, with the regions that this fold's last round drew where there is no box."""
+    num_rounds = read_options(work, "regions", fold)["num_rounds"]
+    folder = fold_folder(work, "regions", fold) / f"round{num_rounds}" / "drawn"
+    return [_with_drawn(vertebra, folder) for vertebra in vertebrae]
+
+
+def train(
+    network: RegionUNet,
+    run: Run,
+    plan: RegionsPlan,
+    folder: Path,
+    known: Sequence[Vertebra],
+    held_out: Sequence[Vertebra],
+) -> lightning.Trainer:
+    """One fit, from the weights the network has; half of what it sees is fractured."""
+    num_fractured, num_intact = both_kinds(known, f"Of fold {run.fold}'s training studies, what has known regions")
+    weights = [1 / num_fractured if vertebra.fractured else 1 / num_intact for vertebra in known]
+    data = StepData(run, PatchSet(known, plan.patch), weights, PatchSet(held_out, plan.patch))
+    return fit(RegionTraining(network, run.learning_rate), network, data, folder)
+
+
+class PatchSet(Dataset[tuple[Tensor, Tensor]]):
+    """Patches of slices: input `(P, 6, Y, X)` and regions `(P, Y, X)`, P of one vertebra."""
+
+    def __init__(self, vertebrae: Sequence[Vertebra], num_pixels: int) -> None:
+        self.vertebrae, self.num_pixels = vertebrae, num_pixels
+
+    def __len__(self) -> int:
+        return len(self.vertebrae)
+
+    def __getitem__(self, drawn: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
+        index, seed = drawn if isinstance(drawn, tuple) else (drawn, drawn)
+        rng = np.random.default_rng(seed)
+        cut = fractures.patches(self.vertebrae[index].read(), rng, self.num_pixels)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # the noise of `changed`
+            batch = fractures.changed(fractures.collate(cut), rng)
+        inputs = network_input(batch.planes_hu, batch.masks)[:, 0]
+        return inputs[fractures.PATCH_MIDDLE], batch.regions[:, 0][fractures.PATCH_MIDDLE]
+
+
+class RegionTraining(lightning.LightningModule):
+    """Cross-entropy and Dice of fractured pixels, as `training.fractures` has them."""
+
+    def __init__(self, network: RegionUNet, learning_rate: float) -> None:
+        super().__init__()
+        self.network = network.to(memory_format=torch.channels_last)
+        self.learning_rate = learning_rate
+        # Patches say nothing of the second opinion, which has two numbers of its own.
+        network.scale.requires_grad_(False)
+        network.offset.requires_grad_(False)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        """The loss of a batch of patches."""
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """The same of patches of the held-out fold."""
+        self.log("held-out/loss", self._loss(batch), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """AdamW, one cycle."""
+        return adamw(self, self.learning_rate)
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        inputs, regions = (part.flatten(0, 1) for part in batch)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return fractures.region_loss(self.network.unet(inputs).float(), regions)
+
+
+@torch.inference_mode()
+def answer(network: RegionUNet, vertebra: Vertebra) -> Any:
+    """The network's answer for one whole vertebra, on the CPU; regions are probabilities, 0 away from the bone."""
+    batch = fractures.collate([vertebra.read()])
+    inputs = network_input(batch.planes_hu, batch.masks)
+    device = next(network.parameters()).device
+    said = network(inputs.to(device))
+    near = F.max_pool2d(batch.masks, 7, 1, 3) > 0.25
+    return said._replace(logits=said.logits[0].float().cpu(), regions=(said.regions.float().sigmoid().cpu() * near)[0])
+
+
+def draw_round(
+    unknown: Sequence[Vertebra], network: RegionUNet, plan: RegionsPlan, folder: Path, trainer: lightning.Trainer
+) -> list[Vertebra]:
+    """Draws the regions of fractured vertebrae without a box; gives those in which it saw any.
+
+    Each process draws its share; a round that was interrupted goes on.
+    """
+    (folder / "drawn").mkdir(parents=True, exist_ok=True)
+    network.to(trainer.strategy.root_device)
+    for vertebra in unknown[trainer.global_rank :: trainer.world_size]:
+        path = folder / "drawn" / f"{vertebra.key}.npz"
+        if not path.exists():
+            mask = answer(network, vertebra).regions.numpy() >= plan.threshold
+            unfinished = path.with_suffix(".unfinished")
+            with unfinished.open("wb") as file:
+                np.savez_compressed(file, regions=mask if mask.sum() >= MIN_PIXELS else np.zeros_like(mask))
+            unfinished.replace(path)
+    network.cpu()
+    trainer.strategy.barrier()
+    return [v for v in (_with_drawn(vertebra, folder / "drawn") for vertebra in unknown) if v.regions_known]
+
+
+def _with_drawn(vertebra: Vertebra, folder: Path) -> Vertebra:
+    path = folder / f"{vertebra.key}.npz"
+    if vertebra.regions_known or not path.exists():
+        return vertebra
+    with np.load(path) as arrays:
+        seen = bool(arrays["regions"].any())
+    return replace(vertebra, drawn=path, regions_known=True) if seen else vertebra
+
+
+def measure(network: RegionUNet, vertebrae: Sequence[Vertebra], threshold: float) -> dict[str, Any]:
+    """On whole vertebrae with known regions: how well pixels near bone are ranked, and vertebrae, beside constants.
+
+    dice: of all fractured vertebrae together; of the constant, every pixel near the bone is fracture.
+    """
+    truths, scores, opinions = [], [], []
+    overlap = drawn = broken = everywhere = 0
+    for vertebra in vertebrae:
+        stack, said = vertebra.read(), answer(network, vertebra)
+        opinions.append(float(said.logits))
+        near = (said.regions > 0).numpy() & (stack.masks > 64)
+        probability = said.regions.numpy()
+        # Of millions of pixels, every seventh ranks them well enough.
+        truths.append(stack.regions[near][::7])
+        scores.append(probability[near][::7])
+        if vertebra.fractured:
+            mask = probability >= threshold
+            overlap += int((mask & stack.regions).sum())
+            drawn += int(mask.sum())
+            broken += int(stack.regions.sum())
+            everywhere += int(near.sum())
+    truth, score = np.concatenate(truths), np.concatenate(scores)
+    fractured = np.array([vertebra.fractured for vertebra in vertebrae])
+    inside = int(sum((v.read().regions & (v.read().masks > 64)).sum() for v in vertebrae if v.fractured))
+    return {
+        "num_vertebrae": len(vertebrae),
+        "num_fractured": int(fractured.sum()),
+        "pixel_average_precision": rounded(average_precision(truth, score)),
+        "dice": round(2 * overlap / max(drawn + broken, 1), 4),
+        "vertebra_auc": rounded(roc_auc(fractured, np.array(opinions))),
+        "constants": {
+            "pixel_average_precision": rounded(truth.mean()),
+            "dice": round(2 * inside / max(everywhere + broken, 1), 4),
+            "vertebra_auc": 0.5,
+        },
+    }
