@@ -133,7 +133,7 @@ def test_subgroups_and_regions_add_their_sections(files: dict[str, Path], tmp_pa
     files["subgroups"] = write_csv(
         tmp_path / "groups.csv",
         ("StudyInstanceUID", "scanner <b>"),
-        ((uid, "A&B" if number % 2 else "C") for number, uid in enumerate(uids)),
+        ((uid, "A&B $^{" if number % 2 else "C") for number, uid in enumerate(uids)),
     )
     columns = ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")
     boxed = [row["StudyInstanceUID"] for row in rows if row["patient_overall"] == "1"][:8]
@@ -148,7 +148,7 @@ def test_subgroups_and_regions_add_their_sections(files: dict[str, Path], tmp_pa
     metrics, report = metrics_of(files), (files["out"] / "report.html").read_text(encoding="utf-8")
     assert metrics["froc"]["sensitivity_at_1_fp"] == 4 / 8
     assert metrics["froc"]["fractures"]["sensitivity_at_0_5_fp"] == 4 / 8
-    assert set(metrics["subgroups"]["scanner <b>"]) == {"A&B", "C"}
+    assert set(metrics["subgroups"]["scanner <b>"]) == {"A&B $^{", "C"}
     assert "scanner <b>" not in report
     assert "scanner &lt;b&gt;" in report
     assert "Fracture regions" in report
@@ -169,6 +169,14 @@ def test_predictions_that_say_nothing_are_measured_and_reported_as_such(files: d
     assert metrics["patient_overall"]["num"] == 0
     assert metrics["froc"]["boxes_of_other_studies"] == ["9.9"]
     assert "no true box" in metrics["froc"]["reasons"]["all"]
+
+
+def test_a_result_that_cannot_be_written_is_one_sentence(files: dict[str, Path]) -> None:
+    files["out"] = files["truth"] / "result"  # in a file, not a folder
+    result = evaluate(files)
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_regions_without_boxes_are_a_usage_error(files: dict[str, Path], tmp_path: Path) -> None:

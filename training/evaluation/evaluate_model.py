@@ -15,7 +15,15 @@ from training.evaluation.froc import BOX_COLUMNS
 from training.evaluation.loss import weighted_log_loss
 from training.evaluation.metrics import Settings
 from training.evaluation.run import Run, run_model
-from training.evaluation.tables import STUDY, UNDETERMINED, InputError, match, read_predictions, read_truth
+from training.evaluation.tables import (
+    STUDY,
+    UNDETERMINED,
+    InputError,
+    match,
+    read_predictions,
+    read_subgroups,
+    read_truth,
+)
 from training.rsna import SourceError, read_source
 
 METRIC_TABLE = "predictions_metric.csv"
@@ -44,6 +52,8 @@ def evaluate_model(
         source = read_source(data)
     except SourceError as error:
         raise InputError(str(error)) from error
+    if subgroups:
+        read_subgroups(subgroups)  # a fault in it must not show after hours
     only = None if truth is None else read_truth(truth).studies
     run = run_model(bundle, source, out, only=only, device=device)
     write_tables(run, out)

@@ -38,6 +38,7 @@ _STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": _INK,
+    "text.parse_math": False,  # names of subgroups are the user's
     "axes.labelcolor": _INK,
     "axes.edgecolor": _INK,
     "axes.titlesize": 10,
@@ -147,7 +148,7 @@ def reliability(matched: Matched, metrics: Mapping[str, Any]) -> str:
     with _figure("reliability", 7.6, 3.9, 2) as (axes, drawn):
         for axis, name, colour in zip(axes, ("patient", "all levels"), (_PATIENT, _POOLED), strict=True):
             measured = _of(metrics, name)
-            bins = measured.get("reliability", [])
+            bins = measured["reliability"]
             axis.plot([0, 1], [0, 1], color=_INK, linewidth=0.8, linestyle=":", alpha=0.6)
             if bins:
                 x = [part["mean_probability"] for part in bins]
@@ -182,11 +183,11 @@ def probabilities(matched: Matched, metrics: Mapping[str, Any]) -> str:
 
 def per_level(metrics: Mapping[str, Any]) -> str:
     """AUC, sensitivity and specificity of each output with their intervals."""
-    rows = {"patient": metrics["patient_overall"], **metrics["levels"]}
+    rows = [metrics["patient_overall"], *metrics["levels"].values()]
     colours = (_PATIENT, *_LEVEL_COLOURS)
     with _figure("levels", 7.6, 2.9, 3) as (axes, drawn):
         for axis, key in zip(axes, ("auc", "sensitivity", "specificity"), strict=True):
-            _forest(axis, rows, key, colours)
+            _forest(axis, ("patient", *metrics["levels"]), rows, key, colours)
             axis.set_title({"auc": "AUC"}.get(key, key))
         for axis in axes[1:]:
             axis.set_yticklabels([])
@@ -195,14 +196,14 @@ def per_level(metrics: Mapping[str, Any]) -> str:
 
 def subgroup(name: str, metrics: Mapping[str, Any]) -> str:
     """Patient's AUC, sensitivity and specificity in each category; the bar behind them: of all Studies."""
-    rows = {category: part["patient_overall"] for category, part in metrics["subgroups"][name].items()}
-    labels = {f"{_cut(category)} (n = {part['num']})": part for category, part in rows.items()}
+    rows = [part["patient_overall"] for part in metrics["subgroups"][name].values()]
+    labels = [f"{_cut(category)} (n = {part['num_studies']})" for category, part in metrics["subgroups"][name].items()]
     with _figure(f"subgroup {name}", 7.6, 1.1 + 0.27 * len(rows), 3) as (axes, drawn):
         for axis, key in zip(axes, ("auc", "sensitivity", "specificity"), strict=True):
-            interval = metrics["patient_overall"].get(f"{key}_ci")
+            interval = metrics["patient_overall"][f"{key}_ci"]
             if interval:
                 axis.axvspan(*interval, color=_PATIENT, alpha=0.15, linewidth=0)
-            _forest(axis, labels, key, [_PATIENT] * len(labels))
+            _forest(axis, labels, rows, key, [_PATIENT] * len(rows))
             axis.set_title({"auc": "AUC, patient"}.get(key, key))
         for axis in axes[1:]:
             axis.set_yticklabels([])
@@ -224,24 +225,26 @@ def froc(curves: Mapping[str, Events]) -> str:
     return drawn[0]
 
 
-def _forest(axis: Axes, rows: Mapping[str, Mapping[str, Any]], key: str, colours: Sequence[str]) -> None:
+def _forest(
+    axis: Axes, labels: Sequence[str], rows: Sequence[Mapping[str, Any]], key: str, colours: Sequence[str]
+) -> None:
     """A point and its interval in each row, from the top."""
-    for place, (measured, colour) in enumerate(zip(rows.values(), colours, strict=True)):
-        value, interval = measured.get(key), measured.get(f"{key}_ci")
+    for place, (measured, colour) in enumerate(zip(rows, colours, strict=True)):
+        value, interval = measured[key], measured[f"{key}_ci"]
         if interval:
             axis.plot(interval, [place, place], color=colour, linewidth=2, alpha=0.6, solid_capstyle="butt")
         if value is not None:
             axis.plot(value, place, "o", color=colour, markersize=5, clip_on=False)
-    axis.set_yticks(range(len(rows)), list(rows))
-    lowest = min((end for part in rows.values() for end in _ends(part, key)), default=0.0)
+    axis.set_yticks(range(len(rows)), labels)
+    lowest = min((end for part in rows for end in _ends(part, key)), default=0.0)
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(math.floor(10 * lowest - 0.1) / 10, 1.01))
     axis.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
 
 
 def _ends(measured: Mapping[str, Any], key: str) -> list[float]:
     """All that is drawn of a row."""
-    value = measured.get(key)
-    return [] if value is None else [value, *(measured.get(f"{key}_ci") or [])]
+    value = measured[key]
+    return [] if value is None else [value, *(measured[f"{key}_ci"] or [])]
 
 
 def _legend(axis: Axes, **options: str) -> None:

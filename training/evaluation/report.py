@@ -74,10 +74,10 @@ def _summary(metrics: Mapping[str, Any]) -> list[str]:
     figures = tiles(
         [
             ("Weighted log loss", number(metrics["weighted_log_loss"], 4), f"best constants {best:.4f}"),
-            ("AUC, patient", number(patient.get("auc")), between(patient.get("auc_ci"))),
-            ("AUC, all levels", number(levels.get("auc")), between(levels.get("auc_ci"))),
-            ("Sensitivity, patient", number(patient.get("sensitivity")), between(patient.get("sensitivity_ci"))),
-            ("Specificity, patient", number(patient.get("specificity")), between(patient.get("specificity_ci"))),
+            ("AUC, patient", number(patient["auc"]), between(patient["auc_ci"])),
+            ("AUC, all levels", number(levels["auc"]), between(levels["auc_ci"])),
+            ("Sensitivity, patient", number(patient["sensitivity"]), between(patient["sensitivity_ci"])),
+            ("Specificity, patient", number(patient["specificity"]), between(patient["specificity_ci"])),
             (
                 "Localisation accuracy",
                 number(metrics["localisation_accuracy"]),
@@ -122,8 +122,8 @@ def _ranking_and_calibration(metrics: Mapping[str, Any]) -> list[str]:
             with_interval(part, "auc"),
             with_interval(part, "pr_auc"),
             with_interval(part, "brier"),
-            number(part.get("ece")),
-            number(part.get("log_loss")),
+            number(part["ece"]),
+            number(part["log_loss"]),
         ]
         for name, part in _outputs(metrics).items()
     ]
@@ -146,7 +146,7 @@ def _calls(metrics: Mapping[str, Any]) -> list[str]:
         [
             name,
             number(part["operating_point"]),
-            " / ".join(str(part.get(count, "-")) for count in counts),
+            " / ".join(str(part[count]) for count in counts),
             *(with_interval(part, share) for share in shares),
         ]
         for name, part in _outputs(metrics).items()
