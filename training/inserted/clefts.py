@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
 
 from model.geometry import FloatArray, Grid
 from training.inserted.region import (
@@ -19,6 +18,7 @@ from training.inserted.region import (
     edge_mm,
     half_space_share,
     scanner_noise,
+    shifted,
     slab_share,
 )
 
@@ -119,14 +119,7 @@ def _move(
     amount = np.minimum(amount, near.to_other_mm * np.float32(0.8 / np.linalg.norm(shift)))
     if not cleft.is_loose:
         amount *= np.clip(1 - across / HINGE_MM, 0, 1)
-    step = np.linalg.solve(near.grid.affine[:3, :3], shift)
-    sources = [
-        index - np.float32(part) * amount
-        for index, part in zip(np.ogrid[tuple(slice(0, size) for size in across.shape)], step, strict=True)
-    ]
-    # Cubic: linear interpolation would smooth the noise, and the network would learn that.
-    moved = map_coordinates(near.voxels_hu, sources, order=3, mode="nearest")
-    moved = np.where(amount > 0, moved, near.voxels_hu)
+    moved = shifted(near.voxels_hu, near.grid, -shift, amount)
     u, v, w = (axis - np.float32(part) * amount for axis, part in zip(local, cleft.rows @ shift, strict=True))
     gap = half_space_share(-cleft.across_mm(u, v, w), sigma_mm) * (amount > 0)
     _fill(moved, gap, cleft.fill_hu)

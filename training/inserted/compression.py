@@ -2,10 +2,9 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import map_coordinates
 
 from training.inserted.frame import VertebraFrame
-from training.inserted.region import Neighbourhood, coordinates, half_space_share
+from training.inserted.region import Neighbourhood, coordinates, half_space_share, shifted
 
 DISC_MM = 2.5
 """So much above the end plate is stretched to follow it down."""
@@ -31,12 +30,7 @@ def compress(near: Neighbourhood, frame: VertebraFrame, depth_mm: float, rng: np
     above = ceiling + (w - lowered) * np.float32(DISC_MM) / (np.float32(DISC_MM) + sunk)
     source = np.where(w < lowered, below, above)
     amount = np.where(within, source - w, 0) * np.clip(near.to_other_mm / 1.5, 0, 1)
-    step = np.linalg.solve(near.grid.affine[:3, :3], frame.rows[2])
-    sources = [
-        index + np.float32(part) * amount
-        for index, part in zip(np.ogrid[tuple(slice(0, size) for size in w.shape)], step, strict=True)
-    ]
-    moved = map_coordinates(near.voxels_hu, sources, order=3, mode="nearest")
+    moved = shifted(near.voxels_hu, near.grid, frame.rows[2], amount)
     denser = np.clip(ratio, 1, 1.4) * half_space_share(lowered - w, 0.6)
     moved = np.where(moved > 100, 60 + (moved - 60) * np.maximum(denser, 1), moved)
     band = np.exp(-(((w - lowered + np.float32(1.6 * BAND_MM)) / np.float32(BAND_MM)) ** 2) / 2)

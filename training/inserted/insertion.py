@@ -28,8 +28,8 @@ CORRELATION = (0.3, 0.1, 0.3, 0.4, 0.67, 0.25)
 correlation of 0.36 between C5 and C6, and 48 % of patients with a fracture."""
 
 MIN_CONTRAST = 1.3
-"""What changes Hounsfield units by less than this many deviations of the bone around it is not visible: by
-eye, of planning CTs, 1.1 could not be told from texture and 1.4 could."""
+"""What changes Hounsfield units by less than this many deviations of the bone around it is not visible: by eye, of
+planning CTs, 1.1 could not be told from texture and 1.4 could."""
 
 MIN_VISIBLE_MM3 = 6.0
 _NUM_TRIES = 4

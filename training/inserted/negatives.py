@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.ndimage import map_coordinates
 
 from model.geometry import FloatArray, Grid
 from training.inserted.clefts import Cleft, cut
@@ -21,6 +20,7 @@ from training.inserted.region import (
     edge_mm,
     half_space_share,
     neighbourhood,
+    shifted,
     slab_share,
 )
 from training.inserted.sites import dens_base, fracture_clefts, local_rows
@@ -310,13 +310,7 @@ def _bent(site: Site) -> bool:
     amount = np.clip(1 - apart / 15, 0, 1) ** 2
     shift = rng.normal(0, 1, 3)
     shift *= rng.uniform(0.5, 2.5) / np.linalg.norm(shift)
-    step = np.linalg.solve(near.grid.affine[:3, :3], shift @ frame.rows)
-    sources = [
-        index - np.float32(part) * amount
-        for index, part in zip(np.ogrid[tuple(slice(0, size) for size in w.shape)], step, strict=True)
-    ]
-    moved = map_coordinates(near.before, sources, order=3, mode="nearest")
-    near.voxels_hu[:] = np.where(amount > 0, moved, near.before)
+    near.voxels_hu[:] = shifted(near.before, near.grid, -shift @ frame.rows, amount)
     near.write(site.voxels_hu)
     return True
 

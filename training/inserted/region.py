@@ -122,6 +122,18 @@ def half_space_share(across_mm: Float32Array, sigma_mm: float) -> Float32Array:
     return np.asarray(ndtr(across_mm * np.float32(1 / sigma_mm)), np.float32)
 
 
+def shifted(voxels_hu: Float32Array, grid: Grid, shift_lps_mm: FloatArray, amount: Float32Array) -> Float32Array:
+    """What lies `amount` (of each voxel) times a shift away is brought here; nothing changes where amount is 0.
+
+    Cubic: linear interpolation would smooth the noise, and a network would learn that.
+    """
+    step = np.linalg.solve(grid.affine[:3, :3], shift_lps_mm)
+    indices = np.ogrid[tuple(slice(0, size) for size in voxels_hu.shape)]
+    sources = [index + np.float32(part) * amount for index, part in zip(indices, step, strict=True)]
+    moved = ndimage.map_coordinates(voxels_hu, sources, order=3, mode="nearest")
+    return np.where(amount != 0, moved, voxels_hu)
+
+
 def scanner_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma_hu: float) -> Float32Array:
     """Noise that hangs together over neighbouring pixels, as that of a scanner does."""
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (0, 0.6, 0.6), truncate=2.5)

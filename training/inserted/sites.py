@@ -4,26 +4,26 @@ Kinds and their shares follow the injuries described in textbooks of trauma radi
 hangman, teardrop, clay-shoveller); sizes are drawn. Whatever the mask has no bone for gives no cleft.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 
 from model.geometry import FloatArray
 from training.inserted.clefts import Cleft
 from training.inserted.frame import VertebraFrame
 
+_MIDDLE = {"body": 0.12, "transverse": 0.15, "facet": 0.19, "lamina": 0.16, "pedicle": 0.07, "teardrop": 0.12,
+           "spinous": 0.09, "compression": 0.1}  # fmt: skip
 KINDS: dict[str, dict[str, float]] = {
     "C1": {"ring": 0.5, "arch": 0.2, "lateral_mass": 0.18, "transverse": 0.12},
     "C2": {"dens": 0.45, "hangman": 0.2, "body": 0.12, "teardrop": 0.08, "lamina": 0.06, "facet": 0.05,
            "spinous": 0.04},
     "C3": {"body": 0.15, "transverse": 0.2, "facet": 0.2, "lamina": 0.15, "pedicle": 0.1, "teardrop": 0.1,
            "spinous": 0.05, "compression": 0.05},
+    "C4": _MIDDLE,
+    "C5": _MIDDLE,
+    "C6": _MIDDLE,
     "C7": {"transverse": 0.24, "spinous": 0.24, "lamina": 0.12, "facet": 0.13, "compression": 0.12, "body": 0.08,
            "pedicle": 0.07},
 }  # fmt: skip
-for _level in ("C4", "C5", "C6"):
-    KINDS[_level] = {"body": 0.12, "transverse": 0.15, "facet": 0.19, "lamina": 0.16, "pedicle": 0.07,
-                     "teardrop": 0.12, "spinous": 0.09, "compression": 0.1}  # fmt: skip
 """How often each kind is drawn at a level."""
 
 STEP_MM: dict[str, tuple[float, float]] = {
@@ -33,11 +33,16 @@ STEP_MM: dict[str, tuple[float, float]] = {
     "transverse": (0.5, 2.5), "pedicle": (0.4, 2.0), "compression": (0.0, 0.0),
 }  # fmt: skip
 LOOSE = frozenset({"dens", "teardrop", "spinous", "transverse"})
+"""Kinds whose far side is a fragment that moves as a whole."""
+
+WAVE_LENGTHS_MM = (20.0, 13.0, 9.0, 6.0, 4.0, 3.0)
+"""Of the waves that make a gap rough."""
 
 MIN_BONE_MM3 = 60.0
 """Less bone than this at a site counts as none."""
 
-Zone = Callable[[FloatArray, FloatArray, FloatArray], FloatArray]
+Place = tuple[FloatArray, FloatArray, float]
+"""Centre and normal in the frame, and reach in mm."""
 
 
 def fracture_clefts(kind: str, frame: VertebraFrame, rng: np.random.Generator, severity: float = 1.0) -> list[Cleft]:
@@ -59,10 +64,6 @@ def fracture_clefts(kind: str, frame: VertebraFrame, rng: np.random.Generator, s
     if clefts and kind in ("body", "facet", "lamina", "lateral_mass") and rng.random() < 0.3:
         clefts.append(_branch(clefts[0], rng))
     return clefts
-
-
-Place = tuple[FloatArray, FloatArray, float]
-"""Centre and normal in the frame, and reach in mm."""
 
 
 def _places(kind: str, frame: VertebraFrame, side: float, rng: np.random.Generator) -> list[Place]:
@@ -118,7 +119,7 @@ def _one(kind: str, frame: VertebraFrame, side: float, rng: np.random.Generator)
     elif frame.label == 1:
         zone = out > 24
     else:
-        zone = (out > half + 4) & (v < frame.back + 2)
+        zone = (out > half + 4) & (v < frame.back)
     centre = _pick(frame, zone, rng, radius_mm=6.0 if kind == "body" else 4.0)
     if centre is None:
         return []
@@ -134,15 +135,10 @@ def _ring(frame: VertebraFrame, side: float, rng: np.random.Generator, num_break
     # 0 degrees points to the back, 180 to the front; the lateral masses lie between.
     front = [float(rng.uniform(150, 172)), float(rng.uniform(-172, -150))]
     back = [float(rng.uniform(12, 60)), float(rng.uniform(-60, -12))]
-    order = {1: [front if rng.random() < 0.4 else back], 2: [front, back], 3: [front, back], 4: [front, back]}[
-        num_breaks
-    ]
-    first, second = order[0], order[-1]
-    angles = [first[0]] if num_breaks == 1 else [first[0], second[int(rng.random() < 0.5)]]
-    if num_breaks == 3:
-        angles = [first[0], *second]
-    if num_breaks == 4:
-        angles = [*first, *second]
+    if num_breaks == 1:
+        angles = front[:1] if rng.random() < 0.4 else back[:1]
+    else:
+        angles = {2: [front[0], back[int(rng.integers(2))]], 3: [front[0], *back], 4: [*front, *back]}[num_breaks]
     places: list[Place] = []
     for degrees in angles:
         apart = np.abs((angle - degrees + 180) % 360 - 180)
@@ -241,23 +237,18 @@ def random_cleft(
         # Mostly along the gap, and a little apart; never into the other side.
         direction = np.array([*rng.normal(0, 1, 2), abs(rng.normal(0, 0.6 if kind not in LOOSE else 1.2))])
         shift = step_mm * direction / np.linalg.norm(direction) @ rows
-    waves = [
-        (height, *(2 * np.pi / length * np.array((np.cos(turn), np.sin(turn)))), phase)
-        for height, length, turn, phase in zip(
-            rng.uniform(0.15, 0.6, 3) * (1.0, 0.7, 0.45),
-            (rng.uniform(12, 22), rng.uniform(6, 10), rng.uniform(2.5, 4.5)),
-            rng.uniform(0, 2 * np.pi, 3),
-            rng.uniform(0, 2 * np.pi, 3),
-            strict=True,
-        )
-    ]
+    # Long waves are high and short ones low, none of them alone, or a cut along the gap would show stripes.
+    length = rng.uniform(0.8, 1.25, len(WAVE_LENGTHS_MM)) * WAVE_LENGTHS_MM
+    turn, phase = rng.uniform(0, 2 * np.pi, (2, len(length)))
+    number = 2 * np.pi / length
+    waves = [length * rng.uniform(0.012, 0.035, len(length)), number * np.cos(turn), number * np.sin(turn), phase]
     return Cleft(
         centre_lps_mm=frame.to_lps_mm(centre),
         rows=rows,
         reach_mm=reach_mm * float(rng.uniform(0.85, 1.15)),
         width_mm=float(np.clip(rng.lognormal(np.log(0.7), 0.5) * severity, 0.2, 2.0)),
         bend=(float(rng.normal(0, 0.013)), float(rng.normal(0, 0.013))),
-        waves=np.array(waves),
+        waves=np.stack(waves, axis=1),
         shift_lps_mm=shift,
         is_loose=kind in LOOSE,
         fill_hu=float(rng.uniform(40, 70)),
