@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-demo train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
+.PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
 
 install: .venv/.installed
 
@@ -27,7 +27,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Trains the bundled weights again, on the procedural phantom only.
+# Trains the phantom's weights again, on the procedural phantom only.
 train-phantom: install
 	$(BIN)/cspine-train phantom --out model/weights/phantom
 
@@ -38,6 +38,10 @@ train-demo: install
 	    $(BIN)/cspine-train --config training/demo.yaml rsna-demo --out $(DEMO)/rsna; }
 	$(BIN)/cspine-train --config training/demo.yaml all --rsna $(DEMO)/rsna --cache $(DEMO)/cache \
 	    --work $(DEMO)/work --out $(DEMO)/bundle --folds 0,1
+
+# Trains the bundled weights again, from the atlas and OpenKBP in the folder DATA: make train-necks DATA=folder.
+train-necks: install
+	$(BIN)/cspine-train necks --data $(DATA) --out model/weights/necks
 
 # Segmentations by the node and by highdicom alone, side by side; all objects of a case.
 encode-bench: install

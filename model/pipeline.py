@@ -56,7 +56,10 @@ class Pipeline:
     @torch.inference_mode()
     def segment(self, volume: Volume) -> tuple[NDArray[np.uint8], list[Vertebra]]:
         """The first step: labels on the source grid and what was found, as `find_vertebrae` gives them."""
-        return find_vertebrae(volume, self.networks.unet, self.bundle.segment, self.device)
+        networks, bundle = self.networks, self.bundle
+        return find_vertebrae(
+            volume, networks.unet, bundle.segment, self.device, refiner=networks.refiner, refine=bundle.refine
+        )
 
     @torch.inference_mode()
     def judge(self, volume: Volume, labels: NDArray[np.uint8], vertebrae: list[Vertebra]) -> Analysis:

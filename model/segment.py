@@ -1,8 +1,11 @@
-"""Where are C1..C7? The vertebra U-Net on a coarse grid, made one ordered chain, drawn on the source grid.
+"""Where are C1..C7? The vertebra U-Net on a coarse grid, again on a finer one, as one ordered chain on the source grid.
 
-Called by `model/pipeline.py`. Labels here run 1..8, where 8 is T1: the network needs it to number, the findings do not.
+The coarse network sees the whole neck and numbers; the refiner, where the bundle has one, sees the spine at finer
+spacing and what the coarse one thought, and outlines. Called by `model/pipeline.py`. Labels here run on past C7: the
+networks need the thoracic levels to number, the findings do not.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,16 +15,32 @@ from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
-from model.bundle import SegmentSettings
+from model.bundle import RefineSettings, SegmentSettings
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
 from model.networks import SliceVertebraUNet, VertebraUNet
-from model.resample import AIR_HU, body_volume, index_range, sample
+from model.resample import (
+    AIR_HU,
+    average_pool,
+    body_volume,
+    crop_to_box,
+    index_range,
+    lps_grid,
+    pool_factors,
+    pooled_grid,
+    sample,
+)
 from model.volume import Volume
 
-T1 = len(LEVELS) + 1
-"""Label of the first thoracic vertebra, and the last label the network knows."""
+LAST_LEVEL = len(LEVELS) + 3
+"""T3, the last label the networks know."""
+
+REFINED_MARGIN_MM = 12.0
+"""How far beyond the vertebrae that the coarse network found the refiner looks."""
+
+NEAR_MM = 3.0
+"""Bone this close to a numbered vertebra belongs to it, if it is none of its own."""
 
 MIN_VOLUME_MM3 = 800.0
 """Less than this of a vertebra is not called found; C1, the smallest, has about 8,000."""
@@ -60,18 +79,66 @@ def network_input(voxels_hu: Tensor) -> Tensor:
     return torch.stack([((voxels_hu - 200) / 400).clamp(-2, 3), ((voxels_hu - 100) / 150).clamp(-2, 2)])
 
 
+def refiner_input(voxels_hu: Tensor, logit: Tensor, level: Tensor) -> Tensor:
+    """The refiner's input `(4, Z, Y, X)`: the U-Net's two windows, and what it thought: vertebra 0..1, and the level
+    there.
+
+    All `(Z, Y, X)` on the refiner's grid.
+    """
+    vertebra = logit.sigmoid()
+    there = torch.where(vertebra > 0.1, (level - 4.5) / 3, 0.0)
+    return torch.cat([network_input(voxels_hu), torch.stack([vertebra, there])])
+
+
 def find_vertebrae(
-    volume: Volume, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
+    volume: Volume,
+    network: VertebraUNet | SliceVertebraUNet,
+    settings: SegmentSettings,
+    device: torch.device,
+    refiner: VertebraUNet | None = None,
+    refine: RefineSettings | None = None,
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     coarse_hu, coarse_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
     scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
     scores, found = one_chain(scores, coarse_grid)
+    grid = coarse_grid
+    if refiner is not None and refine is not None and found.any():
+        scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)
+        scores, found = one_chain(scores, grid)
     labels = np.zeros(volume.grid.shape, np.uint8)
     if not found.any():
         return labels, []
-    _draw(labels, volume, scores, coarse_grid, found)
+    _draw(labels, volume, scores, grid, found)
     return labels, _describe(labels, volume.grid)
+
+
+def _refined(
+    volume: Volume,
+    scores: Tensor,
+    coarse_grid: Grid,
+    found: NDArray[np.bool_],
+    refiner: VertebraUNet,
+    settings: RefineSettings,
+    device: torch.device,
+) -> tuple[Tensor, Grid]:
+    """Scores `(2, Z, Y, X)` of the refiner around C1..T1 as the coarse scores have them, and their grid."""
+    wanted = found & (scores[1].numpy() < len(LEVELS) + 1.5)
+    where = coarse_grid.to_lps_mm(np.argwhere(wanted if wanted.any() else found).astype(float))
+    grid = lps_grid(
+        lower_lps_mm=where.min(axis=0) - REFINED_MARGIN_MM,
+        upper_lps_mm=where.max(axis=0) + REFINED_MARGIN_MM,
+        spacing_mm=settings.spacing_mm,
+        multiple=refiner.stride,
+    )
+    corner = np.asarray(grid.shape, float) - 1
+    ends = grid.to_lps_mm(np.array([[0.0, 0.0, 0.0], corner]))
+    part, part_grid = crop_to_box(volume.voxels_hu, volume.grid, ends.min(axis=0), ends.max(axis=0))
+    factors = pool_factors(part_grid, settings.spacing_mm)
+    hu = sample((average_pool(part, factors) - AIR_HU)[None], pooled_grid(part_grid, factors), grid)[0] + AIR_HU
+    outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
+    logit, level = sample(scores - outside, coarse_grid, grid) + outside
+    return answer(refiner, refiner_input(hu, logit, level)[None], device)[-1][0].float(), grid
 
 
 def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -82,26 +149,35 @@ def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
     The level coordinate is continued outward from the bone, so that interpolation at its surface means something.
     """
     bone = (scores[0] > 0).numpy()
-    labels = np.where(bone, scores[1].round().clamp(1, T1).numpy().astype(np.uint8), 0)
-    parts = {int(label): _largest_component(labels == label) for label in np.unique(labels[labels > 0])}
-    parts = {label: part for label, part in parts.items() if part.sum() * grid.voxel_volume_mm3 >= MIN_VOLUME_MM3}
+    labels = np.where(bone, scores[1].round().clamp(1, LAST_LEVEL).numpy().astype(np.uint8), 0)
+    parts = {label: part for label, part in _parts(labels) if part.sum() * grid.voxel_volume_mm3 >= MIN_VOLUME_MM3}
     found = np.zeros(bone.shape, bool)
     centroids = {label: grid.to_lps_mm(np.argwhere(part).mean(axis=0)) for label, part in parts.items()}
     for label in _chain(centroids, parts):
         found |= parts[label]
     if not found.any():
         return scores, found
-    nearest = distance_transform_edt(~found, return_distances=False, return_indices=True)
+    distance_mm, nearest = distance_transform_edt(~found, sampling=grid.spacing_mm, return_indices=True)
     level = scores[1].numpy()[tuple(nearest)]
-    logit = np.where(bone & ~found, -4.0, scores[0].numpy())
+    logit = np.where(bone & (distance_mm > NEAR_MM), -4.0, scores[0].numpy())
     return torch.from_numpy(np.stack([logit, level]).astype(np.float32)), found
 
 
+def _parts(labels: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
+    """Each label with its largest component, as a mask of the whole grid."""
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is not None:
+            part = np.zeros(labels.shape, bool)
+            part[box] = _largest_component(labels[box] == label)
+            yield label, part
+
+
 def _chain(centroids: dict[int, FloatArray], parts: dict[int, NDArray[np.bool_]]) -> list[int]:
-    """The labels of the chain of neighbours around the largest level."""
-    if not parts:
+    """The labels of the chain of neighbours around the largest cervical level."""
+    cervical = [label for label in parts if label <= len(LEVELS)]
+    if not cervical:
         return []
-    start = max(parts, key=lambda label: int(parts[label].sum()))
+    start = max(cervical, key=lambda label: int(parts[label].sum()))
     chain = [start]
     for step in (-1, 1):
         label = start
@@ -150,9 +226,9 @@ def _draw(
         fine = sample(scores - outside, coarse_grid, part) + outside
         hu = torch.from_numpy(volume.voxels_hu[z:top, y0:y1, x0:x1].astype(np.float32))
         logit = fine[0] + BONE_WEIGHT * ((hu - BONE_HU) / 100).clamp(-1, 1)
-        level = fine[1].round().clamp(1, T1).to(torch.uint8)
+        level = fine[1].round().clamp(1, LAST_LEVEL).to(torch.uint8)
         drawn = torch.where((logit > 0) & (hu > AIR_HU), level, 0)
-        labels[z:top, y0:y1, x0:x1] = torch.where(drawn == T1, 0, drawn).numpy()
+        labels[z:top, y0:y1, x0:x1] = torch.where(drawn > len(LEVELS), 0, drawn).numpy()
     for label, box in enumerate(ndimage.find_objects(labels, max_label=len(LEVELS)), start=1):
         if box is not None:
             part_labels = labels[box]

@@ -13,6 +13,7 @@ from training.commands.evaluate import evaluate
 from training.commands.everything import everything
 from training.commands.export import export
 from training.commands.measure import measure
+from training.commands.necks import necks
 from training.commands.phantom import phantom
 from training.commands.prepare import prepare
 from training.commands.regions import regions
@@ -43,6 +44,7 @@ main.add_command(evaluate)
 main.add_command(everything)
 main.add_command(export)
 main.add_command(measure)
+main.add_command(necks)
 main.add_command(phantom)
 main.add_command(prepare)
 main.add_command(regions)

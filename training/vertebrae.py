@@ -60,13 +60,13 @@ def draw_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int])
     centre = bone[rng.integers(len(bone))] + rng.uniform(-12, 12, size=3)
     if rng.random() < SHARE_ANYWHERE:
         centre = rng.uniform(0, hu.shape)
-    target = Grid(shape=shape, affine=_turned(centre, np.asarray(shape), rng))
+    target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng))
     hu, share = sample(torch.stack([hu - AIR_HU, share / 255]), source, target)
     hu = hu + AIR_HU
     level = sample(level[None], source, target, nearest=True)[0]
     if rng.random() < 0.5:
-        _cut_field_of_view(hu, share, rng)
-    return _degraded(hu, rng), share, level
+        cut_field_of_view(hu, share, rng)
+    return degraded(hu, rng), share, level
 
 
 def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
     return total
 
 
-def _turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator) -> FloatArray:
+def turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator) -> FloatArray:
     """Affine of a crop around `centre`, turned by up to 12 degrees an axis, scaled, mirrored half the time."""
     matrix = np.eye(3)
     for first, second in ((0, 1), (0, 2), (1, 2)):
@@ -109,7 +109,7 @@ def _turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator) -> 
     return affine
 
 
-def _cut_field_of_view(hu: Tensor, share: Tensor, rng: np.random.Generator) -> None:
+def cut_field_of_view(hu: Tensor, share: Tensor, rng: np.random.Generator) -> None:
     """Puts air above or below a plane, as beyond the first or last slice."""
     at = int(rng.integers(2, hu.shape[0] // 3))
     beyond = slice(None, at) if rng.random() < 0.5 else slice(-at, None)
@@ -117,7 +117,7 @@ def _cut_field_of_view(hu: Tensor, share: Tensor, rng: np.random.Generator) -> N
     share[beyond] = 0
 
 
-def _degraded(hu: Tensor, rng: np.random.Generator) -> Tensor:
+def degraded(hu: Tensor, rng: np.random.Generator) -> Tensor:
     """Other gain, offset, noise and sharpness, as other scanners and kernels have."""
     body = hu > -900
     if rng.random() < 0.3:

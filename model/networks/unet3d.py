@@ -66,6 +66,11 @@ class VertebraUNet(nn.Module):
 
         Channel 0 is the logit of "vertebra", channel 1 the level coordinate (meaningful only inside vertebrae).
         """
+        return self.scores_and_features(x)[0]
+
+    def scores_and_features(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What `forward` gives, and the finest features `(B, channels[0], Z, Y, X)`, for what else is learned of
+        them."""
         skips = [x]
         for block in self.encoder:
             skips.append(block(skips[-1]))
@@ -78,4 +83,4 @@ class VertebraUNet(nn.Module):
             if scores:
                 score = score + F.interpolate(scores[-1], scale_factor=2, mode="trilinear", align_corners=False)
             scores.append(score)
-        return scores
+        return scores, y

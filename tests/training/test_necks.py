@@ -1,0 +1,238 @@
+"""Necks drawn from an atlas, real necks labelled by what contours say, and the networks that learn from both."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import nrrd
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from model.bundle import ClassifySettings
+from model.geometry import Grid
+from model.networks import VertebraUNet
+from training.necks import atlas as body
+from training.necks.atlas import Atlas, build_atlas
+from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE, RealNeck, read_contours, weak_labels
+from training.necks.pseudo import STEP_MM, Profile, cut_profile, profile, relabelled
+from training.necks.rounds import is_believed
+from training.necks.samples import write_phantom
+from training.necks.stacks import write_neck_stacks
+from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_spine
+from training.necks.train import AuxiliaryUNet, guess_path, read_crop, real_guess, train_necks, write_guess
+
+BODY_MM, DISC_MM = 12.0, 4.0
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
+    """A made-up label map in the atlas's layout: rings with bodies, a skull, a jaw, a collar of muscle."""
+    z, y, x = np.mgrid[0:200, 0:110, 0:110]
+    labels = np.zeros(z.shape, np.int16)
+    labels[np.hypot(y - 55, x - 55) < 45] = 8
+    numbers = [*body.CERVICAL, *body.THORACIC]
+    for index, number in enumerate(numbers):
+        top = 178 - index * 14
+        here = (z <= top) & (z > top - 11)
+        ring = (np.hypot(y - 62, x - 55) < 14) & (np.hypot(y - 62, x - 55) > 9)
+        solid = (np.hypot(y - 46, x - 55) < 8) | ring
+        labels[here & solid] = number
+    labels[(z > 184) & (np.hypot(y - 55, x - 55) < 45) & (np.hypot(y - 55, x - 55) > 38)] = body.SKULL
+    labels[(z > 140) & (z < 150) & (y < 20) & (np.abs(x - 55) < 20)] = body.MANDIBLE
+    path = tmp_path_factory.mktemp("atlas") / "labels.nrrd"
+    # As the real one is stored: x to the right, y to the front, z to the head.
+    stored = labels[:, ::-1, ::-1].transpose(2, 1, 0)
+    header = {"space": "left-posterior-superior", "space directions": np.diag([-1.0, -1.0, 1.0])}
+    header["space origin"] = np.array([54.0, 54.0, -100.0])
+    nrrd.write(str(path), stored, header)
+    return build_atlas(path)
+
+
+def test_the_atlas_keeps_its_bones_in_place_and_order(atlas: Atlas) -> None:
+    heights_mm = atlas.centres_lps_mm[:, 2]
+    assert (np.diff(heights_mm) < -11).all()  # C1 to T5, head to foot
+    middle = atlas.grid.to_index(np.array([[0.0, -9.0, heights_mm[3]]]))[0].round().astype(int)
+    assert atlas.bones[tuple(middle)] == 4
+    assert atlas.distance_mm[tuple(middle)] > 1
+    canal = atlas.canal_lps_mm[np.abs(atlas.canal_lps_mm[:, 2] - heights_mm[3]).argmin()]
+    assert np.abs(canal[:2] - [0, 7]).max() < 3
+
+
+def test_a_pose_puts_the_same_tissue_at_the_same_place_on_any_grid(atlas: Atlas) -> None:
+    pose = Pose.draw(atlas, np.random.default_rng(3))
+    point = np.array([[4.0, -6.0, 12.0]])
+    coarse = Grid.axial(shape=(9, 9, 9), spacing_mm=(4.0,) * 3, centre_lps_mm=(4.0, -6.0, 12.0))
+    fine = Grid.axial(shape=(9, 9, 9), spacing_mm=(1.0,) * 3, centre_lps_mm=(4.0, -6.0, 12.0))
+    places = [pose.places(grid)[4, 4, 4].numpy() for grid in (coarse, fine)]
+    assert places[0] == pytest.approx(places[1], abs=0.02)
+    index = atlas.grid.to_index(pose.to_atlas(point))[0]
+    unit = 2 * index / (np.asarray(atlas.bones.shape) - 1) - 1
+    assert places[1] == pytest.approx(unit[::-1], abs=0.01)
+
+
+def test_a_drawn_neck_is_bright_where_its_truth_has_bone(atlas: Atlas) -> None:
+    neck = draw_neck(atlas, np.random.default_rng(5), spacing_mm=3.0, shape=(64, 32, 32))
+    bone = neck.share > 200
+    around = ndimage.binary_dilation(bone, iterations=2) & (neck.share == 0)
+    assert bone.sum() > 50
+    assert neck.hu[bone].mean() > neck.hu[around].mean() + 60
+    assert 1 <= neck.level[bone].min() <= neck.level.max() <= MAX_LEVEL
+    centres = ndimage.center_of_mass(bone, neck.level, sorted(set(neck.level[bone].tolist()) - {MAX_LEVEL}))
+    assert (np.diff([centre[0] for centre in centres]) < 0).all()  # higher numbers lie lower
+
+
+def test_stacks_of_a_drawn_neck_hold_broken_vertebrae_with_their_regions(atlas: Atlas, tmp_path: Path) -> None:
+    classify = ClassifySettings(
+        encoder="residual-8-16", num_hidden=4, num_slices=5, num_pixels=48, pixel_mm=1.0, region_threshold=0.5
+    )
+    hu, labels, grid = draw_spine(atlas, np.random.default_rng(1), spacing_mm=1.0, reach_mm=29)
+    assert hu.shape == labels.shape == grid.shape
+    fractured = []
+    for seed in range(4):
+        write_neck_stacks(tmp_path / f"{seed}.npz", seed, atlas, classify)
+        with np.load(tmp_path / f"{seed}.npz") as arrays:
+            assert arrays["planes"].shape[1:] == (2 * 4 + 1 + 4, 48, 48)
+            assert len(arrays["levels"]) == len(arrays["fractured"]) == len(arrays["masks"])
+            intact = ~arrays["fractured"]
+            assert arrays["regions"][intact].max(initial=0) == 0
+            fractured += arrays["fractured"].tolist()
+    assert 0 < sum(fractured) < len(fractured)
+
+
+def made_up_spine(num_levels: int = 8) -> tuple[Profile, list[float]]:
+    """A profile of bodies and discs under a brainstem that ends at 40 mm, and its borders."""
+    lengths = [36.0, *[BODY_MM + DISC_MM] * (num_levels - 1)]
+    borders = [40.0, *(40.0 + np.cumsum(lengths)).tolist()]
+    at = np.arange(0, borders[-1] + 20, STEP_MM)
+    hu, level = np.full(len(at), 250.0), np.full(len(at), np.nan)
+    for number, (first, last) in enumerate(pairwise(borders), start=2):
+        level[(at >= first) & (at < last)] = number - 0.6  # off, as a young network is
+        hu[(at >= last - DISC_MM) & (at < last)] = 90.0
+    bone = np.where(np.isnan(level), 0.0, 0.9)
+    points = np.stack([np.zeros_like(at), np.zeros_like(at), -at], axis=1)
+    forward = np.tile([0.0, -1.0, 0.0], (len(at), 1))
+    return Profile(points=points, forward=forward, hu=hu, bone=bone, level=level, top_mm=40.0), borders
+
+
+def test_discs_and_the_brainstem_number_a_spine_that_the_network_miscounts() -> None:
+    found, borders = made_up_spine()
+    cut = cut_profile(found, trust=0.1)
+    assert cut is not None
+    assert np.abs(cut.borders_mm - borders[: len(cut.borders_mm)]).max() <= 4.5
+    assert cut.off == pytest.approx(-0.6, abs=0.01)
+    assert is_believed(cut, found)
+
+
+def test_a_profile_without_discs_or_anchor_is_not_believed() -> None:
+    found, _ = made_up_spine()
+    noise = np.random.default_rng(0).normal(200, 5, len(found.hu))
+    level = np.where(np.isnan(found.level), np.nan, np.random.default_rng(1).uniform(1, 9, len(found.hu)))
+    blurred = Profile(
+        points=found.points, forward=found.forward, hu=noise, bone=found.bone, level=level, top_mm=found.top_mm
+    )
+    cut = cut_profile(blurred, trust=0.5)
+    assert cut is None or not is_believed(cut, blurred)
+
+
+def real_neck() -> tuple[RealNeck, np.ndarray, np.ndarray]:
+    """A straight spine on the coarse grid, and what a network that is off by a whole level says of it."""
+    grid = Grid.axial(shape=(80, 32, 32), spacing_mm=(3.0,) * 3)
+    z, y, x = (np.stack(np.indices(grid.shape), axis=-1) @ grid.affine[:3, :3].T + grid.affine[:3, 3]).T[::-1]
+    z, y, x = (axis.transpose(2, 1, 0) for axis in (z, y, x))
+    depth = 80.0 - z  # mm below the top of C2
+    length = BODY_MM + DISC_MM
+    number = np.where(depth < 36, 2.0, 3.0 + np.floor((depth - 36) / length)).clip(1, 10)
+    in_disc = (depth > 32) & (np.mod(depth - 36, length) > BODY_MM)
+    column = (np.hypot(y + 14, x) < 9) & (depth > 0) & (depth < 160) & ~in_disc
+    hu = np.where(column, 260, 60).astype(np.int16)
+    line = np.stack([np.zeros(60), np.zeros(60), np.linspace(-85, 92, 60)], axis=1)
+    neck = RealNeck(
+        name="made up",
+        grid=grid,
+        hu=hu,
+        share=np.zeros(grid.shape, np.uint8),
+        level=np.zeros(grid.shape, np.uint8),
+        aux=np.full(grid.shape, 5, np.uint8),
+        certainty=np.zeros(grid.shape, np.uint8),
+        cord_lps_mm=line,
+        brainstem_end_mm=80.0,
+    )
+    return neck, np.where(column, 4.0, -4.0).astype(np.float32), (number - 1).astype(np.float32)
+
+
+def test_pseudo_labels_correct_a_network_that_is_one_level_off() -> None:
+    neck, logit, level = real_neck()
+    found = profile(neck, logit, level)
+    assert found is not None
+    cut = cut_profile(found, trust=0.1)
+    assert cut is not None
+    labelled = relabelled(neck, logit, level, found, cut)
+    for number in (3, 4, 5, 6):
+        core = (labelled.share > 0) & (np.rint(level + 1) == number)
+        assert core.sum() > 100
+        assert np.median(labelled.level[core]) == number
+    assert (labelled.certainty[labelled.share > 0] != 0).all()
+
+
+def test_contours_say_where_bone_must_be_spine(tmp_path: Path) -> None:
+    ct, mask = np.full((64, 64, 64), 1024 + 40, np.int16), np.zeros((64, 64, 64), np.uint16)
+    ct[:8], ct[-8:] = 0, 0  # air before and behind
+    ct[24:30, 28:36, 10:60] = 1024 + 500  # bone in front of the cord
+    mask[32:35, 30:34, 12:58] = 1
+    mask[31:36, 29:35, 4:12] = 2
+    np.savez(tmp_path / "train-pats_pt_1.npz", ct=ct, mask=mask, voxel_mm=np.array([4.0, 4.0, 2.5]))
+    patient = read_contours(tmp_path / "train-pats_pt_1.npz")
+    assert patient.name == "pt_1"
+    # Stored head to foot: the brainstem is at the top of a volume that runs foot to head.
+    assert np.argwhere(patient.brainstem)[:, 0].min() > np.argwhere(patient.cord)[:, 0].max()
+    neck = weak_labels(patient, 3.0, 16)
+    some = neck.certainty == OUTLINE_SOME_BONE
+    assert neck.hu[some].min() > 250
+    assert (neck.certainty[neck.hu < -60] == OUTLINE_KNOWN).all()
+    assert (neck.aux == AUX_CORD).sum() > 100
+    top_of_cord = neck.cord_lps_mm[:, 2].max()
+    assert neck.brainstem_end_mm == pytest.approx(top_of_cord, abs=6)
+
+
+def test_a_crop_keeps_image_and_truth_together(tmp_path: Path) -> None:
+    write_phantom(tmp_path / "50000.npz", 50_000, False)
+    rng = np.random.default_rng(0)
+    contrasts = []
+    for _ in range(4):
+        crop = read_crop(tmp_path / "50000.npz", rng, (48, 32, 32))
+        assert crop.inputs.shape == (2, 48, 32, 32)
+        bone, rest = crop.share > 0.9, (crop.share == 0) & (crop.inputs[0] > -1.5)
+        if bone.sum() > 20:
+            contrasts.append(float(crop.inputs[0][bone].mean() - crop.inputs[0][rest].mean()))
+    assert min(contrasts) > 0.2
+
+
+def test_both_networks_learn_and_the_refiner_reads_what_the_coarse_one_said(tmp_path: Path, atlas: Atlas) -> None:
+    neck = draw_neck(atlas, np.random.default_rng(2), spacing_mm=1.0, shape=(64, 48, 48), oversample=1)
+    path = tmp_path / "0.npz"
+    np.savez(path, hu=neck.hu, share=neck.share, level=neck.level, aux=neck.aux)
+    torch.manual_seed(0)
+    coarse = AuxiliaryUNet(VertebraUNet((8, 8, 8)))
+    first, last = _trained(coarse, path, refine=False, num_steps=30)
+    assert last < first
+    write_guess(coarse.unet, path)
+    here = Grid(shape=(64, 48, 48), affine=np.eye(4))
+    logit, level = real_guess(guess_path(path), here, torch.from_numpy(neck.hu).float())
+    assert logit.shape == level.shape == (64, 48, 48)
+    bone = (neck.share > 200) & (neck.level <= 8)
+    assert abs(float(np.median(level.numpy()[bone] - neck.level[bone]))) <= 1  # whole levels were taken away
+    refiner = AuxiliaryUNet(VertebraUNet((8, 8, 8), 4))
+    first, last = _trained(refiner, path, refine=True, num_steps=30)
+    assert last < first
+
+
+def _trained(network: AuxiliaryUNet, path: Path, *, refine: bool, num_steps: int) -> tuple[float, float]:
+    """Mean loss of the first and of the last five steps."""
+    losses = [
+        loss
+        for _, loss in train_necks(
+            network, [(1.0, [path])], num_steps=num_steps, learning_rate=5e-3, shape=(32, 32, 32), refine=refine
+        )
+    ]
+    return float(np.mean(losses[:5])), float(np.mean(losses[-5:]))

@@ -1,0 +1,297 @@
+"""How the shipped model is made: the story, start to end. `cspine-train necks` calls it.
+
+No patient here has a labelled vertebra. Necks drawn from a hand-made atlas teach what vertebrae are and in which order
+they come; real planning CTs, which the network labels itself where their contours agree, teach what they look like;
+fractures inserted into drawn bone teach what is broken.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from model.bundle import (
+    Bundle,
+    ClassifySettings,
+    Networks,
+    RefineSettings,
+    SegmentSettings,
+    TrainingData,
+    write_bundle,
+)
+from model.classify import network_input
+from model.findings import ModelInfo
+from model.levels import OUTPUTS
+from model.networks import FractureNet, VertebraUNet
+from training.calibration import fit_platt
+from training.fractures import collate, read_stack, train_fracture_net
+from training.inserted.insertion import PREVALENCE
+from training.necks.atlas import load_atlas
+from training.necks.openkbp import RealNeck, holds_neck, read_contours
+from training.necks.rounds import pseudo_labels
+from training.necks.samples import (
+    COARSE_MM,
+    FINE_MM,
+    read_real,
+    write_drawn,
+    write_phantom,
+    write_real,
+    write_stacks_of_drawn,
+)
+from training.necks.train import AuxiliaryUNet, train_necks, write_guess
+from training.phantom_measures import auc, choose_operating_point
+from training.samples import write_all
+
+logger = logging.getLogger(__name__)
+
+SEGMENT = SegmentSettings(channels=(8, 24, 64, 112, 160), spacing_mm=COARSE_MM)
+REFINE = RefineSettings(channels=(8, 24, 48, 80, 96), in_channels=4, spacing_mm=FINE_MM)
+COARSE_CROP, FINE_CROP = (80, 48, 64), (80, 80, 64)
+
+CLASSIFY = ClassifySettings(
+    encoder="residual-24-48-96-160",
+    num_hidden=64,
+    num_slices=15,
+    num_pixels=112,
+    pixel_mm=0.75,
+    region_threshold=0.5,
+)
+VERSION = "0.2.0"
+TRAINED_ON = (
+    "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
+    "on fractures that were put into drawn bone. It has never seen a real fracture, nor RSNA data: its probabilities "
+    "are not validated on patients."
+)
+TRAINING_DATA = (
+    TrainingData(
+        name="SPL/NAC Head and Neck Atlas 2016 (Open Anatomy)",
+        licence="3D Slicer licence (believed; the atlas's repository does not state it)",
+        use="label map from which necks are drawn; inserted fractures",
+    ),
+    TrainingData(name="OpenKBP", licence="MIT", use="unlabelled planning CT with contours, for the coarse network"),
+    TrainingData(name="cspine phantom", licence="MIT", use="drawn necks"),
+)
+
+HELD_OUT_SEED = 20261125
+FIRST_HELD_OUT_STACK = 100_000
+NUM_HELD_OUT = 40
+MIN_CORD_POINTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How much of everything; the defaults made the shipped weights."""
+
+    num_coarse: int = 500
+    num_fine: int = 500
+    num_phantoms: int = 90
+    num_stacks: int = 320
+    num_held_out_stacks: int = 60
+    coarse_steps: tuple[int, ...] = (1800, 1300, 1300)
+    fine_steps: tuple[int, int] = (2000, 1000)
+    patch_steps: int = 1500
+    stack_steps: int = 900
+    batch_size: int = 4
+    num_workers: int = 2
+
+    @classmethod
+    def quick(cls, num_workers: int) -> "Plan":
+        """Just enough to run every step once."""
+        return cls(
+            num_coarse=4,
+            num_fine=4,
+            num_phantoms=2,
+            num_stacks=6,
+            num_held_out_stacks=6,
+            coarse_steps=(2, 2),
+            fine_steps=(2, 2),
+            patch_steps=2,
+            stack_steps=2,
+            num_workers=num_workers,
+        )
+
+
+def held_out_patients(folder: Path) -> tuple[list[Path], list[Path]]:
+    """OpenKBP's patients to train on, and NUM_HELD_OUT that hold a whole neck to judge by; always the same."""
+    paths = sorted(folder.glob("*.npz"))
+    if not paths:
+        raise ValueError(f"{folder} holds no OpenKBP patients (*.npz). Name the folder `openkbp` of the data.")
+    whole = [path for path in paths if holds_neck(read_contours(path))]
+    drawn = np.random.default_rng(HELD_OUT_SEED).choice(len(whole), min(NUM_HELD_OUT, len(whole) // 3), replace=False)
+    held_out = sorted(whole[index] for index in drawn)
+    return [path for path in paths if path not in held_out], held_out
+
+
+def train_vertebrae(data: Path, work: Path, plan: Plan) -> tuple[VertebraUNet, VertebraUNet]:
+    """The coarse network and the refiner, from the atlas and the unlabelled necks in `data`."""
+    atlas = work / "atlas.npz"
+    load_atlas(data / "atlas" / "HN-Atlas-labels.nrrd", atlas)
+    training, _ = held_out_patients(data / "openkbp")
+
+    # 1. Draw necks for both networks, and read the real ones.
+    drawn = _all(write_drawn, work / "coarse", range(plan.num_coarse), plan.num_workers, atlas, False)
+    phantoms = _all(write_phantom, work / "coarse-phantoms", range(plan.num_phantoms), plan.num_workers, False)
+    fine = _all(write_drawn, work / "fine", range(plan.num_fine), plan.num_workers, atlas, True)
+    fine_phantoms = _all(write_phantom, work / "fine-phantoms", range(plan.num_phantoms), plan.num_workers, True)
+    unet = AuxiliaryUNet(VertebraUNet(SEGMENT.channels))
+    real = [read_real(path, unet.unet.stride) for path in training]
+    weak = list(_write_weak(real, work / "weak"))
+
+    # 2. The coarse network, first from what is sure, then also from what it has understood itself.
+    torch.set_num_threads(plan.num_workers)
+    sources = [(0.72, drawn), (0.28, weak)]
+    for number, num_steps in enumerate(plan.coarse_steps):
+        if number:
+            folder = work / f"round-{number}"
+            believed = list(pseudo_labels(unet.unet, real, trust=0.15 if number == 1 else 0.5, folder=folder))
+            logger.info("round %d believes %d of %d necks", number, len(believed), len(real))
+            sources = [(0.42, drawn), (0.42, believed), (0.08, weak), (0.08, phantoms)]
+        steps = train_necks(
+            unet,
+            sources,
+            num_steps=num_steps,
+            learning_rate=2e-3 if number else 3e-3,
+            norm_share=0.3 if number else 0.5,
+            shape=COARSE_CROP,
+            seed=number,
+        )
+        _follow(f"coarse network, round {number}", steps, num_steps)
+        _keep(unet, work / f"coarse-{number}.pt")
+
+    # 3. The refiner, from drawn bone alone: outlines are the same in any neck. First it is told guesses that are made
+    # up, then what the coarse network really says.
+    refiner = AuxiliaryUNet(VertebraUNet(REFINE.channels, REFINE.in_channels))
+    for number, num_steps in enumerate(plan.fine_steps):
+        if number:
+            for path in (*fine, *fine_phantoms):
+                write_guess(unet.unet, path)
+        steps = train_necks(
+            refiner,
+            [(0.88, fine), (0.12, fine_phantoms)],
+            num_steps=num_steps,
+            learning_rate=2e-3 if number else 3e-3,
+            norm_share=0.3 if number else 0.5,
+            level_weight=2.0 if number else 0.75,
+            shape=FINE_CROP,
+            refine=True,
+            seed=number,
+        )
+        _follow(f"refiner, round {number}", steps, num_steps)
+        _keep(refiner, work / f"fine-{number}.pt")
+    return unet.unet, refiner.unet
+
+
+def train_necks_bundle(data: Path, out: Path, work: Path, plan: Plan) -> Bundle:
+    """Draws, trains, calibrates and exports to `out`.
+
+    data: holds `atlas/HN-Atlas-labels.nrrd` and `openkbp/`. work: folder for what is drawn; a later run uses it again.
+    """
+    unet, refiner = train_vertebrae(data, work, plan)
+    network = train_fractures(work, plan)
+    seeds = range(FIRST_HELD_OUT_STACK, FIRST_HELD_OUT_STACK + plan.num_held_out_stacks)
+    held_out = _all(write_stacks_of_drawn, work / "stacks", seeds, plan.num_workers, work / "atlas.npz", CLASSIFY)
+    return export(out, unet, refiner, network, held_out)
+
+
+def train_fractures(work: Path, plan: Plan) -> FractureNet:
+    """The fracture network, from fractures inserted into drawn necks."""
+    atlas = work / "atlas.npz"
+    stacks = _all(write_stacks_of_drawn, work / "stacks", range(plan.num_stacks), plan.num_workers, atlas, CLASSIFY)
+    network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads)
+    torch.set_num_threads(plan.num_workers)
+    steps = train_fracture_net(
+        network,
+        stacks,
+        num_patch_steps=plan.patch_steps,
+        num_stack_steps=plan.stack_steps,
+        batch_size=plan.batch_size,
+        seed=2,
+    )
+    _follow("fracture network", steps, plan.patch_steps + plan.stack_steps)
+    _keep(network, work / "fractures.pt")
+    return network
+
+
+def export(out: Path, unet: VertebraUNet, refiner: VertebraUNet, network: FractureNet, held_out: list[Path]) -> Bundle:
+    """The finished bundle in `out`, calibrated on necks that nothing was trained on.
+
+    held_out: stacks as `write_stacks_of_drawn` makes them.
+    """
+    logits, truths = vertebra_logits(network, held_out)
+    # Training saw fractures BOOST times as often as RSNA's patients have them: each counts as often as in those.
+    share = float(np.mean(list(PREVALENCE.values())))
+    weights = np.where(truths, share / truths.mean(), (1 - share) / (1 - truths.mean()))
+    platt = fit_platt(logits, truths, weights)
+    threshold = choose_operating_point(logits, truths)
+    operating_point = platt.probability(float(np.log(threshold / (1 - threshold))))
+    bundle = Bundle(
+        folder=out,
+        info=ModelInfo(
+            name="cspine-necks", version=VERSION, trained_on=TRAINED_ON, operating_point=round(operating_point, 4)
+        ),
+        segment=SEGMENT,
+        refine=REFINE,
+        classify=CLASSIFY,
+        calibration=dict.fromkeys(OUTPUTS, platt),
+        training_data=TRAINING_DATA,
+        metrics={
+            "held_out_drawn": {
+                "num_vertebrae": len(truths),
+                "num_fractured": int(truths.sum()),
+                "vertebra_auc": round(auc(logits, truths), 4),
+                "vertebra_sensitivity": round(float((logits[truths] >= np.log(threshold / (1 - threshold))).mean()), 4),
+            }
+        },
+    )
+    write_bundle(bundle, Networks(unet=unet, refiner=refiner, fracture_nets=(network,)))
+    return bundle
+
+
+@torch.inference_mode()
+def vertebra_logits(network: FractureNet, paths: list[Path]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Logit and truth of every vertebra in cached stacks."""
+    network.eval()
+    logits, truths = [], []
+    for path in paths:
+        with np.load(path) as arrays:
+            truth = arrays["fractured"]
+        batch = collate([read_stack(path, index) for index in range(len(truth))])
+        logits.append(network(network_input(batch.planes_hu, batch.masks)).logits.double().numpy())
+        truths.append(truth)
+    return np.concatenate(logits), np.concatenate(truths)
+
+
+def _all(write: object, folder: Path, seeds: range, num_workers: int, *settings: object) -> list[Path]:
+    paths: list[Path] = []
+    for path in write_all(write, folder, seeds, num_workers, *settings):  # type: ignore[arg-type]
+        paths.append(path)
+        if len(paths) % 25 == 0:
+            logger.info("%s: %d of %d", folder.name, len(paths), len(seeds))
+    return [path for path in paths if path.exists()]
+
+
+def _write_weak(necks: list[RealNeck], folder: Path) -> Iterator[Path]:
+    for neck in necks:
+        if len(neck.cord_lps_mm) >= MIN_CORD_POINTS:
+            write_real(folder / f"{neck.name}.npz", neck, neck.cord_lps_mm)
+            yield folder / f"{neck.name}.npz"
+
+
+def _follow(what: str, steps: Iterator[tuple[int, float]], num_steps: int) -> None:
+    """Runs a training, with a line of progress every 50 steps."""
+    recent: list[float] = []
+    for step, loss in steps:
+        recent.append(loss)
+        if step % 50 == 49:
+            logger.info("%s: %d of %d, loss %.3f", what, step + 1, num_steps, float(np.mean(recent)))
+            recent.clear()
+
+
+def _keep(network: nn.Module, path: Path) -> None:
+    """Weights of a step, so that a run that is cut off need not begin anew."""
+    torch.save(network.state_dict(), path)
