@@ -296,3 +296,26 @@ def test_calibration_halves_share_no_patient_and_have_both_kinds() -> None:
     assert first[0] != first[2]
     assert first[3:].any()
     assert not first[3:].all()
+
+
+@pytest.mark.parametrize(("opinion_is_right", "weight"), [(True, 0.5), (False, 0.0)])
+def test_the_second_opinion_counts_as_much_as_it_helps(opinion_is_right: bool, weight: float) -> None:
+    from training.steps.calibrate import HeldOut, fit_all
+
+    rng = np.random.default_rng(0)
+    levels = rng.random((60, 7)) < 0.3
+    truths = np.concatenate([levels.any(axis=1, keepdims=True), levels], axis=1)
+    right, guessed = 4.0 * truths - 2, rng.normal(size=truths.shape)
+    held_out = HeldOut(
+        study_instance_uids=[str(number) for number in range(60)],
+        logits=guessed if opinion_is_right else right + guessed,
+        opinions=(right if opinion_is_right else 3 * guessed)[:, 1:],
+        truths=truths,
+        folds=[0],
+    )
+
+    fitted = fit_all(held_out, 0.95, 0.85)
+
+    assert fitted.region_weight == weight
+    assert fitted.platt.keys() == set(OUTPUTS)
+    assert 0 < fitted.level_operating_point < 1

@@ -26,7 +26,6 @@ RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
     show_default=True,
     help="A sentence that is shown wherever the model's numbers are.",
 )
-@click.option("--region-weight", type=click.FloatRange(0, 1), default=0.0, show_default=True, help="Of its opinion.")
 def export(
     cache: Path,
     work: Path,
@@ -36,7 +35,6 @@ def export(
     data: str,
     licence: str,
     trained_on: str,
-    region_weight: float,
 ) -> None:
     """Write one bundle: all finished folds together, calibrated, with their metrics."""
     from training.steps.export import ExportPlan
@@ -48,7 +46,6 @@ def export(
         data_name=data,
         licence=licence,
         trained_on=trained_on,
-        region_weight=region_weight,
     )
 
     def metrics() -> dict[str, Any]:

@@ -20,6 +20,7 @@ from training.evaluation import weighted_log_loss
 from training.evaluation.loss import best_constants
 from training.phantom_measures import choose_operating_point
 from training.rsna import Cache
+from training.steps.regions import read_opinions
 from training.steps.run import StepError, fold_folder, folds_of, mean, rounded, write_json
 from training.steps.study import challenge_weights
 
@@ -27,12 +28,21 @@ MIN_OF_EACH = 5
 """An output with fewer fractured or intact ones is calibrated with all levels together."""
 
 
+REGION_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+"""Of the second opinion, to choose from; the first of equals."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What networks said of studies they had not seen: logits `(N, 8)`, NaN where not judged, and truths `(N, 8)`."""
+    """What networks said of studies they had not seen, in the order of OUTPUTS.
+
+    logits: of the study network, `(N, 8)`, NaN where not judged. opinions: of the region network, `(N, 7)`.
+    truths: `(N, 8)`.
+    """
 
     study_instance_uids: list[str]
     logits: NDArray[np.float64]
+    opinions: NDArray[np.float64]
     truths: NDArray[np.bool_]
     folds: list[int]
 
@@ -40,14 +50,28 @@ class HeldOut:
         """Some of the studies."""
         uids = [uid for uid, is_in in zip(self.study_instance_uids, chosen, strict=True) if is_in]
         return HeldOut(
-            study_instance_uids=uids, logits=self.logits[chosen], truths=self.truths[chosen], folds=self.folds
+            study_instance_uids=uids,
+            logits=self.logits[chosen],
+            opinions=self.opinions[chosen],
+            truths=self.truths[chosen],
+            folds=self.folds,
         )
+
+    def weighed(self, region_weight: float) -> NDArray[np.float64]:
+        """Logits `(N, 8)` as the pipeline has them: in each level's, the second opinion with this weight."""
+        logits = self.logits.copy()
+        logits[:, 1:] += region_weight * (self.opinions - logits[:, 1:])
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """Calibration by output, operating points as calibrated probabilities, and the challenge's own numbers."""
+    """Calibration by output, operating points as calibrated probabilities, and the challenge's own numbers.
 
+    region_weight: of the second opinion, with which all of them are fitted.
+    """
+
+    region_weight: float
     platt: dict[str, Platt]
     patient_operating_point: float
     level_operating_point: float
@@ -70,10 +94,12 @@ def calibrate(
     constant = np.empty(held_out.logits.shape)
     for half in (first, ~first):
         fitted = fit_all(held_out.part(~half), *specificity)
-        calibrated[half] = calibrated_probabilities(fitted.platt, held_out.logits[half])
+        logits = held_out.weighed(fitted.region_weight)[half]
+        calibrated[half] = reported(calibrated_probabilities(fitted.platt, logits))
         points = np.array([fitted.patient_operating_point, *[fitted.level_operating_point] * len(LEVELS)])
         present[half] = calibrated[half] >= points
-        challenge[half] = challenge_probabilities(fitted.challenge, held_out.logits[half])
+        present[half, 0] |= present[half, 1:].any(axis=1)
+        challenge[half] = challenge_probabilities(fitted.challenge, logits)
         constant[half] = constants(held_out.truths[~half])
     write_predictions(work / "calibrate" / "predictions.csv", held_out.study_instance_uids, calibrated)
     write_predictions(work / "calibrate" / "predictions_challenge.csv", held_out.study_instance_uids, challenge)
@@ -92,6 +118,7 @@ def calibrate(
 
     # On all, to use.
     fitted = fit_all(held_out, *specificity)
+    result["region_weight"] = fitted.region_weight
     write_json(work / "calibrate" / "calibration.json", asdict(fitted))
     write_json(work / "calibrate" / "result.json", result)
     return result
@@ -101,13 +128,20 @@ def read_held_out(work: Path) -> HeldOut:
     """The held-out answers of all folds for which `study` is finished."""
     folds = folds_of(work, "study")
     uids: list[str] = []
-    logits, truths = [], []
+    logits, truths, opinions = [], [], []
     for fold in folds:
         with np.load(fold_folder(work, "study", fold) / "held_out.npz") as arrays:
             uids += arrays["study_instance_uids"].tolist()
+            opinions.append(read_opinions(work, fold, arrays["study_instance_uids"].tolist()))
             logits.append(arrays["logits"])
             truths.append(arrays["truths"])
-    return HeldOut(study_instance_uids=uids, logits=np.concatenate(logits), truths=np.concatenate(truths), folds=folds)
+    return HeldOut(
+        study_instance_uids=uids,
+        logits=np.concatenate(logits),
+        opinions=np.concatenate(opinions),
+        truths=np.concatenate(truths),
+        folds=folds,
+    )
 
 
 def halve(patients: list[str], fractured: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -120,8 +154,8 @@ def halve(patients: list[str], fractured: NDArray[np.bool_]) -> NDArray[np.bool_
 
 def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: float) -> Fitted:
     """Everything, from these studies."""
-    logits, truth = held_out.logits, held_out.truths
-    judged = ~np.isnan(logits)
+    truth = held_out.truths
+    judged = ~np.isnan(held_out.logits)
     pooled = judged[:, 1:]
     for name, kinds in (("studies", truth[:, 0]), ("levels", truth[:, 1:][pooled])):
         if kinds.all() or not kinds.any():
@@ -129,10 +163,13 @@ def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: fl
                 f"{kinds.sum()} of {len(kinds)} held-out {name} are fractured; both kinds are needed to calibrate. "
                 "Finish more folds, or prepare more studies."
             )
+    region_weight = min(REGION_WEIGHTS, key=lambda weight: levels_loss(held_out.weighed(weight)[:, 1:], truth[:, 1:]))
+    logits = held_out.weighed(region_weight)
     platt = by_output(logits, truth, np.ones(truth.shape))
-    probability = calibrated_probabilities(platt, logits)
+    probability = reported(calibrated_probabilities(platt, logits))
     calibrated = np.log(probability / (1 - probability))
     return Fitted(
+        region_weight=region_weight,
         platt=platt,
         patient_operating_point=choose_operating_point(calibrated[:, 0], truth[:, 0], patient_specificity),
         level_operating_point=choose_operating_point(
@@ -143,6 +180,14 @@ def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: fl
             undetermined=dict(zip(OUTPUTS, constants(truth).tolist(), strict=True)),
         ),
     )
+
+
+def levels_loss(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
+    """Cross-entropy of all judged levels, calibrated together."""
+    judged = ~np.isnan(logits)
+    platt = fit_platt(logits[judged], truth[judged])
+    calibrated = platt.scale * logits[judged] + platt.offset
+    return float(np.mean(np.logaddexp(0, calibrated) - truth[judged] * calibrated))
 
 
 def by_output(logits: NDArray[np.float64], truth: NDArray[np.bool_], weights: NDArray[np.float64]) -> dict[str, Platt]:
@@ -169,6 +214,11 @@ def calibrated_probabilities(platt: dict[str, Platt], logits: NDArray[np.float64
     scale = np.array([platt[output].scale for output in OUTPUTS])
     offset = np.array([platt[output].offset for output in OUTPUTS])
     return np.clip(1 / (1 + np.exp(-(scale * logits + offset))), 1e-6, 1 - 1e-6)
+
+
+def reported(probability: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As the pipeline reports them: the patient is at least as probably fractured as any level."""
+    return np.concatenate([np.nanmax(probability, axis=1, keepdims=True), probability[:, 1:]], axis=1)
 
 
 def challenge_probabilities(challenge: Challenge, logits: NDArray[np.float64]) -> NDArray[np.float64]:

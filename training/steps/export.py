@@ -27,14 +27,13 @@ from training.steps.run import StepError, folds_of, read_options, read_result
 @dataclass(frozen=True, kw_only=True)
 class ExportPlan:
     """name, version: of the model. data_name, licence: of what it was trained on; trained_on: a sentence on it, shown
-    wherever the model's numbers are shown. region_weight: of the region network's opinion on a level, 0..1."""
+    wherever the model's numbers are shown."""
 
     name: str
     version: str
     data_name: str
     licence: str
     trained_on: str
-    region_weight: float
 
 
 def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundle:
@@ -80,7 +79,7 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
         ),
         num_folds=len(folds),
         study=StudySettings(num_hidden=studied[0][1].num_hidden),
-        regions=RegionSettings(encoder=region_options["encoder"], weight=plan.region_weight),
+        regions=RegionSettings(encoder=region_options["encoder"], weight=fitted["region_weight"]),
         calibration={output: Platt(**numbers) for output, numbers in fitted["platt"].items()},
         challenge=Challenge(
             platt={output: Platt(**numbers) for output, numbers in fitted["challenge"]["platt"].items()},

@@ -15,10 +15,12 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.classify import network_input
+from model.levels import LEVELS
 from model.networks import RegionUNet
 from training import fractures
 from training.calibration import fit_platt
@@ -56,7 +58,8 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
     known = [vertebra for vertebra in seen if vertebra.regions_known]
     unknown = [vertebra for vertebra in seen if not vertebra.regions_known]
-    held_out = [v for v in judged_vertebrae(cache.studies([run.fold]), plan.cut) if v.regions_known]
+    all_held_out = judged_vertebrae(cache.studies([run.fold]), plan.cut)
+    held_out = [vertebra for vertebra in all_held_out if vertebra.regions_known]
 
     # 1. From boxes, and from vertebrae that are intact.
     network = RegionUNet(plan.encoder)
@@ -83,6 +86,8 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
         network.offset.fill_(fitted.offset)
     result = {**measure(network, held_out, plan.threshold), "rounds": rounds}
     if trainer.is_global_zero:
+        opinions = {vertebra.key: float(answer(network, vertebra).logits) for vertebra in all_held_out}
+        write_json(folder / "opinions.json", opinions)
         save_weights(network, folder / WEIGHTS)
         write_json(folder / "result.json", result)
     return result
@@ -93,6 +98,13 @@ def trained_network(work: Path, fold: int) -> RegionUNet:
     network = RegionUNet(read_options(work, "regions", fold)["encoder"])
     load_weights(network, fold_folder(work, "regions", fold))
     return network
+
+
+def read_opinions(work: Path, fold: int, studies: Sequence[str]) -> NDArray[np.float64]:
+    """The second opinion on C1..C7 of studies that a fold held out, logits `(N, 7)`; NaN where there is none."""
+    read_options(work, "regions", fold)  # refused here if `regions` is not finished
+    opinions = json.loads((fold_folder(work, "regions", fold) / "opinions.json").read_text(encoding="utf-8"))
+    return np.array([[opinions.get(f"{uid}.{level}", np.nan) for level in LEVELS] for uid in studies])
 
 
 def with_drawn(vertebrae: Sequence[Vertebra], work: Path, fold: int) -> list[Vertebra]:
