@@ -270,7 +270,9 @@ def test_a_series_that_the_archive_cannot_give_out_holds_up_no_other(
     assert index.watched_source("pacs").is_failing is False
 
 
-def test_what_is_no_archive_is_told(watch: Watch, index: Index, cspine: Callable[..., Any], tmp_path: Path) -> None:
+def test_what_is_no_archive_is_told(
+    watch: Watch, index: Index, cspine: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with StandIn().serving() as archive:
         watch(archive.url + "/deeper").look()
         assert "answered 404 (Not Found): check url" in index.watched_source("pacs").error
@@ -280,6 +282,9 @@ def test_what_is_no_archive_is_told(watch: Watch, index: Index, cspine: Callable
     assert shown.exit_code == 1
     told = json.loads(shown.output)
     assert (told["state"], told["url"], told["num_series"]) == ("failing", archive.url, 0)
+    index.note_position("pacs", 20260102)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "2026-01-02" in cspine("sources", "--config", config).output
 
 
 HOSTILE = {

@@ -62,10 +62,21 @@ def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSourc
             Text(state, style="red" if known.is_failing else "green" if state == "watching" else ""),
             _when(known.succeeded_at),
             str(known.num_series),
-            "" if known.position is None else str(known.position),
+            _up_to(source, known),
             Text(error),
         )
     Console().print(table)
+
+
+def _up_to(source: "OrthancSource | DicomWebSource", known: "WatchedSource") -> str:
+    """How far it is done with: the number of a change of an Orthanc, or a day of a DICOMweb archive."""
+    from node.peers import OrthancSource
+
+    if known.position is None:
+        return ""
+    if isinstance(source, OrthancSource):
+        return f"change {known.position}"
+    return f"{known.position // 10000:04}-{known.position // 100 % 100:02}-{known.position % 100:02}"
 
 
 def _when(time_s: float | None) -> str:
