@@ -7,7 +7,7 @@ No signal in DICOM says "that was the last Instance". What there is, from strong
 | the source's own count (C-FIND NumberOfSeriesRelatedInstances) | larger than what is here: wait; equal: whole |
 | an association is open | more may come |
 | the associations of a sending have all been released | the sender is done, or pauses: see `settling_s` |
-| an association broke and no later one was released | the sender will try again |
+| an association broke and no later one was released | the sender will try again, within the quiet time from then |
 | slice positions have a gap, or there are too few | something is missing |
 | InstanceNumbers have a gap, or do not start at 0 or 1 | something is missing, though what is here may look even |
 | InstanceNumbers that are missing, or repeated | nothing: some scanners write 1 in all of them |
@@ -67,7 +67,7 @@ def judge(evidence: Evidence, rules: SeriesRules, *, quiet_time_s: float, now: f
     """Whether to analyse, refuse or await more of a Series."""
     if unsettled := await_sender(evidence, quiet_time_s=quiet_time_s, now=now):
         return unsettled
-    quiet_at = evidence.last_received_at + quiet_time_s
+    quiet_at = _quiet_at(evidence, quiet_time_s)
     if now >= quiet_at:
         return _check(evidence.headers, rules, is_final=True, until=quiet_at)
     is_counted = evidence.num_at_source == evidence.num_instances
@@ -84,7 +84,7 @@ def await_sender(evidence: Evidence, *, quiet_time_s: float, now: float) -> Verd
     A sender with an association for each image has its Series looked at as often: reading all that is here each time
     would take time that grows with the square of their number.
     """
-    quiet_at = evidence.last_received_at + quiet_time_s
+    quiet_at = _quiet_at(evidence, quiet_time_s)
     if now >= quiet_at:
         return None
     # The end of an association and the answer of the source both have it judged again.
@@ -95,6 +95,15 @@ def await_sender(evidence: Evidence, *, quiet_time_s: float, now: float) -> Verd
     if settled_at is None or now < settled_at:
         return Verdict(answer=Answer.WAIT, until=min(quiet_at, settled_at or quiet_at))
     return None
+
+
+def _quiet_at(evidence: Evidence, quiet_time_s: float) -> float:
+    """When the quiet time is over: from the last Instance, or from a break after it.
+
+    A node that was killed notes the break when it starts again, and whoever was sending then needs time to go on.
+    """
+    broke_at = max((c.ended_at for c in evidence.carriers if c.ended_at is not None and not c.released), default=0.0)
+    return max(evidence.last_received_at, broke_at) + quiet_time_s
 
 
 def _check(headers: Sequence[SliceHeader], rules: SeriesRules, *, is_final: bool, until: float) -> Verdict:

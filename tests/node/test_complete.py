@@ -66,7 +66,7 @@ def broken(opened_at: float, ended_at: float) -> Carrier:
 
 
 # The last Instance came at 100 s.
-OPEN, RELEASED, BROKEN = [sent(90.0)], [sent(90.0, 100.1)], [broken(90.0, 100.1)]
+OPEN, RELEASED, BROKEN = [sent(90.0)], [sent(90.0, 100.1)], [broken(90.0, 100.0)]
 PARALLEL = [sent(90.0, 99.8), sent(90.1, 100.1), sent(90.2, 99.9), sent(90.2, 100.0)]
 ONE_OF_TWO_OPEN = [sent(90.0, 99.0), sent(90.1)]
 IN_SEQUENCE = [sent(80.0, 85.0), sent(86.0, 92.0), sent(93.0, 100.1)]  # two pauses are too few to go by
@@ -74,7 +74,7 @@ ONE_PER_IMAGE = [sent(95 + 0.1 * i, 95.05 + 0.1 * i) for i in range(51)]  # paus
 SLOW = [sent(60 + i, 60.1 + i) for i in range(40)]  # pauses of 0.9 s, the last ends at 99.1
 FOUR_AT_A_TIME = [sent(95 + 0.025 * i, 95.1 + 0.025 * i) for i in range(200)]
 BROKEN_THEN_RESENT = [broken(80.0, 85.0), sent(90.0, 100.1)]
-RESENT_AND_BROKEN = [sent(80.0, 85.0), broken(90.0, 100.1)]
+RESENT_AND_BROKEN = [sent(80.0, 85.0), broken(90.0, 100.0)]
 ONE_OF_PARALLEL_BROKEN = [broken(90.0, 99.0), sent(90.1, 100.1), sent(90.2, 100.0)]
 LATE_SLICE_A_DAY_LATER = [sent(-86400.0, -86390.0), sent(99.9, 100.1)]
 
@@ -120,6 +120,15 @@ def test_a_series_without_a_gap_is_whole(carriers: list[Carrier], at: float, ans
     assert verdict.answer is answer
     if answer is WAIT:
         assert at < verdict.until <= 130.0  # it will be judged again
+
+
+@pytest.mark.parametrize("headers_here", [WHOLE, FEW])
+def test_who_was_sending_when_the_node_was_killed_has_the_quiet_time_to_go_on(headers_here: list[SliceHeader]) -> None:
+    """The break is noted when the node starts again, here at 500 s."""
+    evidence = Evidence(headers=headers_here, carriers=[broken(90.0, 500.0)], last_received_at=100.0, num_instances=40)
+    verdict = judge(evidence, RULES, quiet_time_s=QUIET_S, now=505.0)
+    assert (verdict.answer, verdict.until) == (WAIT, 530.0)
+    assert judge(evidence, RULES, quiet_time_s=QUIET_S, now=530.0).answer is not WAIT
 
 
 @pytest.mark.parametrize(
