@@ -10,7 +10,6 @@ from model.bundle import (
     ClassifySettings,
     Networks,
     RegionSettings,
-    SegmentSettings,
     StudySettings,
     TrainingData,
     write_bundle,
@@ -18,7 +17,6 @@ from model.bundle import (
 from model.calibrate import Challenge, Platt
 from model.findings import ModelInfo
 from model.levels import LEVELS
-from model.networks import VertebraUNet
 from training.rsna import Cache, cut_settings
 from training.steps import classify, regions, segment, study
 from training.steps.run import StepError, folds_of, read_options, read_result
@@ -43,11 +41,6 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
     """
     folds = folds_of(work, "study")
     unet, segment_plan = segment.trained_network(work, folds_of(work, "segment")[0])
-    if not isinstance(unet, VertebraUNet):
-        raise StepError(
-            f"The vertebra network in {work} is {segment_plan.network}, made to compare with; a bundle has unet3d. "
-            "Train `segment --network unet3d`, with a --work of its own."
-        )
     classified = [classify.trained_network(work, fold) for fold in folds]
     fracture_nets, classify_plan = tuple(network for network, _ in classified), classified[0][1]
     num_features = 2 * classify_plan.num_hidden
@@ -66,7 +59,7 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
             operating_point=fitted["patient_operating_point"],
             level_operating_points=dict.fromkeys(LEVELS, level_point),
         ),
-        segment=SegmentSettings(channels=segment_plan.channels, spacing_mm=segment_plan.spacing_mm),
+        segment=segment_plan.settings(),
         classify=ClassifySettings(
             encoder=classify_plan.encoder,
             num_hidden=classify_plan.num_hidden,

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
-from torch import nn
 
 from model.geometry import Grid
 from model.levels import LEVELS
 from model.memory import answer
-from model.networks import SliceUNet, VertebraUNet
+from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import body_volume, sample
-from model.segment import T1, network_input, one_chain
+from model.segment import LAST_LEVEL, network_input, one_chain
 from training.rsna import Study
-from training.steps.slices import slice_inputs
+
+VertebraNetwork = VertebraUNet | SliceVertebraUNet
 
 VOLUME_MM3 = (3_000.0, 45_000.0)
 """Of one vertebra C1..C7, from a child's C1 to a large C7."""
@@ -32,13 +32,13 @@ MIN_AGREEMENT = 0.85
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PseudoLabel:
-    """labels: uint8 on the study's `neck_grid`, 1..7 = C1..C7, 8 = T1 and below. doubt: why not to learn from it."""
+    """labels: uint8 on the study's `neck_grid`, 1..7 = C1..C7, then thoracic ones. doubt: why not to learn from it."""
 
     labels: NDArray[np.uint8]
     doubt: str | None
 
 
-def pseudo_label(study: Study, network: nn.Module, spacing_mm: float, device: torch.device) -> PseudoLabel:
+def pseudo_label(study: Study, network: VertebraNetwork, spacing_mm: float, device: torch.device) -> PseudoLabel:
     """What the network says of a study, and of its mirror image, and whether that is plausible."""
     voxels_hu = np.array(study.neck_hu())
     labels = predicted_labels(voxels_hu, study.neck_grid, network, spacing_mm, device)
@@ -49,38 +49,17 @@ def pseudo_label(study: Study, network: nn.Module, spacing_mm: float, device: to
 
 
 def predicted_labels(
-    voxels_hu: NDArray[np.int16], grid: Grid, network: nn.Module, spacing_mm: float, device: torch.device
+    voxels_hu: NDArray[np.int16], grid: Grid, network: VertebraNetwork, spacing_mm: float, device: torch.device
 ) -> NDArray[np.uint8]:
-    """One chain of labels `(Z, Y, X)` on an isotropic LPS grid, T1 with them; 0 where nothing was found.
+    """One chain of labels `(Z, Y, X)` on an LPS grid, thoracic ones with it; 0 where nothing was found.
 
-    spacing_mm: of the 3D network's own grid; the 2.5D one reads the slices as they are.
+    spacing_mm: of the network's own grid.
     """
-    if isinstance(network, SliceUNet):
-        scores, on = slice_scores(voxels_hu, network, device), grid
-    else:
-        assert isinstance(network, VertebraUNet)
-        coarse_hu, on = body_volume(voxels_hu, grid, spacing_mm, network.stride)
-        scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
+    coarse_hu, on = body_volume(voxels_hu, grid, spacing_mm, network.stride)
+    scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
     scores, found = one_chain(scores, on)
-    labels = torch.from_numpy(np.where(found, scores[1].round().clamp(1, T1).numpy(), 0)).float()
-    if on is not grid:
-        labels = sample(labels[None], on, grid, nearest=True)[0]
-    return labels.numpy().astype(np.uint8)
-
-
-def slice_scores(voxels_hu: NDArray[np.int16], network: SliceUNet, device: torch.device) -> torch.Tensor:
-    """The 2.5D network's classes as the 3D one answers: `(2, Z, Y, X)`, logit of "vertebra" and level."""
-    levels = torch.arange(1, T1 + 1, dtype=torch.float32)[:, None, None]
-    height, width = voxels_hu.shape[1:]
-    network.to(device)
-    scores = []
-    for start in range(0, len(voxels_hu), 8):
-        inputs = slice_inputs(voxels_hu, range(start, min(start + 8, len(voxels_hu))), network.stride)
-        probability = network(inputs.to(device)).float().softmax(dim=1).cpu()[..., :height, :width]
-        bone = probability[:, 1:].sum(dim=1).clamp(1e-6, 1 - 1e-6)
-        level = (probability[:, 1:] * levels).sum(dim=1) / bone
-        scores.append(torch.stack([bone.logit(), level]))
-    return torch.cat(scores, dim=1)
+    labels = torch.from_numpy(np.where(found, scores[1].round().clamp(1, LAST_LEVEL).numpy(), 0)).float()
+    return sample(labels[None], on, grid, nearest=True)[0].byte().numpy()
 
 
 def doubt(labels: NDArray[np.uint8], mirrored: NDArray[np.uint8], grid: Grid) -> str | None:

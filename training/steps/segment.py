@@ -8,7 +8,7 @@ use these labels.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,23 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from monai.losses import DiceCELoss
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from model.bundle import SegmentSettings
 from model.levels import LEVELS
-from model.networks import SliceUNet, VertebraUNet
+from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import average_pool, body_volume, pool_factors, pooled_grid, sample
-from model.segment import T1, network_input
+from model.segment import LAST_LEVEL, network_input
 from training import vertebrae
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.fit import StepData, adamw, fit, load_weights
-from training.steps.pseudo_labels import dice, predicted_labels, pseudo_label
+from training.steps.pseudo_labels import VertebraNetwork, dice, predicted_labels, pseudo_label
 from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded, write_json
 from training.steps.slices import draw_slice
 
-NUM_CLASSES = T1 + 1
+NUM_CLASSES = len(LEVELS) + 2
+"""Of the 2.5D network: background, C1..C7, and the thoracic vertebrae."""
 
 BELIEVED = "believed"
 
@@ -43,7 +45,7 @@ WATCHED_SAMPLES = 4
 @dataclass(frozen=True, kw_only=True)
 class SegmentPlan:
     """network: "unet3d" with `channels` on a grid of `spacing_mm`, crops of `crop` voxels `(Z, Y, X)`; or "unet2d" with
-    `encoder`, on squares of `num_pixels` of the cache's 1 mm slices. num_rounds: of pseudo-labels."""
+    `encoder`, on squares of `num_pixels` of the cache's slices. num_rounds: of pseudo-labels."""
 
     network: str
     channels: tuple[int, ...]
@@ -53,9 +55,15 @@ class SegmentPlan:
     num_pixels: int
     num_rounds: int
 
-    def new_network(self) -> nn.Module:
+    def settings(self) -> SegmentSettings:
+        """As a bundle has them."""
+        if self.network == "unet2d":
+            return SegmentSettings(encoder=self.encoder, spacing_mm=self.spacing_mm)
+        return SegmentSettings(channels=self.channels, spacing_mm=self.spacing_mm)
+
+    def new_network(self) -> VertebraNetwork:
         """Untrained."""
-        return SliceUNet(self.encoder, 3, NUM_CLASSES) if self.network == "unet2d" else VertebraUNet(self.channels)
+        return SliceVertebraUNet(self.encoder) if self.network == "unet2d" else VertebraUNet(self.channels)
 
 
 def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
@@ -63,10 +71,12 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
 
     label_all: label the studies it was trained on too, as long as no other network has; for runs of a single fold.
     """
+    cache = Cache.open(run.cache)
+    if plan.network == "unet2d":  # it reads the slices of the cache
+        plan = replace(plan, spacing_mm=cache.spacing_mm)
     folder = run.begin("segment", **asdict(plan))
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    cache = Cache.open(run.cache)
     seen = [fold for fold in range(NUM_FOLDS) if fold != run.fold]
     learned = [(study, "truth") for study in cache.studies(seen, has_mask=True)]
     held_out = cache.studies([run.fold], has_mask=True)
@@ -96,7 +106,7 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
     for study in labelled[trainer.global_rank :: trainer.world_size]:
         if study.fold == run.fold or study.labels(label_set(run.work)) is None:
             labels = predict(study, network, plan, device)
-            study.write_labels(label_set(run.work), np.where(labels == T1, 0, labels))
+            study.write_labels(label_set(run.work), np.where(labels > len(LEVELS), 0, labels))
     trainer.strategy.barrier()
     result = {
         "held_out": measure(held_out, label_set(run.work)),
@@ -114,7 +124,7 @@ def label_set(work: Path) -> str:
     return f"oof-{work.name}"
 
 
-def trained_network(work: Path, fold: int) -> tuple[nn.Module, SegmentPlan]:
+def trained_network(work: Path, fold: int) -> tuple[VertebraNetwork, SegmentPlan]:
     """A finished fold's network, and how it was made."""
     options = read_options(work, "segment", fold)
     values = {name: options[name] for name in SegmentPlan.__dataclass_fields__}
@@ -122,11 +132,13 @@ def trained_network(work: Path, fold: int) -> tuple[nn.Module, SegmentPlan]:
     plan = SegmentPlan(**values)
     folder = fold_folder(work, "segment", fold)
     last = folder / f"round{plan.num_rounds}" if plan.num_rounds else folder
-    return load_weights(plan.new_network(), last), plan
+    network = plan.new_network()
+    load_weights(network, last)
+    return network, plan
 
 
 def train(
-    network: nn.Module,
+    network: VertebraNetwork,
     run: Run,
     plan: SegmentPlan,
     folder: Path,
@@ -163,7 +175,7 @@ def write_neck(path: Path, study: Study, name: str, spacing_mm: float) -> None:
     assert labels is not None, f"{study.study_instance_uid} has no labels {name}"
     coarse_hu, grid = body_volume(np.array(study.neck_hu()), study.neck_grid, spacing_mm, 1)
     factors = pool_factors(study.neck_grid, spacing_mm)
-    numbers = np.minimum(labels, T1).astype(np.int16)
+    numbers = np.minimum(labels, LAST_LEVEL).astype(np.int16)
     pooled = torch.stack([average_pool(part, factors) for part in ((numbers > 0).astype(np.int16), numbers)])
     share, level_sum = sample(pooled, pooled_grid(study.neck_grid, factors), grid)
     level = torch.where(share > 0, level_sum / share.clamp(min=1e-6), torch.zeros_like(share))
@@ -208,13 +220,15 @@ class SliceSet(Dataset[tuple[Tensor, Tensor]]):
         study, name = self.labelled[index]
         labels = study.labels(name)
         assert labels is not None
-        return draw_slice(study.neck_hu(), np.minimum(labels, T1), np.random.default_rng(seed), self.num_pixels)
+        return draw_slice(
+            study.neck_hu(), np.minimum(labels, NUM_CLASSES - 1), np.random.default_rng(seed), self.num_pixels
+        )
 
 
 class VolumeSegmentation(lightning.LightningModule):
     """Trains the 3D U-Net as `training.vertebrae` does: outline, and one number for the level, at every scale."""
 
-    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+    def __init__(self, network: VertebraUNet, learning_rate: float) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last_3d)
         self.learning_rate = learning_rate
@@ -243,7 +257,7 @@ class VolumeSegmentation(lightning.LightningModule):
 class SliceSegmentation(lightning.LightningModule):
     """Trains the 2.5D U-Net with Dice and cross-entropy over background, C1..C7 and the thoracic vertebrae."""
 
-    def __init__(self, network: nn.Module, learning_rate: float) -> None:
+    def __init__(self, network: SliceVertebraUNet, learning_rate: float) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)
         self.learning_rate = learning_rate
@@ -251,13 +265,13 @@ class SliceSegmentation(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of a batch of slices."""
-        loss = self.loss(self.network(batch[0]).float(), batch[1][:, None])
+        loss = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """The same of slices of the held-out fold."""
-        loss = self.loss(self.network(batch[0]).float(), batch[1][:, None])
+        loss = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
         self.log("held-out/loss", loss, prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, object]:
@@ -268,7 +282,7 @@ class SliceSegmentation(lightning.LightningModule):
 def label_round(
     studies: list[Study],
     name: str,
-    network: nn.Module,
+    network: VertebraNetwork,
     plan: SegmentPlan,
     work: Path,
     folder: Path,
@@ -295,8 +309,8 @@ def label_round(
 
 
 @torch.inference_mode()
-def predict(study: Study, network: nn.Module, plan: SegmentPlan, device: torch.device) -> NDArray[np.uint8]:
-    """Labels on the study's `neck_grid`; 8 is T1."""
+def predict(study: Study, network: VertebraNetwork, plan: SegmentPlan, device: torch.device) -> NDArray[np.uint8]:
+    """Labels on the study's `neck_grid`; thoracic ones too."""
     return predicted_labels(np.array(study.neck_hu()), study.neck_grid, network, plan.spacing_mm, device)
 
 
@@ -321,7 +335,7 @@ def measure(studies: list[Study], name: str) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure_crops(
-    network: nn.Module, watch: "Dataset[Any]", plan: SegmentPlan, device: torch.device
+    network: VertebraNetwork, watch: "Dataset[Any]", plan: SegmentPlan, device: torch.device
 ) -> dict[str, float | None]:
     """Cross-entropy of "vertebra" and mean error of the level on the held-out samples: comparable with `constants`."""
     network.to(device)
@@ -330,7 +344,7 @@ def measure_crops(
         inputs, *truth = watch[index]
         bone, level = _targets(truth, plan)
         if plan.network == "unet2d":
-            probability = network(inputs[None].to(device)).float().cpu().softmax(dim=1)[0]
+            probability = network.unet(inputs[None].to(device)).float().cpu().softmax(dim=1)[0]
             logit = torch.logit(1 - probability[0], eps=1e-6)
             answer = 1 + probability[1:].argmax(dim=0).float()
         else:

@@ -9,19 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.resample import AIR_HU
-
-
-def window(voxels_hu: Tensor) -> Tensor:
-    """HU through the network's window."""
-    return ((voxels_hu - 200) / 400).clamp(-2, 3)
-
-
-def slice_inputs(voxels_hu: NDArray[np.int16], indices: Sequence[int], multiple: int) -> Tensor:
-    """Slices `(B, 3, Y, X)`: below, the slice, above; padded with air, at the far sides, to multiples of a number."""
-    height, width = voxels_hu.shape[1:]
-    rows = np.clip(np.asarray(indices)[:, None] + [-1, 0, 1], 0, len(voxels_hu) - 1)
-    slices = torch.from_numpy(np.asarray(voxels_hu[rows.ravel()], np.float32)).reshape(len(rows), 3, height, width)
-    return window(F.pad(slices, (0, -width % multiple, 0, -height % multiple), value=AIR_HU))
+from model.segment import network_input
 
 
 def draw_slice(
@@ -41,7 +29,8 @@ def draw_slice(
     truth = F.grid_sample(truth, points, mode="nearest", align_corners=False)[0, 0]
     noise = torch.from_numpy(rng.normal(0, rng.uniform(0, 30), size=hu.shape)).float()
     hu = hu * rng.uniform(0.85, 1.15) + rng.uniform(-30, 30) + noise
-    return window(hu), truth.long()
+    # Of the two windows that a vertebra network is given, this one reads the first.
+    return network_input(hu)[0], truth.long()
 
 
 def _points(shape: Sequence[int], rng: np.random.Generator, num_pixels: int) -> Tensor:
