@@ -39,8 +39,13 @@ def contact_sheet(
     """
     rows = []
     for frame in vertebra_frames(voxels_hu, labels, grid):
+        # Each row changes a copy: of what is near the vertebra, not of the whole volume.
+        points = frame.to_lps_mm(frame.points)
+        first, last = index_range(grid, points.min(axis=0) - TILE_MM / 2, points.max(axis=0) + TILE_MM / 2, margin=1)
+        near = np.s_[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
+        near_grid = grid.part(first, voxels_hu[near].shape)
         for kind in (*KINDS[frame.level], *NEGATIVES):
-            row = _row(voxels_hu, labels, grid, frame, kind, rng)
+            row = _row(voxels_hu[near], labels[near], near_grid, frame, kind, rng)
             if row is not None:
                 rows.append(row)
     if not rows:
