@@ -19,6 +19,7 @@ from model.classify import Verdict, as_regions, attention_by_instance, draw_regi
 from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo, PatientFinding, Region, SliceWeight
 from model.levels import LEVELS, OUTPUTS
 from model.networks import VertebraUNet
+from model.quality import check_values, reasons_not_to_judge
 from model.segment import Vertebra, find_vertebrae
 from model.volume import Volume
 
@@ -42,6 +43,9 @@ class Pipeline:
         """Findings and masks of one volume; the same volume gives the same answer on the same machine.
 
         on_stage: called with "segment" and "classify" as each begins.
+
+        Raises:
+            SeriesError: the voxels are not Hounsfield units.
         """
         begin = on_stage or (lambda stage: None)
         begin("segment")
@@ -55,7 +59,12 @@ class Pipeline:
 
     @torch.inference_mode()
     def segment(self, volume: Volume) -> tuple[NDArray[np.uint8], list[Vertebra]]:
-        """The first step: labels on the source grid and what was found, as `find_vertebrae` gives them."""
+        """The first step: labels on the source grid and what was found, as `find_vertebrae` gives them.
+
+        Raises:
+            SeriesError: the voxels are not Hounsfield units.
+        """
+        check_values(volume)
         networks, bundle = self.networks, self.bundle
         return find_vertebrae(
             volume, networks.unet, bundle.segment, self.device, refiner=networks.refiner, refine=bundle.refine
@@ -154,11 +163,6 @@ def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads:
         is_3d = isinstance(network, VertebraUNet)
         network.to(on, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(bundle=verified, networks=networks, device=on)
-
-
-def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: list[Vertebra]) -> dict[int, str]:
-    """Why vertebrae that were found are left undetermined, by label; each goes on a sentence: "Cut by ...: C1, C7."."""
-    return {vertebra.label: "Cut by the field of view" for vertebra in vertebrae if vertebra.is_cut}
 
 
 def _device(name: str) -> torch.device:

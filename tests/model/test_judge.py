@@ -161,8 +161,17 @@ def test_windows_are_those_of_the_bundle() -> None:
     assert network_input(planes_hu, masks, (-700.0, 3300.0))[0, 0, :5, 0, 0].tolist() == [-2, -2, -0.75, 1.125, 3]
 
 
+def doubt_only_what_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The volume is random and would be doubted as a whole (`test_quality.py`)."""
+    monkeypatch.setattr(
+        "model.pipeline.reasons_not_to_judge",
+        lambda *found: {one.label: "Cut by the field of view" for one in found[2] if one.is_cut},
+    )
+
+
 def analysed(monkeypatch: pytest.MonkeyPatch, bundle: Bundle, networks: Networks) -> Analysis:
-    monkeypatch.setattr("model.pipeline.find_vertebrae", lambda *_: make_vertebrae())
+    monkeypatch.setattr("model.pipeline.find_vertebrae", lambda *_, **__: make_vertebrae())
+    doubt_only_what_is_cut(monkeypatch)
     return Pipeline(bundle=bundle, networks=networks, device=CPU).analyse(make_volume())
 
 
@@ -174,7 +183,8 @@ def make_certain(logit: float) -> Networks:
     return networks
 
 
-def test_a_bundle_with_every_network_is_loaded_and_judges(tmp_path: Path) -> None:
+def test_a_bundle_with_every_network_is_loaded_and_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubt_only_what_is_cut(monkeypatch)
     bundle = replace(
         BUNDLE,
         folder=tmp_path,

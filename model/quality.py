@@ -1,0 +1,359 @@
+"""What cannot be judged, and why: a refusal or "undetermined" with its reason, where an answer would be an invention.
+
+Neither asks a network. `check_values`, before the vertebrae are sought: are these Hounsfield units?
+`reasons_not_to_judge`, after: is this a neck, seen finely enough, and which vertebrae are seen whole and undisturbed?
+A rule is one short function with the measurement it rests on. Called by `model/pipeline.py`.
+
+"Measured" means: on OpenKBP necks (4 mm pixels), two public neck CTs (3 mm slices) and phantoms, 2026-11-25. What
+these rules do not see: motion that blurs without a step, streaks, tumour, a whole chain that is off by one.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from model.geometry import FloatArray, Grid
+from model.levels import LEVELS
+from model.resample import AIR_HU, BODY_HU, crop_to_box, index_range
+from model.segment import CUT_AREA_MM2, Vertebra
+from model.stack import SeriesError
+from model.volume import Volume
+
+MAX_SLICE_MM = 4.0
+"""Slices further apart are outlined but not judged: a body of 12 to 15 mm then has three of them at most."""
+
+MAX_PIXEL_MM = 2.0
+"""Pixels larger than this are outlined but not judged: the gap of a fracture is 0.5 to 3 mm wide."""
+
+MIN_SOFT_SHARE = 0.5
+"""Share of the body (what is above BODY_HU) with the values of soft tissue. Measured: 0.78 to 0.90."""
+
+MIN_CORRELATION = 0.5
+"""Of neighbouring voxels. Measured: above 0.93, at 4 mm pixels too; noise alone has 0."""
+
+MAX_BRIGHT_SHARE, BRIGHT_HU = 0.02, 4000
+"""Share of the body that may be so bright. Measured: below 0.001, from metal in extended-scale CT."""
+
+SKULL_SHARE = 0.09
+"""Share of bone in the body from which a third of the volume is taken for the head, if the other third has less than
+half of that. Measured: head 0.11 to 0.24, shoulders 0.03 to 0.09."""
+
+MIN_VERTEBRAE = 3
+"""A shorter chain might as well have other numbers."""
+
+NECK_STEP_MM = (11.0, 24.0)
+"""Median distance between the centroids of neighbours from C2 down. Measured: 14 to 21. Below 11 lies a child of less
+than about seven years, above 24 the lower thoracic (25) and lumbar (35) spine; weights that skipped levels gave 30."""
+
+C2_STEP = 1.25
+"""The dens lifts the centroid of C2: the step from C2 to C3 is so much longer than the others."""
+
+STEP_RATIO = (0.6, 1.55)
+"""Step between two neighbours over the median of the others. Measured where the numbers are right: 0.7 to 1.4, and
+where unfinished weights had skipped or merged levels: 1.6 to 2.6."""
+
+VOLUME_MM3 = (2_000.0, 50_000.0)
+RELATIVE_VOLUME = {3: 1.0, 4: 0.95, 5: 1.0, 6: 1.1, 7: 1.4}
+VOLUME_RATIO = (0.5, 1.7)
+"""Volume of one of C3..C7 over its RELATIVE_VOLUME, over the median of these. Measured where the numbers are right: 0.7
+to 1.3; where C7 had swallowed T1: 2 and more; two vertebrae fused into one: 1.9."""
+
+MAX_ABOVE_MM = 25.0
+"""So far the slices may go on above the highest level found, if that is C3 or lower: more has room for another."""
+
+BONE_HU, MIN_BONE_SHARE = 150, 0.6
+"""Share of a vertebra's outline above BONE_HU. Measured: 0.98 and more."""
+
+METAL_HU, MAX_METAL_MM3, METAL_MARGIN_MM = 2500, 50.0, 4.0
+"""Metal in the box around a vertebra. A pedicle screw has some 200 mm3; bone stays below 2000 HU. Measured: 0."""
+
+LUNG_HU, MAX_LUNG_CM2 = (-900, -500), 10.0
+"""Area of lung to the left, and to the right, of a vertebra's centroid. Measured at C1..C7: at most 5; beside thoracic
+vertebrae that unfinished weights called C6 and C7: 14 to 38."""
+
+JUMP_RATIO, JUMP_WINDOW, MIN_DIFFERENCE_HU = 1.75, 11, 4.0
+"""Difference between the bodies in two neighbouring slices over the median of those around. Measured: at most 1.6; a
+sudden shift by 5 mm: 1.8 to 2.5 at 3 mm slices, and more at thinner ones."""
+
+SAMPLE_MM = 3.0
+
+END_MM = 1.5
+"""A vertebra that reaches so near to the first or last slice may go on beyond it."""
+
+
+def check_values(volume: Volume) -> None:
+    """Refuses voxels that are not Hounsfield units, most often for a wrong RescaleSlope or RescaleIntercept.
+
+    Raises:
+        SeriesError: they are not; the message says what they look like.
+    """
+    series = f"Series {volume.series_instance_uid}"
+    if volume.voxels_hu.dtype != np.int16:
+        raise SeriesError(f"{series} has voxels of type {volume.voxels_hu.dtype}; int16 Hounsfield units are needed.")
+    sample = _sample(volume)
+    if _looks_like_ct(sample):
+        return
+    median = float(np.median(sample))
+    for what, undo in _MISTAKES.items():
+        if _looks_like_ct(undo(sample)):
+            raise SeriesError(
+                f"{series} does not hold Hounsfield units: its values (median {median:.0f}) look like {what}. "
+                "Check RescaleSlope and RescaleIntercept, or send the original CT."
+            )
+    body = sample[sample > BODY_HU]
+    bright = float((body > BRIGHT_HU).mean()) if body.size else 0.0
+    if bright > MAX_BRIGHT_SHARE:
+        raise SeriesError(
+            f"{series} does not hold Hounsfield units: {bright:.0%} of the body is above {BRIGHT_HU} HU (up to "
+            f"{MAX_BRIGHT_SHARE:.0%} is plausible). Check PixelRepresentation, BitsStored, RescaleSlope and "
+            "RescaleIntercept, or send the original CT."
+        )
+
+
+def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: Sequence[Vertebra]) -> dict[int, str]:
+    """Why vertebrae that were found are left undetermined, by label; each goes on a sentence: "Cut by ...: C1, C7."."""
+    if not vertebrae:
+        return {}
+    for_all = _too_coarse(volume.grid) or _no_body(volume) or _upside_down(volume) or _no_neck(volume, vertebrae)
+    if for_all:
+        return {vertebra.label: for_all for vertebra in vertebrae}
+    reasons = _odd_volumes(vertebrae) | _odd_steps(vertebrae)
+    ends, jumps_mm = _imaged_planes(volume), _jumps_mm(volume)
+    for vertebra in vertebrae:
+        first, last = index_range(volume.grid, vertebra.lower_lps_mm, vertebra.upper_lps_mm, margin=0)
+        box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
+        mask, hu = labels[box] == vertebra.label, volume.voxels_hu[box]
+        # A cause of its own says more than what it may have done to the outline, so it takes the place of an odd size.
+        reason = (
+            _metal(volume, vertebra)
+            or _cut(vertebra, mask, int(first[0]), ends, volume.grid)
+            or _moved(jumps_mm, vertebra)
+            or _not_bone(hu[mask])
+            or _in_chest(volume, vertebra)
+        )
+        if reason:
+            reasons[vertebra.label] = reason
+    return reasons
+
+
+# Of the volume
+
+
+def _steps(grid: Grid) -> tuple[int, int, int]:
+    """Every how manieth voxel along each axis is enough for measures of a whole slice: about SAMPLE_MM apart."""
+    z, y, x = (max(1, round(SAMPLE_MM / spacing)) for spacing in grid.spacing_mm)
+    return z, y, x
+
+
+def _sample(volume: Volume) -> NDArray[np.float32]:
+    """Voxels about SAMPLE_MM apart, float32 `(Z, Y, X)`."""
+    z, y, x = _steps(volume.grid)
+    return volume.voxels_hu[::z, ::y, ::x].astype(np.float32)
+
+
+def _looks_like_ct(hu: NDArray[np.float32]) -> bool:
+    """Whether there is air, and in the body mostly soft tissue and some bone.
+
+    Measured, of the body: soft tissue 0.78 to 0.90, bone 0.05 to 0.15.
+    """
+    body = hu[hu > BODY_HU]
+    if body.size < 0.005 * hu.size or (hu < -500).mean() < 0.001:
+        return False
+    soft, bone = ((body > -200) & (body < 150)).mean(), (body > 300).mean()
+    return bool(soft > 0.6 and 0.002 < bone < 0.35)
+
+
+_Undo = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+_MISTAKES: dict[str, _Undo] = {
+    "Hounsfield units plus about 1000, as if there were no RescaleIntercept": lambda hu: hu - 1024,
+    "ten times Hounsfield units": lambda hu: np.where(hu <= AIR_HU, AIR_HU, hu / 10).astype(np.float32),
+    "a tenth of Hounsfield units": lambda hu: hu * 10 if hu.min() > -500 else hu,
+    "Hounsfield units of the opposite sign": lambda hu: -hu,
+}
+
+
+def _too_coarse(grid: Grid) -> str | None:
+    slice_mm, pixel_mm = grid.spacing_mm[0], max(grid.spacing_mm[1:])
+    if slice_mm > MAX_SLICE_MM:
+        return f"Slices {slice_mm:.1f} mm apart can hide a fracture (up to {MAX_SLICE_MM:.1f} mm are judged)"
+    if pixel_mm > MAX_PIXEL_MM:
+        return f"Pixels of {pixel_mm:.1f} mm can hide a fracture (up to {MAX_PIXEL_MM:.1f} mm are judged)"
+    return None
+
+
+def _no_body(volume: Volume) -> str | None:
+    """Values that no body has, and noise."""
+    sample = _sample(volume)
+    body = sample[sample > BODY_HU]
+    soft = float(((body > -200) & (body < 150)).mean()) if body.size else 0.0
+    if soft < MIN_SOFT_SHARE:
+        return f"Only {soft:.0%} of the body has the values of soft tissue (a neck has 75 % to 90 %)"
+    z, y, _ = _steps(volume.grid)
+    rows = volume.voxels_hu[:: 4 * z, :: 2 * y].astype(np.float32)
+    correlation = float(np.corrcoef(rows[..., :-1].ravel(), rows[..., 1:].ravel())[0, 1])
+    if correlation < MIN_CORRELATION:
+        return f"Noise hides the anatomy (neighbouring voxels have a correlation of {correlation:.2f})"
+    return None
+
+
+def _upside_down(volume: Volume) -> str | None:
+    """Whether the lower third has the bone of a head, and the upper that of shoulders: tags may have swapped them."""
+    sample = _sample(volume)
+    body = sample > BODY_HU
+    areas = body.sum(axis=(1, 2))
+    planes = np.flatnonzero(areas > 0.2 * areas.max())  # some slices show the table alone
+    if len(planes) < 3:
+        return None
+    if volume.grid.affine[2, 0] < 0:
+        planes = planes[::-1]
+    third = len(planes) // 3
+    bottom, top = (
+        float((sample[part] > 300).sum() / body[part].sum()) for part in (planes[:third], planes[len(planes) - third :])
+    )
+    if bottom > max(SKULL_SHARE, 2 * top):
+        return (
+            f"Head and feet look swapped (the body is {bottom:.0%} bone at the lower end and {top:.0%} at the upper; "
+            "check ImagePositionPatient and ImageOrientationPatient)"
+        )
+    return None
+
+
+def _imaged_planes(volume: Volume) -> tuple[int, int]:
+    """First and last Z index of the slices that show anything; some archives pad with empty ones."""
+    _, y, x = _steps(volume.grid)
+    planes = np.flatnonzero((volume.voxels_hu[:, ::y, ::x] > BODY_HU).any(axis=(1, 2)))
+    return (int(planes[0]), int(planes[-1])) if len(planes) else (0, volume.grid.shape[0] - 1)
+
+
+def _jumps_mm(volume: Volume) -> FloatArray:
+    """Heights, LPS mm at the centre of the volume, between slices that differ more than those around them."""
+    _, y, x = _steps(volume.grid)
+    num_columns = volume.grid.shape[2] // x * x
+    rows = volume.voxels_hu[:, ::y, :num_columns]
+    pooled_hu = (plane.reshape(len(plane), -1, x).mean(axis=2, dtype=np.float32) for plane in rows)
+    differences, shares = [], []
+    for lower, upper in pairwise(pooled_hu):
+        body = (lower > BODY_HU) & (upper > BODY_HU)  # so that a field of view that ends or narrows is no jump
+        step = np.abs(upper[body].clip(max=400) - lower[body].clip(max=400))
+        differences.append(float(step.mean()) if step.size else 0.0)
+        shares.append(float(body.mean()))
+    usual = np.maximum(ndimage.median_filter(np.array(differences), JUMP_WINDOW, mode="nearest"), MIN_DIFFERENCE_HU)
+    enough = np.array(shares) > 0.2 * max(shares)
+    at = np.flatnonzero(enough & (np.array(differences) > JUMP_RATIO * usual))
+    return np.array([_height_mm(volume.grid, z + 0.5) for z in at])
+
+
+def _height_mm(grid: Grid, plane: float) -> float:
+    """LPS z of the middle of a plane."""
+    middle = (np.asarray(grid.shape[1:], float) - 1) / 2
+    return float(grid.to_lps_mm(np.array([plane, *middle]))[2])
+
+
+# Of the chain
+
+
+def _no_neck(volume: Volume, vertebrae: Sequence[Vertebra]) -> str | None:
+    """Why this chain is none of a neck, or may have been given wrong numbers."""
+    if len(vertebrae) < MIN_VERTEBRAE:
+        return f"Only {len(vertebrae)} cervical vertebrae were found, too few to number (at least {MIN_VERTEBRAE})"
+    top = min(vertebrae, key=lambda vertebra: vertebra.label)
+    above_mm = max(_height_mm(volume.grid, plane) for plane in _imaged_planes(volume)) - top.upper_lps_mm[2]
+    if top.label > 2 and above_mm > MAX_ABOVE_MM:
+        names = LEVELS[top.label - 1], LEVELS[top.label - 2]
+        return f"{names[0]} is the highest level found, {names[1]} not, though there are {above_mm:.0f} mm above it"
+    step_mm = float(np.median(list(_steps_mm(vertebrae).values())))
+    smallest, largest = NECK_STEP_MM
+    if step_mm < smallest:
+        return f"Vertebrae {step_mm:.0f} mm apart are as small as a child's (from {smallest:.0f} mm on they are judged)"
+    if step_mm > largest:
+        return f"Vertebrae {step_mm:.0f} mm apart are not those of a neck (up to {largest:.0f} mm)"
+    return None
+
+
+def _steps_mm(vertebrae: Sequence[Vertebra]) -> dict[tuple[int, int], float]:
+    """Distances of neighbours from C2 down, that of C2 and C3 made like the others."""
+    steps = {
+        (upper.label, lower.label): float(np.linalg.norm(upper.centroid_lps_mm - lower.centroid_lps_mm))
+        / (C2_STEP if upper.label == 2 else 1.0)
+        for upper, lower in pairwise(sorted(vertebrae, key=lambda vertebra: vertebra.label))
+    }
+    return {pair: step for pair, step in steps.items() if pair[0] > 1}
+
+
+def _odd_steps(vertebrae: Sequence[Vertebra]) -> dict[int, str]:
+    steps = _steps_mm(vertebrae)
+    odd: set[int] = set()
+    for pair, step in steps.items():
+        others = [other for other_pair, other in steps.items() if other_pair != pair]
+        if others and not STEP_RATIO[0] <= step / np.median(others) <= STEP_RATIO[1]:
+            odd.update(pair)
+    return dict.fromkeys(odd, "Out of step with the other vertebrae (one may be fused, missed or counted twice)")
+
+
+def _odd_volumes(vertebrae: Sequence[Vertebra]) -> dict[int, str]:
+    """C1 and C2 have sizes of their own: only the absolute limits hold for them."""
+    alike = {found.label: found.volume_mm3 / RELATIVE_VOLUME[found.label] for found in vertebrae if found.label > 2}
+    median = float(np.median(list(alike.values()))) if alike else 1.0
+    reasons = {}
+    for vertebra in vertebrae:
+        ratio = alike.get(vertebra.label, median) / median
+        if vertebra.volume_mm3 < VOLUME_MM3[0] or ratio < VOLUME_RATIO[0]:
+            reasons[vertebra.label] = "Too small for a vertebra of this neck (only a part of one)"
+        elif vertebra.volume_mm3 > VOLUME_MM3[1] or ratio > VOLUME_RATIO[1]:
+            reasons[vertebra.label] = "Too large for a vertebra of this neck (fused, or more than one)"
+    return reasons
+
+
+# Of one vertebra
+
+
+def _metal(volume: Volume, vertebra: Vertebra) -> str | None:
+    lower, upper = vertebra.lower_lps_mm - METAL_MARGIN_MM, vertebra.upper_lps_mm + METAL_MARGIN_MM
+    around, _ = crop_to_box(volume.voxels_hu, volume.grid, lower, upper, margin=0)
+    metal_mm3 = int((around > METAL_HU).sum()) * volume.grid.voxel_volume_mm3
+    return "Metal in or at the vertebra" if metal_mm3 > MAX_METAL_MM3 else None
+
+
+def _cut(
+    vertebra: Vertebra, mask: NDArray[np.bool_], first_plane: int, ends: tuple[int, int], grid: Grid
+) -> str | None:
+    """mask: the vertebra in its box, which begins at `first_plane`. ends: first and last slice that show anything."""
+    near = int(END_MM / grid.spacing_mm[0])
+    planes = first_plane + np.arange(mask.shape[0])
+    at_end = (planes <= ends[0] + near) | (planes >= ends[1] - near)
+    pixel_mm2 = grid.spacing_mm[1] * grid.spacing_mm[2]
+    touches = mask[at_end].sum(axis=(1, 2), initial=0) * pixel_mm2 > CUT_AREA_MM2
+    return "Cut by the field of view" if vertebra.is_cut or touches.any() else None
+
+
+def _moved(jumps_mm: FloatArray, vertebra: Vertebra) -> str | None:
+    inside = (jumps_mm > vertebra.lower_lps_mm[2]) & (jumps_mm < vertebra.upper_lps_mm[2])
+    return "Motion: neighbouring slices do not fit together" if inside.any() else None
+
+
+def _not_bone(hu: NDArray[np.int16]) -> str | None:
+    share = float((hu > BONE_HU).mean())
+    return (
+        f"Not as dense as bone (less than {MIN_BONE_SHARE:.0%} above {BONE_HU} HU)" if share < MIN_BONE_SHARE else None
+    )
+
+
+def _in_chest(volume: Volume, vertebra: Vertebra) -> str | None:
+    """Whether lung lies on both sides, 20 to 90 mm from the centroid, through all of its middle slices.
+
+    All, since the upper side of a shoulder has the values of lung too, in one slice.
+    """
+    x, y, z = vertebra.centroid_lps_mm
+    areas_cm2 = []
+    for left, right in ((x - 90, x - 20), (x + 20, x + 90)):
+        lower, upper = np.array([left, y - 90, z - 4]), np.array([right, y + 50, z + 4])
+        first, last = index_range(volume.grid, lower, upper, margin=0)
+        step = _steps(volume.grid)[1:]
+        part = volume.voxels_hu[first[0] : last[0], first[1] : last[1] : step[0], first[2] : last[2] : step[1]]
+        is_lung = (part > LUNG_HU[0]) & (part < LUNG_HU[1])
+        pixel_cm2 = volume.grid.spacing_mm[1] * volume.grid.spacing_mm[2] * step[0] * step[1] / 100
+        areas_cm2.append(float(is_lung.all(axis=0).sum()) * pixel_cm2)
+    return "Lung on both sides: not a vertebra of the neck" if min(areas_cm2) > MAX_LUNG_CM2 else None

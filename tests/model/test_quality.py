@@ -1,0 +1,332 @@
+"""What is refused, what is left undetermined and why: phantoms made worse in one way each, and things that are no neck.
+
+The rules are asked with the phantom's true outlines, so that they do not hang on any weights; what needs a network runs
+through the shipped pipeline.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.findings import Finding
+from model.geometry import Grid
+from model.phantom import Anatomy, default_grid, render
+from model.pipeline import Pipeline, load_pipeline
+from model.quality import check_values, reasons_not_to_judge
+from model.segment import Vertebra
+from model.series import SeriesError, read_series
+from model.volume import SliceSource, Volume
+from tests.factories import make_ct_series
+
+Labels = np.ndarray
+ALL = set(range(1, 8))
+
+
+def volume_of(voxels_hu: np.ndarray, grid: Grid) -> Volume:
+    slices = tuple(SliceSource(sop_instance_uid=f"1.2.{z}", path=Path(f"{z}.dcm")) for z in range(grid.shape[0]))
+    return Volume(study_instance_uid="1.1", series_instance_uid="1.2", voxels_hu=voxels_hu, grid=grid, slices=slices)
+
+
+@cache
+def neck(seed: int = 4) -> tuple[Volume, Labels]:
+    """A phantom that is all right, and its vertebrae C1..C7; not to be written to."""
+    anatomy = Anatomy.random(seed)
+    made = render(anatomy, default_grid(anatomy, (2.0, 1.2, 1.2)))
+    return volume_of(made.voxels_hu, made.grid), np.where(made.vertebrae > 7, 0, made.vertebrae).astype(np.uint8)
+
+
+def vertebrae_of(labels: Labels, grid: Grid) -> list[Vertebra]:
+    found = []
+    for label in np.unique(labels[labels > 0]):
+        indices = np.argwhere(labels == label)
+        points = grid.to_lps_mm(indices.astype(float))
+        found.append(
+            Vertebra(
+                label=int(label),
+                centroid_lps_mm=points.mean(axis=0),
+                volume_mm3=len(points) * grid.voxel_volume_mm3,
+                lower_lps_mm=points.min(axis=0),
+                upper_lps_mm=points.max(axis=0),
+                is_cut=False,
+            )
+        )
+    return found
+
+
+def reasons(volume: Volume, labels: Labels) -> dict[int, str]:
+    return reasons_not_to_judge(volume, labels, vertebrae_of(labels, volume.grid))
+
+
+def scaled(grid: Grid, factors: tuple[float, float, float]) -> Grid:
+    affine = grid.affine.copy()
+    affine[:3, :3] *= factors
+    return Grid(shape=grid.shape, affine=affine)
+
+
+def index_of(labels: Labels, label: int) -> tuple[int, int, int]:
+    z, y, x = (int(value) for value in np.argwhere(labels == label).mean(axis=0))
+    return z, y, x
+
+
+@pytest.mark.parametrize("seed", [4, 5])
+def test_a_neck_that_is_all_right_gets_no_reason(seed: int) -> None:
+    volume, labels = neck(seed)
+
+    check_values(volume)
+    assert reasons(volume, labels) == {}
+    assert reasons_not_to_judge(volume, np.zeros_like(labels), []) == {}
+
+
+MISTAKES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str]] = {
+    "without its intercept": (lambda hu: hu + 1024, "look like Hounsfield units plus about 1000"),
+    "times ten": (lambda hu: hu * 10, "look like ten times Hounsfield units"),
+    "a tenth": (lambda hu: hu / 10, "look like a tenth of Hounsfield units"),
+    "inverted": (lambda hu: -hu, "look like Hounsfield units of the opposite sign"),
+    "signed read as unsigned": (lambda hu: np.where(hu < 0, hu + 65536, hu), r"\d+% of the body is above 4000 HU"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "says"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_values_on_another_scale_are_refused_by_name(mistake: Callable[..., np.ndarray], says: str) -> None:
+    volume, _ = neck()
+    wrong = np.clip(mistake(volume.voxels_hu.astype(np.int32)), -1024, 32767).astype(np.int16)
+
+    with pytest.raises(SeriesError, match=f"^Series 1.2 does not hold Hounsfield units: .*{says}.*original CT"):
+        check_values(replace(volume, voxels_hu=wrong))
+
+
+def test_the_values_of_a_small_field_of_view_without_air_are_not_refused() -> None:
+    volume, labels = neck()
+    z, y, x = index_of(labels, 4)
+    part = np.ascontiguousarray(volume.voxels_hu[z - 20 : z + 20, y - 15 : y + 30, x - 25 : x + 25])
+
+    check_values(volume_of(part, Grid.axial(shape=part.shape, spacing_mm=volume.grid.spacing_mm)))
+
+
+def test_voxels_that_are_not_numbers_never_become_a_volume(tmp_path: Path) -> None:
+    def as_float(_: int, ds: object) -> None:
+        del ds.PixelData  # type: ignore[attr-defined]
+        ds.FloatPixelData = np.full((ds.Rows, ds.Columns), np.nan, "<f4").tobytes()  # type: ignore[attr-defined]
+
+    with pytest.raises(SeriesError, match="has no PixelData"):
+        read_series(make_ct_series(tmp_path, num_slices=60, edit=as_float))
+    volume, _ = neck()
+    with pytest.raises(SeriesError, match="voxels of type float32; int16 Hounsfield units are needed"):
+        check_values(replace(volume, voxels_hu=np.full(volume.grid.shape, np.nan, np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("factors", "says"),
+    [
+        ((2.5, 1.0, 1.0), "Slices 5.0 mm apart can hide a fracture (up to 4.0 mm are judged)"),
+        ((1.0, 2.0, 2.0), "Pixels of 2.4 mm can hide a fracture (up to 2.0 mm are judged)"),
+        ((0.55, 0.55, 0.55), "as small as a child's"),
+        ((1.6, 1.6, 1.6), "are not those of a neck (up to 24 mm)"),
+    ],
+    ids=["5 mm slices", "large pixels", "a child", "lumbar"],
+)
+def test_what_holds_for_the_whole_neck_is_said_of_every_level(factors: tuple[float, float, float], says: str) -> None:
+    volume, labels = neck()
+
+    found = reasons(replace(volume, grid=scaled(volume.grid, factors)), labels)
+
+    assert set(found) == ALL
+    assert len(set(found.values())) == 1
+    assert says in found[1]
+
+
+def test_a_neck_upside_down_is_not_judged() -> None:
+    volume, labels = neck()
+
+    found = reasons(replace(volume, voxels_hu=volume.voxels_hu[::-1].copy()), labels[::-1])
+
+    assert set(found) == ALL
+    assert "Head and feet look swapped" in found[1]
+
+
+def test_outlines_in_noise_are_not_judged() -> None:
+    volume, labels = neck()
+    noise = np.random.default_rng(0).normal(0, 150, volume.grid.shape).astype(np.int16)
+
+    assert "Noise hides the anatomy" in reasons(replace(volume, voxels_hu=noise), labels)[1]
+
+
+def test_two_vertebrae_are_too_few_to_number() -> None:
+    volume, labels = neck()
+
+    found = reasons(volume, np.where(labels < 3, labels, 0).astype(np.uint8))
+
+    assert set(found) == {1, 2}
+    assert found[1].startswith("Only 2 cervical vertebrae were found")
+
+
+def test_a_chain_that_begins_low_though_slices_go_on_above_may_have_other_numbers() -> None:
+    volume, labels = neck()
+
+    found = reasons(volume, np.where(labels > 3, labels, 0).astype(np.uint8))
+
+    assert set(found) == {4, 5, 6, 7}
+    assert found[4].startswith("C4 is the highest level found, C3 not, though there are")
+
+
+def test_a_screw_takes_its_vertebra_out_and_leaves_the_far_ones() -> None:
+    volume, labels = neck()
+    z, y, x = index_of(labels, 6)
+    voxels_hu = volume.voxels_hu.copy()
+    voxels_hu[z - 1 : z + 1, y - 8 : y + 8, x + 8 : x + 11] = 3071
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu), labels)
+
+    assert found[6] == "Metal in or at the vertebra"
+    assert not {1, 2, 3, 4} & set(found)
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["the volume ends", "empty slices follow"])
+def test_half_a_vertebra_at_the_end_of_the_slices_is_cut(is_padded: bool) -> None:
+    volume, labels = neck()
+    first = index_of(labels, 6)[0]
+    voxels_hu, kept = volume.voxels_hu.copy(), labels.copy()
+    voxels_hu[:first], kept[:first] = -1024, 0
+    cut = replace(volume, voxels_hu=voxels_hu)
+    if not is_padded:
+        affine = volume.grid.affine.copy()
+        affine[:3, 3] = volume.grid.to_lps_mm(np.array([first, 0, 0], float))
+        z, y, x = volume.grid.shape
+        kept = kept[first:]
+        cut = volume_of(voxels_hu[first:], Grid(shape=(z - first, y, x), affine=affine))
+
+    found = reasons(cut, kept)
+
+    assert found.pop(6) == "Cut by the field of view"
+    assert not {1, 2, 3, 4} & set(found)
+
+
+def test_an_outline_around_soft_tissue_is_not_bone() -> None:
+    volume, labels = neck()
+    voxels_hu = np.where(labels == 4, 60, volume.voxels_hu).astype(np.int16)
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu), labels)
+
+    assert found == {4: "Not as dense as bone (less than 60% above 150 HU)"}
+
+
+def test_part_of_a_vertebra_is_too_small() -> None:
+    volume, labels = neck()
+    kept = labels.copy()
+    x = index_of(labels, 5)[2]
+    kept[:, :, x - 8 :][labels[:, :, x - 8 :] == 5] = 0
+
+    assert "Too small for a vertebra" in reasons(volume, kept).get(5, "")
+
+
+def test_two_vertebrae_drawn_as_one_are_not_judged() -> None:
+    volume, labels = neck()
+    fused = np.array([0, 1, 2, 3, 4, 4, 5, 6], np.uint8)[labels]
+
+    found = reasons(volume, fused)
+
+    assert set(found) == {4}
+    assert "Too large" in found[4]
+
+
+def test_levels_beside_one_that_was_missed_are_not_judged() -> None:
+    volume, labels = neck()
+    missed = np.array([0, 1, 2, 3, 4, 0, 5, 6], np.uint8)[labels]
+
+    found = reasons(volume, missed)
+
+    assert set(found) == {4, 5}
+    assert "Out of step" in found[4]
+
+
+def test_a_vertebra_between_lungs_is_not_of_the_neck() -> None:
+    volume, labels = neck()
+    z, y, x = index_of(labels, 7)
+    voxels_hu = volume.voxels_hu.copy()
+    for side in (x - 65, x + 25):
+        voxels_hu[z - 3 : z + 4, y - 50 : y, side : side + 40] = -750
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu), labels)
+
+    assert "Lung on both sides" in found[7]
+    assert not {1, 2, 3, 4} & set(found)
+
+
+def test_a_sudden_shift_is_motion_at_the_level_it_passes_through() -> None:
+    volume, labels = neck()
+    z = index_of(labels, 5)[0]
+    voxels_hu, moved = volume.voxels_hu.copy(), labels.copy()
+    for voxels in (voxels_hu, moved):
+        voxels[z:] = np.roll(voxels[z:], 5, axis=2)
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu), moved)
+
+    assert found[5] == "Motion: neighbouring slices do not fit together"
+    assert not {1, 2, 7} & set(found)
+
+
+@cache
+def pipeline() -> Pipeline:
+    return load_pipeline(device="cpu", num_threads=2)
+
+
+def cylinder(hu: int) -> np.ndarray:
+    y, x = np.mgrid[:80, :80] - 40
+    voxels_hu = np.full((50, 80, 80), -1000, np.int16)
+    voxels_hu[:, y**2 + x**2 < 30**2] = hu
+    return voxels_hu + np.random.default_rng(1).normal(0, 10, voxels_hu.shape).astype(np.int16)
+
+
+def lumbar() -> np.ndarray:
+    """Blocks of bone, 28 mm high and 36 mm apart, in a torso 300 mm wide."""
+    voxels_hu = np.full((90, 80, 110), -1000, np.int16)
+    z, y, x = np.mgrid[:90, :80, :110]
+    voxels_hu[((y - 40) / 36) ** 2 + ((x - 55) / 50) ** 2 < 1] = 40
+    is_bone = (z % 12 < 9) & (((y - 50) / 6) ** 2 + ((x - 55) / 8) ** 2 < 1)
+    voxels_hu[is_bone] = 350
+    return voxels_hu
+
+
+NO_NECKS = {
+    "water phantom": cylinder(0),
+    "plastic cylinder": cylinder(120),
+    "lumbar spine": lumbar(),
+    "noise": np.random.default_rng(2).integers(-1024, 3071, (60, 80, 80)).astype(np.int16),
+    "zeros": np.zeros((50, 80, 80), np.int16),
+}
+
+
+@pytest.mark.parametrize("voxels_hu", NO_NECKS.values(), ids=NO_NECKS.keys())
+def test_what_is_no_neck_gets_no_answer(voxels_hu: np.ndarray) -> None:
+    z, y, x = voxels_hu.shape
+    volume = volume_of(voxels_hu, Grid.axial(shape=(z, y, x), spacing_mm=(3.0, 2.0, 2.0)))
+
+    found = pipeline().analyse(volume).findings
+
+    assert {level.finding for level in found.levels.values()} == {Finding.UNDETERMINED}
+    assert found.patient_overall.finding is Finding.UNDETERMINED
+    assert found.warnings
+
+
+REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "ct"
+
+
+@pytest.mark.parametrize("name", ["hn_chum_001", "pycerr_pt1"])
+def test_a_real_neck_is_not_refused_or_doubted_as_a_whole(name: str) -> None:
+    paths = [path for path in (REAL / name).rglob("*") if path.is_file()]
+    if not paths:
+        pytest.skip(f"the real CT {name} is not on this machine")
+    volume = read_series(paths)
+    # Blocks in place of outlines, one above the other: whatever is said of them is said of the volume.
+    blocks = np.zeros(volume.grid.shape, np.uint8)
+    for label in range(1, 8):
+        z = 60 - 5 * label
+        blocks[z : z + 4, 240:265, 240:270] = label
+    voxels_hu = np.where(blocks > 0, 400, volume.voxels_hu).astype(np.int16)
+
+    check_values(volume)
+    assert reasons(replace(volume, voxels_hu=voxels_hu), blocks) == {}
