@@ -21,7 +21,7 @@ from model.resample import sample
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
 from training.commands.everything import steps
-from training.rsna import Cache
+from training.rsna import Cache, Study
 from training.rsna.demo import SMALL, draw_study
 
 FOLDS = (0, 1, 3)
@@ -182,6 +182,44 @@ def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, c
     assert "learning_rate 0.002, now 1.0. Give the same to go on, --fresh to begin again" in refused.output
     # Given again, a finished step only says what it measured.
     assert json.loads(run(config, *arguments)) == result(work, "segment", 0)
+
+
+def test_the_reference_network_is_trained_and_labels_in_the_same_way(
+    rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    from training.steps.segment import trained_network
+
+    work = tmp_path / "reference"
+    where = ["--cache", str(rsna_cache.folder), "--work", str(work), "--fold", "0", "--pseudo-label-rounds", "0"]
+    run(config, "segment", *where, "--network", "unet2d", "--encoder", "residual-8-16", "--pixels", "32")
+
+    network, plan = trained_network(work, 0)
+    assert plan.settings().encoder == "residual-8-16"
+    assert plan.settings().spacing_mm == rsna_cache.spacing_mm
+    assert not network.training
+    assert all(study.labels("oof-reference") is not None for study in rsna_cache.studies())
+
+
+def test_labels_that_are_believed_are_learned_from_in_the_next_round(
+    rsna_cache: Cache, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.steps.pseudo_labels import PseudoLabel
+
+    def believed(study: Study, *_: object) -> PseudoLabel:
+        labels = np.zeros(study.neck_grid.shape, np.uint8)
+        labels[10:30, 20:40, 20:40] = 5
+        return PseudoLabel(labels=labels, doubt=None)
+
+    monkeypatch.setattr("training.steps.segment.pseudo_label", believed)
+    work = tmp_path / "rounds"
+
+    run(config, "segment", "--cache", str(rsna_cache.folder), "--work", str(work), "--fold", "0")
+
+    others = {study.study_instance_uid for study in rsna_cache.studies([1, 2, 3, 4], has_mask=False)}
+    necks = work / "segment" / "necks-4mm" / "pseudo-rounds-fold0-round1"
+    assert {path.stem for path in necks.iterdir()} == others
+    assert result(work, "segment", 0)["pseudo_label_rounds"] == [{"believed": len(others)}]
+    assert (work / "segment" / "fold0" / "round1" / "weights.safetensors").exists()
 
 
 def test_what_must_come_before_is_named(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:

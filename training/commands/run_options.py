@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from training.steps.run import Run, StepError
+from training.steps.run import Run, StepError, is_first_process
 
 Command = Callable[..., dict[str, Any]]
 
@@ -81,7 +81,8 @@ def echo(step: Callable[[], dict[str, Any]]) -> None:
         result = step()
     except (CacheError, StepError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(json.dumps(result, indent=2))
+    if is_first_process():
+        click.echo(json.dumps(result, indent=2))
 
 
 def numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:

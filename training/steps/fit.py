@@ -121,7 +121,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
         ],
         use_distributed_sampler=False,
         gradient_clip_val=MAX_GRADIENT_NORM,
-        log_every_n_steps=max(1, min(25, run.num_draws // run.batch_size)),
+        log_every_n_steps=25,
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
@@ -194,4 +194,5 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`isinstance\\(treespec, LeafSpec\\)` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers")
+    warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
     warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")

@@ -1,6 +1,6 @@
 """The vertebra U-Net: trained on the studies with a mask, then, round by round, on what it labels plausibly itself.
 
-Two networks: `unet3d`, which the node runs, and `unet2d`, the reference: slices with their neighbours through an
+Two networks: `unet3d`, and the reference, `unet2d`: slices with their neighbours through an
 EfficientNet. At the end the held-out fold is labelled by this network, which never saw it: `cut` and all that follows
 use these labels.
 """
