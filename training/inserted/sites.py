@@ -1,7 +1,8 @@
 """Which fractures a level can have, and where the clefts of each run in a given vertebra.
 
-Kinds and their shares follow the injuries described in textbooks of trauma radiology (Jefferson, dens II and III,
-hangman, teardrop, clay-shoveller); sizes are drawn. Whatever the mask has no bone for gives no cleft.
+The kinds are the named injuries of trauma radiology (Jefferson, dens II and III, hangman, teardrop, clay-shoveller).
+How often each is drawn, and how wide and displaced, was set by judgement: no count of them was at hand. Whatever the
+mask has no bone for gives no cleft.
 """
 
 import numpy as np
