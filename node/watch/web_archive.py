@@ -145,11 +145,11 @@ class WebArchive:
 
     def read_instance(self, series: ListedSeries, sop_instance_uid: str) -> Generator[bytes, None, None]:
         """The file of one Instance, piece by piece."""
+        is_over = False  # read on to the end, which leaves the connection for the next one
         for event in self._read(f"{series.path}/instances/{sop_instance_uid}"):
-            if isinstance(event, PartData):
+            if isinstance(event, PartData) and not is_over:
                 yield bytes(event.data)
-            elif isinstance(event, PartEnds):
-                return
+            is_over = is_over or isinstance(event, PartEnds)
 
     # ---- one question ----
 
