@@ -20,10 +20,15 @@ from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo,
 from model.levels import LEVELS, OUTPUTS
 from model.networks import VertebraUNet
 from model.quality import check_values, reasons_not_to_judge
+from model.resample import BODY_HU
 from model.segment import Vertebra, find_vertebrae
 from model.volume import Volume
 
 PATIENT = OUTPUTS[0]
+
+MAX_EXTENT_MM = 700.0
+"""So much of a whole body is looked at, from its upper end: arms above the head, head and neck. It bounds the coarse
+U-Net's time and memory, which grow with the extent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +71,20 @@ class Pipeline:
         """
         check_values(volume)
         networks, bundle = self.networks, self.bundle
-        return find_vertebrae(
-            volume, networks.unet, bundle.segment, self.device, refiner=networks.refiner, refine=bundle.refine
+        planes = _head_end(volume)
+        labels, vertebrae = find_vertebrae(
+            _slices_of(volume, planes),
+            networks.unet,
+            bundle.segment,
+            self.device,
+            refiner=networks.refiner,
+            refine=bundle.refine,
         )
+        if labels.shape == volume.grid.shape:
+            return labels, vertebrae
+        whole = np.zeros(volume.grid.shape, np.uint8)
+        whole[planes] = labels
+        return whole, vertebrae
 
     @torch.inference_mode()
     def judge(self, volume: Volume, labels: NDArray[np.uint8], vertebrae: list[Vertebra]) -> Analysis:
@@ -163,6 +179,28 @@ def load_pipeline(bundle: Path | None = None, device: str = "auto", num_threads:
         is_3d = isinstance(network, VertebraUNet)
         network.to(on, memory_format=torch.channels_last_3d if is_3d else torch.channels_last)  # type: ignore[call-overload]
     return Pipeline(bundle=verified, networks=networks, device=on)
+
+
+def _head_end(volume: Volume) -> slice:
+    """The planes to seek the neck in: all, but of a whole body only MAX_EXTENT_MM from its upper end down."""
+    num_planes = volume.grid.shape[0]
+    num_kept = int(MAX_EXTENT_MM / volume.grid.spacing_mm[0])
+    if num_kept >= num_planes:
+        return slice(0, num_planes)
+    step = max(1, min(volume.grid.shape[1:]) // 64)
+    imaged = np.flatnonzero((volume.voxels_hu[:, ::step, ::step] > BODY_HU).any(axis=(1, 2)))
+    if volume.grid.affine[2, 0] < 0:
+        first = int(imaged[0]) if len(imaged) else 0
+        return slice(first, min(first + num_kept, num_planes))
+    end = int(imaged[-1]) + 1 if len(imaged) else num_planes
+    return slice(max(end - num_kept, 0), end)
+
+
+def _slices_of(volume: Volume, planes: slice) -> Volume:
+    """A view of these planes as a Volume of its own."""
+    voxels_hu = volume.voxels_hu[planes]
+    grid = volume.grid.part(np.array([planes.start, 0, 0]), voxels_hu.shape)
+    return replace(volume, voxels_hu=voxels_hu, grid=grid, slices=volume.slices[planes])
 
 
 def _device(name: str) -> torch.device:

@@ -312,6 +312,33 @@ def test_what_is_no_neck_gets_no_answer(voxels_hu: np.ndarray) -> None:
     assert found.warnings
 
 
+@pytest.mark.parametrize("is_head_first", [True, False])
+def test_of_a_whole_body_the_upper_700_mm_are_looked_at(monkeypatch: pytest.MonkeyPatch, is_head_first: bool) -> None:
+    voxels_hu = np.full((500, 8, 8), 40, np.int16)
+    voxels_hu[-20:] = -1024  # air above the head
+    grid = Grid.axial(shape=voxels_hu.shape, spacing_mm=(4.0, 2.0, 2.0))
+    if is_head_first:
+        voxels_hu = voxels_hu[::-1].copy()
+        affine = grid.affine.copy()
+        affine[:3, 3] = grid.to_lps_mm(np.array([499.0, 0, 0]))
+        affine[:3, 0] *= -1
+        grid = Grid(shape=grid.shape, affine=affine)
+    seen: list[Volume] = []
+
+    def find(volume: Volume, *_: object, **__: object) -> tuple[Labels, list[Vertebra]]:
+        seen.append(volume)
+        return np.ones(volume.grid.shape, np.uint8), []
+
+    monkeypatch.setattr("model.pipeline.find_vertebrae", find)
+    labels, _ = pipeline().segment(volume_of(voxels_hu, grid))
+
+    planes = np.flatnonzero(labels.any(axis=(1, 2)))
+    assert labels.shape == (500, 8, 8)
+    assert (planes.min(), planes.max()) == ((20, 194) if is_head_first else (305, 479))
+    np.testing.assert_allclose(seen[0].grid.affine[:3, 3], grid.to_lps_mm(np.array([float(planes.min()), 0, 0])))
+    assert len(seen[0].slices) == 175
+
+
 REAL = Path(__file__).parents[2] / ".." / "shared" / "data" / "ct"
 
 
