@@ -109,8 +109,8 @@ def find_vertebrae(
     labels = np.zeros(volume.grid.shape, np.uint8)
     if not found.any():
         return labels, []
-    _draw(labels, volume, scores, grid, found)
-    return labels, _describe(labels, volume.grid)
+    part = _draw(labels, volume, scores, grid, found)
+    return labels, _describe(labels, volume.grid, part)
 
 
 def _refined(
@@ -150,34 +150,48 @@ def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
     """
     bone = (scores[0] > 0).numpy()
     labels = np.where(bone, scores[1].round().clamp(1, LAST_LEVEL).numpy().astype(np.uint8), 0)
-    parts = {label: part for label, part in _parts(labels) if part.sum() * grid.voxel_volume_mm3 >= MIN_VOLUME_MM3}
+    parts = {part.label: part for part in _parts(labels) if part.size * grid.voxel_volume_mm3 >= MIN_VOLUME_MM3}
     found = np.zeros(bone.shape, bool)
-    centroids = {label: grid.to_lps_mm(np.argwhere(part).mean(axis=0)) for label, part in parts.items()}
-    for label in _chain(centroids, parts):
-        found |= parts[label]
+    for label in _chain(parts, grid):
+        found[parts[label].box] |= parts[label].mask
     if not found.any():
         return scores, found
-    distance_mm, nearest = distance_transform_edt(~found, sampling=grid.spacing_mm, return_indices=True)
-    level = scores[1].numpy()[tuple(nearest)]
-    logit = np.where(bone & (distance_mm > NEAR_MM), -4.0, scores[0].numpy())
+    nearest = distance_transform_edt(~found, sampling=grid.spacing_mm, return_distances=False, return_indices=True)
+    level = scores[1].numpy().ravel()[np.ravel_multi_index(tuple(nearest), found.shape)]
+    logit = scores[0].numpy().copy()
+    away = np.nonzero(bone & ~found)
+    apart_mm = (nearest[(slice(None), *away)] - np.stack(away)) * np.array(grid.spacing_mm)[:, None]
+    logit[away] = np.where(np.linalg.norm(apart_mm, axis=0) > NEAR_MM, -4.0, logit[away])
     return torch.from_numpy(np.stack([logit, level]).astype(np.float32)), found
 
 
-def _parts(labels: NDArray[np.uint8]) -> Iterator[tuple[int, NDArray[np.bool_]]]:
-    """Each label with its largest component, as a mask of the whole grid."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Part:
+    """The largest component of a label: `mask` in `box`. centroid: its index in the whole grid."""
+
+    label: int
+    box: tuple[slice, ...]
+    mask: NDArray[np.bool_]
+    size: int
+    centroid: FloatArray
+
+
+def _parts(labels: NDArray[np.uint8]) -> Iterator[_Part]:
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
-            part = np.zeros(labels.shape, bool)
-            part[box] = _largest_component(labels[box] == label)
-            yield label, part
+            mask = _largest_component(labels[box] == label)
+            size = int(mask.sum())
+            start = np.array([side.start for side in box], float)
+            yield _Part(label=label, box=box, mask=mask, size=size, centroid=start + _mean_index(mask, size))
 
 
-def _chain(centroids: dict[int, FloatArray], parts: dict[int, NDArray[np.bool_]]) -> list[int]:
+def _chain(parts: dict[int, _Part], grid: Grid) -> list[int]:
     """The labels of the chain of neighbours around the largest cervical level."""
     cervical = [label for label in parts if label <= len(LEVELS)]
     if not cervical:
         return []
-    start = max(cervical, key=lambda label: int(parts[label].sum()))
+    start = max(cervical, key=lambda label: parts[label].size)
+    centroids = {label: grid.to_lps_mm(part.centroid) for label, part in parts.items()}
     chain = [start]
     for step in (-1, 1):
         label = start
@@ -211,37 +225,56 @@ def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 def _draw(
     labels: NDArray[np.uint8], volume: Volume, scores: Tensor, coarse_grid: Grid, found: NDArray[np.bool_]
-) -> None:
-    """Fills `labels` on the source grid from coarse scores: interpolated, sharpened by the voxel's own HU."""
+) -> tuple[slice, ...]:
+    """Fills `labels` on the source grid from coarse scores: interpolated, sharpened by the voxel's own HU.
+
+    Gives the part of the grid outside which nothing was drawn.
+    """
     where = coarse_grid.to_lps_mm(np.argwhere(found).astype(float))
     margin_mm = 1.5 * coarse_grid.spacing_mm[0]
     first, last = index_range(volume.grid, where.min(axis=0) - margin_mm, where.max(axis=0) + margin_mm, margin=0)
-    (z0, y0, x0), (z1, y1, x1) = first, last
+    # Elsewhere no brightness makes bone of it. Interpolation reaches as far as the next coarse voxel.
+    near_bone = np.argwhere((scores[0] > -BONE_WEIGHT).numpy()).astype(float)
+    indices = volume.grid.to_index(coarse_grid.to_lps_mm(near_bone))
+    reach = np.abs(np.linalg.inv(volume.grid.affine[:3, :3]) @ coarse_grid.affine[:3, :3]).sum(axis=1)
     outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
-    for z in range(z0, z1, SLAB):
-        top = min(z + SLAB, z1)
-        affine = volume.grid.affine.copy()
-        affine[:3, 3] = volume.grid.to_lps_mm(np.array([z, y0, x0], float))
-        part = Grid(shape=(top - z, int(y1 - y0), int(x1 - x0)), affine=affine)
-        fine = sample(scores - outside, coarse_grid, part) + outside
+    inner = scores - outside
+    for z in range(first[0], last[0], SLAB):
+        top = min(z + SLAB, last[0])
+        inside = indices[(indices[:, 0] > z - reach[0]) & (indices[:, 0] < top + reach[0])]
+        if not len(inside):
+            continue
+        y0, x0 = np.maximum(first, np.floor(inside.min(axis=0) - reach).astype(int))[1:]
+        y1, x1 = np.minimum(last, np.ceil(inside.max(axis=0) + reach).astype(int) + 1)[1:]
+        if y0 >= y1 or x0 >= x1:
+            continue
+        part = volume.grid.part(np.array([z, y0, x0]), (int(top - z), int(y1 - y0), int(x1 - x0)))
+        fine = sample(inner, coarse_grid, part) + outside
         hu = torch.from_numpy(volume.voxels_hu[z:top, y0:y1, x0:x1].astype(np.float32))
         logit = fine[0] + BONE_WEIGHT * ((hu - BONE_HU) / 100).clamp(-1, 1)
         level = fine[1].round().clamp(1, LAST_LEVEL).to(torch.uint8)
         drawn = torch.where((logit > 0) & (hu > AIR_HU), level, 0)
         labels[z:top, y0:y1, x0:x1] = torch.where(drawn > len(LEVELS), 0, drawn).numpy()
-    for label, box in enumerate(ndimage.find_objects(labels, max_label=len(LEVELS)), start=1):
+    drawn_in = tuple(slice(int(start), int(stop)) for start, stop in zip(first, last, strict=True))
+    for label, box in _boxes(labels, drawn_in):
+        part_labels = labels[box]
+        mine = part_labels == label
+        part_labels[mine & ~_without_specks(mine)] = 0
+    return drawn_in
+
+
+def _boxes(labels: NDArray[np.uint8], part: tuple[slice, ...]) -> Iterator[tuple[int, tuple[slice, ...]]]:
+    """The labels of C1..C7 that are there, all inside `part`, and the box of each in the whole grid."""
+    for label, box in enumerate(ndimage.find_objects(labels[part], max_label=len(LEVELS)), start=1):
         if box is not None:
-            part_labels = labels[box]
-            mine = part_labels == label
-            part_labels[mine & ~_without_specks(mine)] = 0
+            sides = zip(box, part, strict=True)
+            yield label, tuple(slice(side.start + of.start, side.stop + of.start) for side, of in sides)
 
 
-def _describe(labels: NDArray[np.uint8], grid: Grid) -> list[Vertebra]:
-    """What was drawn, measured on the source grid, head to foot."""
+def _describe(labels: NDArray[np.uint8], grid: Grid, part: tuple[slice, ...]) -> list[Vertebra]:
+    """What was drawn, measured on the source grid, head to foot. part: nothing was drawn outside it."""
     vertebrae = []
-    for label, box in enumerate(ndimage.find_objects(labels, max_label=len(LEVELS)), start=1):
-        if box is None:
-            continue
+    for label, box in _boxes(labels, part):
         mask = labels[box] == label
         num_voxels = int(mask.sum())
         volume_mm3 = num_voxels * grid.voxel_volume_mm3
@@ -259,7 +292,7 @@ def _describe(labels: NDArray[np.uint8], grid: Grid) -> list[Vertebra]:
                 volume_mm3=volume_mm3,
                 lower_lps_mm=points.min(axis=0),
                 upper_lps_mm=points.max(axis=0),
-                is_cut=_is_cut(labels, label, grid),
+                is_cut=_is_cut(mask, box, grid),
             )
         )
     return vertebrae
@@ -270,11 +303,11 @@ def _mean_index(mask: NDArray[np.bool_], num_voxels: int) -> FloatArray:
     return np.array(sums, float) / num_voxels
 
 
-def _is_cut(labels: NDArray[np.uint8], label: int, grid: Grid) -> bool:
-    spacing_mm = np.asarray(grid.spacing_mm)
-    for axis in range(3):
-        pixel_mm2 = float(np.prod(np.delete(spacing_mm, axis)))
-        for end in (0, -1):
-            if (np.take(labels, end, axis=axis) == label).sum() * pixel_mm2 > CUT_AREA_MM2:
+def _is_cut(mask: NDArray[np.bool_], box: tuple[slice, ...], grid: Grid) -> bool:
+    """Whether the mask of a vertebra, in its box of the grid, lies on a border of the grid."""
+    for axis, side in enumerate(box):
+        pixel_mm2 = float(np.prod(np.delete(grid.spacing_mm, axis)))
+        for end, is_border in ((0, side.start == 0), (-1, side.stop == grid.shape[axis])):
+            if is_border and np.take(mask, end, axis=axis).sum() * pixel_mm2 > CUT_AREA_MM2:
                 return True
     return False
