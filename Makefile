@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OHIF := 3.13.2
 
-.PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench
+.PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench model-bench
 
 install: .venv/.installed
 
@@ -80,6 +80,10 @@ viewer: .viewer/index.html
 # Reading a Series in each transfer syntax, in one process and in several.
 decode: install
 	$(BIN)/python -m benchmarks.decode
+
+# The model by stage, by number of slices, and beside the compute of the challenge's winners.
+model-bench: install
+	$(BIN)/python -m benchmarks.model
 
 # The conformance statement, from the code.
 conformance: install
