@@ -182,7 +182,7 @@ def _side_by_side(
     """Rounds in which the pipeline, our networks and the winners' take turns, and their medians."""
     device = pipeline.device
     ours = {
-        name: (network, tuple(tensor.to(device) for tensor in inputs))
+        name: (network, tuple(tensor.to(device, copy=True) for tensor in inputs))
         for name, (network, inputs) in first.calls.items()
     }
     theirs = winners_networks(device) if "winners" in parts else {}

@@ -7,7 +7,7 @@ Importing it does not import torch: the node's own processes stay small, and onl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.bundle import DEFAULT_BUNDLE, BundleError, find_bundles, read_bundle
+from model.bundle import DEFAULT_BUNDLE, PHANTOM_BUNDLE, BundleError, find_bundles, read_bundle
 from model.decode import PARSE_ERRORS
 from model.decode_pool import DecodePool
 from model.findings import (
@@ -43,6 +43,7 @@ __all__ = [
     "HEADER_TAGS",
     "LEVELS",
     "PARSE_ERRORS",
+    "PHANTOM_BUNDLE",
     "Analysis",
     "BodyHeights",
     "BundleError",

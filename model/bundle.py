@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Version of the bundle layout this code reads and writes."""
 
-DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "phantom"
+DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "necks"
 """The bundle that comes with the package."""
+
+PHANTOM_BUNDLE = Path(__file__).parent / "weights" / "phantom"
+"""A second one, which knows the procedural phantom and nothing else: for the demo and tests on phantoms."""
 
 DESCRIPTION = "bundle.json"
 VERTEBRA_WEIGHTS = "vertebra_unet.safetensors"

@@ -271,6 +271,6 @@ def _dilated(masks: Tensor, pixel_mm: float) -> Tensor:
     """The masks grown by REGION_MARGIN_MM within each slice and by one slice up and down, 0 or 1."""
     pixels = 2 * round(REGION_MARGIN_MM / pixel_mm) + 1
     grown = masks[:, None]
-    for size in ((3, 1, 1), (1, pixels, 1), (1, 1, pixels)):  # a box at once takes fifteen times as long
+    for size in ((3, 1, 1), (1, pixels, 1), (1, 1, pixels)):  # the same as a box at once, in less time
         grown = F.max_pool3d(grown, size, 1, tuple(side // 2 for side in size))
     return (grown[:, 0] > 0.25).float()

@@ -64,7 +64,8 @@ def average_pool(voxels_hu: NDArray[np.int16], factors: tuple[int, int, int], sl
     slabs = []
     for first in range(0, z, step):
         sums = torch.from_numpy(np.ascontiguousarray(voxels_hu[first : min(first + step, z), :y, :x]))
-        # Axis after axis: whole planes are added fastest and leave less to add. Three times as fast as avg_pool3d.
+        # Axis after axis: whole planes are added fastest and leave less to add. Where planes are added (factor 3), 3
+        # times as fast as avg_pool3d; with a first factor of 1, no faster.
         for axis, factor in enumerate(factors):
             sums = _block_sums(sums, axis, factor)
         slabs.append(sums)

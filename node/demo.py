@@ -19,10 +19,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from model import LEVELS, Finding
+from model import LEVELS, PHANTOM_BUNDLE, Finding
 from model.phantom import Anatomy, Fracture, Phantom, default_grid, render, write_series
 from node.archive import Archive
-from node.config import Config, DeliverConfig, ReceiveConfig
+from node.config import AnalyseConfig, Config, DeliverConfig, ReceiveConfig
 from node.process import set_up_logging
 from node.send import send_files
 from node.service import Service
@@ -56,6 +56,8 @@ def run_demo() -> bool:
         config = Config(
             data_dir=folder / "data",
             receive=ReceiveConfig(port=_free_port(), min_free_disk_mb=0),
+            # The weights that know phantoms: those for real necks have learned no phantom's fractures.
+            analyse=AnalyseConfig(bundle=PHANTOM_BUNDLE),
             deliver=DeliverConfig(destinations=(archive.destination,)),
         )
         service = Service(config)

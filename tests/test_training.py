@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from scipy.ndimage import binary_dilation
 
-from model.bundle import read_bundle
+from model.bundle import PHANTOM_BUNDLE, read_bundle
 from model.classify import network_input
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
@@ -46,7 +46,7 @@ def neck(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def stacks(folder: Path) -> Path:
     path = folder / "stacks.npz"
-    write_stacks(path, 1, SEGMENT, CLASSIFY, read_bundle().load_networks().unet)
+    write_stacks(path, 1, SEGMENT, CLASSIFY, read_bundle(PHANTOM_BUNDLE).load_networks().unet)
     return path
 
 

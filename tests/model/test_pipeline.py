@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
 
+from model.bundle import PHANTOM_BUNDLE
 from model.findings import Analysis, Finding
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
@@ -19,7 +20,7 @@ BROKEN = Fracture(level="C5", kind="body", width_mm=2.5)
 
 @cache
 def pipeline() -> Pipeline:
-    return load_pipeline(device="cpu", num_threads=2)
+    return load_pipeline(PHANTOM_BUNDLE, device="cpu", num_threads=2)
 
 
 def make_volume(voxels_hu: np.ndarray, grid: Grid) -> Volume:
