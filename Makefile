@@ -45,11 +45,11 @@ train-necks: install
 
 # Segmentations by the node and by highdicom alone, side by side; all objects of a case.
 encode-bench: install
-	$(BIN)/python benchmarks/encode.py
+	$(BIN)/python -m benchmarks.encode
 
 # How fast Instances are taken, beside Orthanc and dcmtk's storescp (both must be installed, and storescu).
 ingest: install
-	$(BIN)/python benchmarks/ingest.py
+	$(BIN)/python -m benchmarks.ingest
 
 # Mutated PDUs and datasets at the receiver: 50,000, some minutes.
 fuzz: install
@@ -65,7 +65,7 @@ soak: install
 
 # From the last acknowledged Instance to the stored SEG and SR, by stage.
 turnaround: install
-	$(BIN)/python benchmarks/turnaround.py
+	$(BIN)/python -m benchmarks.turnaround
 
 # OHIF, the web viewer, as its makers build it. Left out is ort/, two thirds of it: a runtime for tools that we do not use.
 viewer: .viewer/index.html

@@ -1,6 +1,6 @@
 """What a committed Instance costs: milliseconds, alone and in batches, on SQLite and PostgreSQL, one process and four.
 
-    python benchmarks/index.py [--instances N]
+    python -m benchmarks.index [--instances N]
 
 Each number is the median of three rounds in which the settings take turns, since disks and neighbours drift.
 PostgreSQL is a private server as its packages configure it (fsync on), on a Unix socket. "cpu" is that of the writers,
