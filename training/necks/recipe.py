@@ -73,8 +73,12 @@ TRAINING_DATA = (
         licence="3D Slicer licence (believed; the atlas's repository does not state it)",
         use="label map from which necks are drawn; inserted fractures",
     ),
-    TrainingData(name="OpenKBP", licence="MIT", use="unlabelled planning CT with contours, for the coarse network"),
-    TrainingData(name="cspine phantom", licence="MIT", use="drawn necks"),
+    TrainingData(
+        name="OpenKBP",
+        licence="MIT",
+        use="planning CT with contours, no vertebra labels: coarse network; intact vertebrae",
+    ),
+    TrainingData(name="cspine phantom", licence="MIT", use="drawn necks and fractures"),
 )
 
 HELD_OUT_SEED = 20261125
