@@ -137,7 +137,7 @@ def _print_machine(pipeline: Pipeline, num_threads: int) -> None:
     )
     print(f"{pipeline.info.name} {pipeline.info.version}; load {os.getloadavg()[0]:.1f}", flush=True)
     if not is_cuda:
-        print("Not measured: CUDA, for there is no GPU here.")
+        print("Not measured: CUDA, which was not asked for, or is not there.")
 
 
 def _phantom(num_slices: int) -> Phantom:
@@ -275,13 +275,16 @@ def _logits(outputs: Any) -> Tensor:
 
 
 def _growth(pipeline: Pipeline, phantom: Phantom, folder: Path, options: argparse.Namespace) -> None:
-    """The same neck in more and thinner slices, smallest and largest by turns."""
+    """The same neck in more and thinner slices; in each round every number of them has its turn."""
     series = {}
     for num_slices in sorted(options.growth):
         series[num_slices] = write_series(_resliced(phantom, num_slices), folder / str(num_slices), seed=num_slices)
         _run(pipeline, series[num_slices])
     num_rounds = max(1, options.rounds // 2)
-    totals = {n: [_run(pipeline, paths).total_s for _ in range(num_rounds)] for n, paths in series.items()}
+    totals: dict[int, list[float]] = {n: [] for n in series}
+    for _ in range(num_rounds):
+        for n, paths in series.items():
+            totals[n].append(_run(pipeline, paths).total_s)
     print(f"\n{'slices':>8}{'slice mm':>10}{'median s':>10}{'ms a slice more':>17}   peak memory")
     before: tuple[int, float] | None = None
     for num_slices, paths in series.items():

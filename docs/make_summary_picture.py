@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.image
 import pydicom
 
-from model import load_pipeline, read_series
+from model import PHANTOM_BUNDLE, load_pipeline, read_series
 from model.phantom import Anatomy, Fracture, default_grid, render, write_series
 from node.encode import NodeIdentity, encode_results
 from node.profiles import Kind, Profile
@@ -24,7 +24,7 @@ def main() -> None:
         grid = default_grid(anatomy, (0.6, 0.45, 0.45), (300, 512, 512))
         volume = read_series(write_series(render(anatomy, grid, seed=2), folder / "series"))
         overview, *_ = encode_results(
-            load_pipeline().analyse(volume),
+            load_pipeline(PHANTOM_BUNDLE).analyse(volume),
             volume,
             folder,
             node=NodeIdentity(),

@@ -8,6 +8,7 @@ named without it.
 import hashlib
 import json
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, field
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -28,6 +29,9 @@ FORMAT = 2
 
 DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "necks"
 """The bundle that comes with the package."""
+
+READ_ERRORS = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""Of a file, or of a zip that is damaged, encrypted, or compressed in a way that Python does not know."""
 
 PHANTOM_BUNDLE = Path(__file__).parent / "weights" / "phantom"
 """A second one, which knows the procedural phantom and nothing else: for the demo and tests on phantoms."""
@@ -267,7 +271,7 @@ def read_bundle(folder: Path | None = None) -> Bundle:
     try:
         files = _files(folder)
         content = json.loads((files / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise BundleError(
             f"No model bundle in {folder}: {DESCRIPTION} cannot be read ({getattr(error, 'strerror', None) or error}). "
             "Name a folder that `cspine-train` exported, or leave the setting out for the bundle that comes with this."
@@ -332,7 +336,7 @@ def _verify(file: Traversable, expected: str | None) -> None:
         raise BundleError(f"{file} is missing from the model bundle. Copy or export the bundle again.")
     try:
         found = _sha256(file)
-    except (OSError, zipfile.BadZipFile) as error:
+    except READ_ERRORS as error:
         raise BundleError(f"{file} cannot be read ({error}). Copy or export the bundle again.") from error
     if found != expected:
         raise BundleError(

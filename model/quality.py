@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from model.geometry import FloatArray, Grid
+from model.geometry import Grid
 from model.levels import LEVELS
 from model.resample import AIR_HU, BODY_HU, crop_to_box, index_range
 from model.segment import CUT_AREA_MM2, Vertebra
@@ -121,7 +121,7 @@ def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: S
     if for_all:
         return {vertebra.label: for_all for vertebra in vertebrae}
     reasons = _odd_volumes(vertebrae) | _odd_steps(vertebrae)
-    ends, jumps_mm = _imaged_planes(volume), _jumps_mm(volume)
+    ends, jumps = _imaged_planes(volume), _jumps(volume)
     for vertebra in vertebrae:
         first, last = index_range(volume.grid, vertebra.lower_lps_mm, vertebra.upper_lps_mm, margin=0)
         box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
@@ -130,7 +130,7 @@ def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: S
         reason = (
             _metal(volume, vertebra)
             or _cut(vertebra, mask, int(first[0]), ends, volume.grid)
-            or _moved(jumps_mm, vertebra)
+            or _moved(jumps - first[0], mask)
             or _not_bone(hu[mask])
             or _in_chest(volume, vertebra)
         )
@@ -228,8 +228,8 @@ def _imaged_planes(volume: Volume) -> tuple[int, int]:
     return (int(planes[0]), int(planes[-1])) if len(planes) else (0, volume.grid.shape[0] - 1)
 
 
-def _jumps_mm(volume: Volume) -> FloatArray:
-    """Heights, LPS mm at the centre of the volume, between slices that differ more than those around them."""
+def _jumps(volume: Volume) -> NDArray[np.int64]:
+    """Z indices of slices that differ from the next one by more than those around them do."""
     _, y, x = _steps(volume.grid)
     num_columns = volume.grid.shape[2] // x * x
     rows = volume.voxels_hu[:, ::y, :num_columns]
@@ -242,14 +242,7 @@ def _jumps_mm(volume: Volume) -> FloatArray:
         shares.append(float(body.mean()))
     usual = np.maximum(ndimage.median_filter(np.array(differences), JUMP_WINDOW, mode="nearest"), MIN_DIFFERENCE_HU)
     enough = np.array(shares) > 0.2 * max(shares)
-    at = np.flatnonzero(enough & (np.array(differences) > JUMP_RATIO * usual))
-    return np.array([_height_mm(volume.grid, z + 0.5) for z in at])
-
-
-def _height_mm(grid: Grid, plane: float) -> float:
-    """LPS z of the middle of a plane."""
-    middle = (np.asarray(grid.shape[1:], float) - 1) / 2
-    return float(grid.to_lps_mm(np.array([plane, *middle]))[2])
+    return np.flatnonzero(enough & (np.array(differences) > JUMP_RATIO * usual))
 
 
 # Of the chain
@@ -260,7 +253,10 @@ def _no_neck(volume: Volume, vertebrae: Sequence[Vertebra]) -> str | None:
     if len(vertebrae) < MIN_VERTEBRAE:
         return f"Only {len(vertebrae)} cervical vertebrae were found, too few to number (at least {MIN_VERTEBRAE})"
     top = min(vertebrae, key=lambda vertebra: vertebra.label)
-    above_mm = max(_height_mm(volume.grid, plane) for plane in _imaged_planes(volume)) - top.upper_lps_mm[2]
+    # In the column of the topmost vertebra: slices may be tilted.
+    column = volume.grid.to_index(top.centroid_lps_mm)[1:]
+    heights_mm = (volume.grid.to_lps_mm(np.array([plane, *column]))[2] for plane in _imaged_planes(volume))
+    above_mm = max(heights_mm) - top.upper_lps_mm[2]
     if top.label > 2 and above_mm > MAX_ABOVE_MM:
         names = LEVELS[top.label - 1], LEVELS[top.label - 2]
         return f"{names[0]} is the highest level found, {names[1]} not, though there are {above_mm:.0f} mm above it"
@@ -329,9 +325,11 @@ def _cut(
     return "Cut by the field of view" if vertebra.is_cut or touches.any() else None
 
 
-def _moved(jumps_mm: FloatArray, vertebra: Vertebra) -> str | None:
-    inside = (jumps_mm > vertebra.lower_lps_mm[2]) & (jumps_mm < vertebra.upper_lps_mm[2])
-    return "Motion: neighbouring slices do not fit together" if inside.any() else None
+def _moved(jumps: NDArray[np.int64], mask: NDArray[np.bool_]) -> str | None:
+    """jumps: as `_jumps` has them, counted from the first slice of the mask."""
+    planes = np.flatnonzero(mask.any(axis=(1, 2)))
+    inside = planes.size > 0 and ((jumps >= planes[0]) & (jumps < planes[-1])).any()
+    return "Motion: neighbouring slices do not fit together" if inside else None
 
 
 def _not_bone(hu: NDArray[np.int16]) -> str | None:

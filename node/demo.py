@@ -56,7 +56,7 @@ def run_demo() -> bool:
         config = Config(
             data_dir=folder / "data",
             receive=ReceiveConfig(port=_free_port(), min_free_disk_mb=0),
-            # The weights that know phantoms: those for real necks have learned no phantom's fractures.
+            # The weights that know phantoms: those for real necks find fewer of their fractures.
             analyse=AnalyseConfig(bundle=PHANTOM_BUNDLE),
             deliver=DeliverConfig(destinations=(archive.destination,)),
         )

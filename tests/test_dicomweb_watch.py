@@ -21,6 +21,7 @@ from node.config import Config
 from node.index import Index
 from node.peers import ClientTls, DicomWebSource, HttpAuth
 from node.receive.store import Store
+from node.send import SendError
 from node.watch.dicomweb import DicomWebWatch
 from node.watch.web_archive import ListedSeries, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
@@ -241,6 +242,43 @@ def test_requests_keep_to_their_rate(tmp_path: Path) -> None:
             asking.check()
         asking.close()
     assert time.monotonic() - started > 4 / 50
+
+
+def test_a_series_during_which_the_archive_falls_silent_holds_up_no_other(
+    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
+    series = [make_ct_series(tmp_path / name) for name in ("one", "other")]
+    silent: list[str] = []
+
+    def instances(archive: WebArchive, listed: Any) -> list[str]:
+        if not silent:
+            silent.append(listed.series_instance_uid)  # whichever comes first
+        if listed.series_instance_uid in silent:
+            raise SendError("it did not answer within 60 s")
+        return answered(archive, listed)
+
+    answered = WebArchive.instances
+    monkeypatch.setattr(WebArchive, "instances", instances)
+    with StandIn().serving() as archive:
+        for paths in series:
+            archive.hold(paths)
+        look(watch(archive.url), 4)
+    assert len(held(index)) == 1
+    assert silent[0] not in held(index)
+    assert "did not answer" in index.watched_source("pacs").error
+
+
+@pytest.mark.parametrize("position", [5312, 20261399])
+def test_a_position_that_another_kind_of_source_left_is_not_believed(
+    position: int, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    index.note_position("pacs", position)
+    paths = make_ct_series(tmp_path / "ct")
+    with StandIn().serving() as archive:
+        archive.hold(paths)
+        look(watch(archive.url))
+    assert held(index) == {series_of(paths): 8}
 
 
 @pytest.mark.parametrize("counts", ["always", "never"])

@@ -25,7 +25,7 @@ SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "findings.schema.json"
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[RunningNode]:
-    # What is fractured in a phantom, the weights for real necks have not learned.
+    # The weights for real necks find fewer of a phantom's fractures.
     running = RunningNode(tmp_path, complete={"quiet_time_s": 2.0}, analyse={"bundle": str(PHANTOM_BUNDLE)})
     yield running
     running.stop()

@@ -1,4 +1,4 @@
-"""Finds what `model/calibrate.py` applies: scale and offset of logits, by output, on data that trained nothing else.
+"""Finds what `model/calibrate.py` applies: scale and offset of logits, on data that trained nothing else.
 
 `cspine-train calibrate` calls it. Probabilities and the challenge's numbers are fitted apart: they differ.
 """
@@ -7,9 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from model.calibrate import Challenge, Platt
-from model.levels import OUTPUTS
-from training.evaluation import loss
+from model.calibrate import Platt
 
 Array = NDArray[np.float64]
 
@@ -41,25 +39,3 @@ def fit_platt(logits: Array, truths: NDArray[np.bool_], weights: Array | None = 
 
     found = minimize(cross_entropy, np.array([1.0, 0.0]), jac=True, method="L-BFGS-B", bounds=[SCALES, (None, None)])
     return Platt(scale=float(found.x[0]), offset=float(found.x[1]))
-
-
-def fit_challenge(logits: Array, truths: NDArray[np.bool_]) -> Challenge:
-    """The numbers with the lowest challenge loss, of each output by itself.
-
-    logits: `(N, 8)` in the order of OUTPUTS, NaN where an output was not judged. truths: `(N, 8)`.
-
-    Raises:
-        ValueError: an output is fractured in all studies where it was judged, or in none.
-    """
-    weights = loss.weights(truths)
-    weights = weights / weights.sum(axis=1, keepdims=True)
-    constants = loss.best_constants(truths)
-    platt, undetermined = {}, {}
-    for column, name in enumerate(OUTPUTS):
-        judged = np.isfinite(logits[:, column])
-        try:
-            platt[name] = fit_platt(logits[judged, column], truths[judged, column], weights[judged, column])
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        undetermined[name] = float(constants[column])
-    return Challenge(platt=platt, undetermined=undetermined)

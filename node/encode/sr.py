@@ -53,7 +53,7 @@ LIMITS_OF_USE = (
     "diagnosis."
 )
 
-HEIGHTS_CAVEAT = "Heights of bodies are measured on the segmentation and no better than it: up to 5 mm off on phantoms."
+HEIGHTS_CAVEAT = "Heights of bodies are measured on the segmentation and no better than it; not validated on patients."
 
 _Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
 

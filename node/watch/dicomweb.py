@@ -9,7 +9,7 @@ still be listed; whatever dies has a Series looked at again, and only what has n
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -22,7 +22,7 @@ from node.peers import DicomWebSource
 from node.receive.incoming import IncomingFile
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import Watch
+from node.watch.following import BusyError, Watch
 from node.watch.taking import Taking
 from node.watch.web_archive import ListedSeries, NotGivenError, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
@@ -42,11 +42,12 @@ class DicomWebWatch(Watch):
     def __init__(self, config: Config, source: DicomWebSource, index: Index, store: Store) -> None:
         super().__init__(config, source, index, store)
         self._source = source
+        self._broken_off: Counter[str] = Counter()  # at Series during which the archive fell silent
 
     def _follow(self) -> None:
         counted_before = self._index.now() - _SAME_FOR * self.poll_s
         with closing(WebArchive(self._source)) as archive:
-            position = self._index.watched_source(self.name).position
+            position = self._position()
             listed = {series.series_instance_uid: series for series in archive.series(self._since(position))}
             if position is None:
                 position = self._begin(listed)
@@ -59,6 +60,15 @@ class DicomWebWatch(Watch):
         self._move_on(position, [listed[row.series_instance_uid].study_date for row in left])
         if problem is not None:
             raise problem
+
+    def _position(self) -> int | None:
+        """The day up to which all is done; None if there is none, or if it is that of another kind of source."""
+        position = self._index.watched_source(self.name).position
+        try:
+            return position if position is None else _number(_day(position))
+        except ValueError:
+            log.warning("action=position-forgotten source=%r: %d is no day; it begins anew", self.name, position)
+            return None
 
     def _since(self, position: int | None) -> date | None:
         """The day from which Studies are listed; None for all."""
@@ -110,7 +120,8 @@ class DicomWebWatch(Watch):
     ) -> tuple[list[WatchedSeries], SendError | None]:
         """Fetches Series, the newest first; what is left, and why, if something went wrong."""
         until, left, problem = time.monotonic() + _LONGEST_LOOK_S, [], None
-        for row in sorted(rows, key=lambda row: row.counted_at, reverse=True):
+        # A Series that the archive cannot read to its end must not keep the others waiting for ever.
+        for row in sorted(rows, key=lambda row: (self._broken_off[row.series_instance_uid], -row.counted_at)):
             uid = row.series_instance_uid
             if time.monotonic() > until:
                 left.append(row)
@@ -123,6 +134,10 @@ class DicomWebWatch(Watch):
                     problem = error
                     continue
                 is_fetched = False
+            except SendError as error:
+                self._broken_off[uid] += not isinstance(error, BusyError)
+                raise
+            del self._attempts[uid], self._broken_off[uid]
             self._index.note_series_done(self.name, uid, row.num_instances, is_fetched=is_fetched)
         return left, problem
 

@@ -269,6 +269,24 @@ def test_a_sudden_shift_is_motion_at_the_level_it_passes_through() -> None:
     assert not {1, 2, 7} & set(found)
 
 
+def test_in_tilted_slices_motion_is_at_the_level_it_passes_through_too() -> None:
+    volume, labels = neck()
+    affine = volume.grid.affine.copy()
+    affine[2, 1] = affine[1, 1] * np.tan(np.deg2rad(20))  # the gantry was tilted: further back is higher
+    # The spine lies well behind the middle of the image.
+    front = ((0, 0), (60, 0), (0, 0))
+    grid = Grid(shape=(volume.grid.shape[0], volume.grid.shape[1] + 60, volume.grid.shape[2]), affine=affine)
+    voxels_hu, moved = np.pad(volume.voxels_hu, front, constant_values=-1024), np.pad(labels, front)
+    z = index_of(moved, 5)[0]
+    for voxels in (voxels_hu, moved):
+        voxels[z:] = np.roll(voxels[z:], 5, axis=2)
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu, grid=grid), moved)
+
+    assert found[5] == "Motion: neighbouring slices do not fit together"
+    assert not {1, 2, 7} & set(found)
+
+
 @cache
 def pipeline() -> Pipeline:
     return load_pipeline(device="cpu", num_threads=2)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from model.levels import OUTPUTS
-from training.calibration import fit_challenge, fit_platt
+from training.calibration import fit_platt
 from training.evaluation.loss import weighted_log_loss
+from training.steps.calibrate import HeldOut, fit_all
 
 
 def draw(num: int, scale: float, offset: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -52,7 +53,14 @@ def test_challenge_numbers_have_a_lower_challenge_loss_than_probabilities() -> N
     logits[:, 0] = logits[:, 1:].max(axis=1)
     logits[::10, 7] = np.nan
 
-    challenge = fit_challenge(logits, truths)
+    held_out = HeldOut(
+        study_instance_uids=[str(i) for i in range(num)],
+        logits=logits,
+        opinions=logits[:, 1:],
+        truths=truths,
+        folds=[0],
+    )
+    challenge = fit_all(held_out, level_specificity=0.95, patient_specificity=0.9).challenge
 
     said = [
         {name: value for name, value in zip(OUTPUTS, row, strict=True) if np.isfinite(value)} for row in logits.tolist()

@@ -21,9 +21,9 @@ from training.inserted import (
     disturb,
     draw_levels,
     insert,
+    inserted_stacks,
     measure_on_inserted,
     summarise_inserted,
-    write_inserted_stacks,
 )
 from training.inserted.clefts import Cleft, cut
 from training.inserted.compression import compress
@@ -261,7 +261,8 @@ def test_levels_are_drawn_as_often_as_in_the_rsna_data_and_in_clusters() -> None
 
 def test_stacks_are_read_as_those_of_phantoms_are(neck: Neck, tmp_path: Path) -> None:
     path = tmp_path / "stacks.npz"
-    write_inserted_stacks(path, neck.voxels_hu, neck.labels, neck.grid, 2, CLASSIFY, boost=10)
+    inserted = insert(neck.voxels_hu, neck.labels, neck.grid, np.random.default_rng([2, 31]), boost=10)
+    np.savez(path, **inserted_stacks(inserted, neck.labels, neck.grid, CLASSIFY))
     with np.load(path) as arrays:
         levels, fractured, regions = arrays["levels"], arrays["fractured"], arrays["regions"]
     batch = collate([read_stack(path, index) for index in range(len(levels))])

@@ -55,8 +55,8 @@ def test_the_atlas_keeps_its_bones_in_place_and_order(atlas: Atlas) -> None:
     middle = atlas.grid.to_index(np.array([[0.0, -9.0, heights_mm[3]]]))[0].round().astype(int)
     assert atlas.bones[tuple(middle)] == 4
     assert atlas.distance_mm[tuple(middle)] > 1
-    canal = atlas.canal_lps_mm[np.abs(atlas.canal_lps_mm[:, 2] - heights_mm[3]).argmin()]
-    assert np.abs(canal[:2] - [0, 7]).max() < 3
+    cord = np.argwhere(atlas.tissues == body.CORD)
+    assert np.abs(atlas.grid.to_lps_mm(cord.astype(float))[:, :2].mean(axis=0) - [0, 7]).max() < 3
 
 
 def test_a_pose_puts_the_same_tissue_at_the_same_place_on_any_grid(atlas: Atlas) -> None:

@@ -256,10 +256,56 @@ def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tm
         for folder in (tmp_path, tmp_path / "calibrate"):
             (folder / name).touch()
 
+    # As downloaded from some places, the data set lies in a folder of its own.
+    (tmp_path / "rsna-2022").mkdir()
+    (tmp_path / "rsna-2022" / "train.csv").touch()
+    (tmp_path / "cache.json").write_text(json.dumps({"source": str(tmp_path / "rsna-2022")}), encoding="utf-8")
+
     for name, *arguments in steps(tmp_path, tmp_path, tmp_path, tmp_path / "bundle", (0, 1)):
+        if name == "evaluate":
+            assert arguments[arguments.index("--truth") + 1] == str(tmp_path / "rsna-2022" / "train.csv")
         command = main.commands[name]
         assert isinstance(command, click.Command)
         command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("text", ["[segment]", "segment: fast"])
+def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "segment"])
+
+    assert refused.exit_code == 2
+    assert "epochs: 10" in refused.output
+
+
+def test_a_step_does_not_go_on_with_other_patients_in_its_fold(tmp_path: Path) -> None:
+    from training.steps.run import Run, StepError
+
+    run = Run(
+        cache=tmp_path,
+        work=tmp_path / "work",
+        fold=0,
+        seed=0,
+        num_epochs=1,
+        num_draws=1,
+        batch_size=1,
+        learning_rate=0.1,
+        num_workers=0,
+        devices="1",
+        num_nodes=1,
+        strategy="auto",
+        precision="auto",
+        fresh=False,
+    )
+    (tmp_path / "cache.json").write_text(json.dumps({"folds": {"1.2": 0, "1.3": 1}}), encoding="utf-8")
+    run.begin("study")
+    run.begin("study")
+    (tmp_path / "cache.json").write_text(json.dumps({"folds": {"1.2": 1, "1.3": 0}}), encoding="utf-8")
+
+    with pytest.raises(StepError, match="patients_of_folds"):
+        run.begin("study")
 
 
 def test_draws_depend_on_seed_and_epoch_and_are_shared_out_among_processes() -> None:

@@ -180,6 +180,22 @@ def test_a_study_that_cannot_be_used_says_why(rsna_folder: Path, tmp_path: Path)
     assert not list(tmp_path.glob("cache/studies/*/neck.npy"))
 
 
+def test_a_study_whose_files_cannot_be_read_now_is_tried_again(
+    rsna_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_source(rsna_folder).studies[uid(1)]
+    settings = Settings(spacing_mm=SPACING_MM)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.rsna.study.read_series", fail)
+        assert "Input/output error" in prepare_study(rsna_folder, study, tmp_path, settings)["left_out"]
+
+    assert prepare_study(rsna_folder, study, tmp_path, settings)["left_out"] is None
+
+
 def test_a_mask_or_box_that_cannot_be_used_is_named_and_the_study_kept(rsna_folder: Path, tmp_path: Path) -> None:
     study = read_source(rsna_folder).studies[uid(1)]
     (tmp_path / "mask.nii").write_bytes(b"not NIfTI")

@@ -19,11 +19,18 @@ def read_config(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise click.BadParameter(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise click.BadParameter(
+            f"{path} holds {content!r}; commands with their options are needed, segment: {{epochs: 10}}."
+        )
     defaults: dict[str, dict[str, Any]] = {}
     for name, options in content.items():
         command = group.commands.get(name)
         if command is None:
             raise click.BadParameter(f"{path} names {name!r}; the commands are {', '.join(sorted(group.commands))}.")
+        options = {} if options is None else options
+        if not isinstance(options, dict):
+            raise click.BadParameter(f"{path} gives {name} {options!r}; options with values are needed, epochs: 10.")
         known = {
             long.removeprefix("--"): parameter.name
             for parameter in command.params

@@ -59,7 +59,7 @@ def steps(rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]
     yield [
         "evaluate",
         *("--predictions", str(work / "calibrate" / "predictions.csv")),
-        *("--truth", str(rsna / "train.csv")),
+        *("--truth", str(Path(json.loads((cache / "cache.json").read_text(encoding="utf-8"))["source"]) / "train.csv")),
         *("--subgroups", str(cache / "subgroups.csv")),
         *("--out", str(work / "evaluate")),
         *(part for output, point in points.items() for part in ("--operating-point", f"{output}={point:.6f}")),

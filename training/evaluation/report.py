@@ -33,7 +33,7 @@ def write_report(report: Report) -> str:
         section(
             "ROC",
             plots.roc(matched, metrics),
-            paragraph("Dots: the operating points, which were fixed beforehand. Right: each level."),
+            paragraph("Dots: the operating points, as they were given. Right: each level."),
         ),
         section(
             "Precision and recall",
@@ -302,7 +302,7 @@ def _method(metrics: Mapping[str, Any]) -> list[str]:
     files = [[name.replace("_", " "), entry["file"], entry["sha256"]] for name, entry in metrics["inputs"].items()]
     return [
         table(["", "file", "sha256"], files, is_text=True),
-        paragraph(f"Operating points, fixed beforehand: {points}."),
+        paragraph(f"Operating points, as given: {points}."),
         paragraph(
             f"Intervals: 95 %. Bootstrap: {settings['num_resamples']} resamples of patients (seed {settings['seed']}); "
             "none where more than 5 % of the resamples have no value. PR-AUC is average precision. ECE has ten bins "

@@ -8,7 +8,7 @@ from training.inserted.insertion import Inserted, InsertedFracture, draw_levels,
 from training.inserted.measures import Outcome, measure_on_inserted, summarise_inserted
 from training.inserted.negatives import Negative
 from training.inserted.scanner import disturb
-from training.inserted.stacks import inserted_stacks, write_inserted_stacks
+from training.inserted.stacks import inserted_stacks
 
 __all__ = [
     "Inserted",
@@ -21,5 +21,4 @@ __all__ = [
     "inserted_stacks",
     "measure_on_inserted",
     "summarise_inserted",
-    "write_inserted_stacks",
 ]

@@ -2,9 +2,6 @@
 them from phantoms: `training/fractures.py` reads both.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,8 +11,7 @@ from model.bundle import ClassifySettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
 from model.geometry import Grid
 from model.levels import LEVELS
-from training.inserted.insertion import Inserted, insert
-from training.inserted.scanner import disturb
+from training.inserted.insertion import Inserted
 
 
 def inserted_stacks(
@@ -52,28 +48,3 @@ def inserted_stacks(
         "fractured": np.array([LEVELS[label - 1] in broken for label in there]),
         "levels": np.array(there, np.uint8),
     }
-
-
-def write_inserted_stacks(
-    path: Path,
-    voxels_hu: NDArray[np.int16],
-    labels: NDArray[np.uint8],
-    grid: Grid,
-    seed: int,
-    classify: ClassifySettings,
-    *,
-    boost: float = 3.0,
-) -> None:
-    """Inserts, disturbs as scanners do, cuts and stores; a file that is there already is kept.
-
-    labels: as for `insert`. boost: times RSNA's prevalence, so that training sees enough fractures.
-    """
-    if path.exists():
-        return
-    rng = np.random.default_rng([seed, 31])
-    inserted = insert(voxels_hu, labels, grid, rng, boost=boost)
-    disturb(inserted.voxels_hu, grid, rng)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))
-    unfinished.replace(path)

@@ -38,14 +38,12 @@ class Atlas:
     """All arrays `(Z, Y, X)` on `grid` (LPS, Z foot to head), SPACING_MM apart.
 
     bones: uint8, the nearest bone (within MAX_DISTANCE_MM), see the numbers above. distance_mm: float16, depth inside
-    that bone's surface, negative outside. tissues: uint8. canal_lps_mm: `(n, 3)`, the middle of the spinal canal, head
-    to foot. centres_lps_mm: `(12, 3)`, the middles of C1..T5.
+    that bone's surface, negative outside. tissues: uint8. centres_lps_mm: `(12, 3)`, the middles of C1..T5.
     """
 
     bones: NDArray[np.uint8]
     distance_mm: NDArray[np.float16]
     tissues: NDArray[np.uint8]
-    canal_lps_mm: FloatArray
     centres_lps_mm: FloatArray
     origin_lps_mm: FloatArray
 
@@ -83,7 +81,6 @@ def build_atlas(path: Path) -> Atlas:
         bones=bones,
         distance_mm=distance_mm,
         tissues=tissues,
-        canal_lps_mm=canal[:, ::-1] * SPACING_MM + origin_lps_mm,
         centres_lps_mm=centres[:, ::-1] * SPACING_MM + origin_lps_mm,
         origin_lps_mm=origin_lps_mm,
     )

@@ -204,7 +204,7 @@ def relabelled(
     # The network may have missed bone: what is bright and was not seen is left open.
     certainty[inside & ~vertebra & (neck.hu > BODY_HU)] = OUTLINE_UNKNOWN
     certainty[body] = OUTLINE_KNOWN
-    along, _, side = canal_coordinates(neck.grid, found)
+    along, _, side = _canal_coordinates(neck.grid, found)
     skull = (along < cut.borders_mm[0] - SKULL_ABOVE_MM) & (np.abs(side) < 60)
     certainty[skull] = OUTLINE_KNOWN
     aux = neck.aux.copy()
@@ -226,7 +226,7 @@ def relabelled(
 
 def _bodies(neck: RealNeck, found: Profile, cut: Cut) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """The cores of the vertebral bodies between the cuts, without discs and C2's upper part, and their numbers."""
-    along, forward, side = canal_coordinates(neck.grid, found)
+    along, forward, side = _canal_coordinates(neck.grid, found)
     segment = np.searchsorted(cut.borders_mm, along) - 1
     place = np.clip(segment, 0, len(cut.off) - 1)
     to_disc = np.minimum(along - cut.borders_mm[place], cut.borders_mm[place + 1] - along)
@@ -244,20 +244,20 @@ def _bodies(neck: RealNeck, found: Profile, cut: Cut) -> tuple[NDArray[np.bool_]
 
 def _dens(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
     """The core in front of the cord, from C2's top on down 20 mm: the dens, and not the ring around it."""
-    along, forward, side = canal_coordinates(neck.grid, found)
+    along, forward, side = _canal_coordinates(neck.grid, found)
     top = cut.borders_mm[0]
     return (along > top - 3) & (along < top + 20) & (forward > 5) & (forward < 14) & (np.abs(side) < 6)
 
 
 def _between(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
     """From the skull to the last cut vertebra, near the canal: where labels are to be believed."""
-    along, forward, side = canal_coordinates(neck.grid, found)
+    along, forward, side = _canal_coordinates(neck.grid, found)
     # Arches lie lower than their bodies: 12 mm more behind the canal would reach into a vertebra that was not cut.
     last = cut.borders_mm[-1] - 4
     return (along > cut.borders_mm[0] - 8) & (along < last) & (np.abs(side) < 45) & (forward < 32) & (forward > -60)
 
 
-def canal_coordinates(grid: Grid, found: Profile) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _canal_coordinates(grid: Grid, found: Profile) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Of each voxel: mm along the canal, in front of it, and to its side."""
     index = np.rint(grid.to_index(found.points)).astype(int)
     usable = np.flatnonzero(((index >= 0) & (index < grid.shape)).all(axis=1))

@@ -5,6 +5,7 @@ Every file is an npz with `hu`, `share`, `level` and `aux` as of `synthetic.Neck
 """
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,11 +17,17 @@ from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.phantom import render
 from model.resample import average_pool
+from model.segment import Vertebra
+from model.volume import Volume
+from training.inserted import inserted_stacks
+from training.inserted.insertion import Inserted
 from training.necks.atlas import Atlas, load_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_UNKNOWN, RealNeck, read_contours, weak_labels
 from training.necks.stacks import write_neck_stacks
 from training.necks.synthetic import AUX_UNKNOWN, draw_neck
 from training.samples import random_patient, whole_neck_grid
+
+FindVertebrae = Callable[[Volume], tuple[NDArray[np.uint8], list[Vertebra]]]
 
 COARSE_MM, FINE_MM = 3.0, 1.0
 COARSE_SHAPE, FINE_SHAPE = (96, 80, 80), (128, 112, 96)
@@ -44,6 +51,29 @@ def write_drawn(path: Path, seed: int, atlas: Path, fine: bool) -> None:
 def write_stacks_of_drawn(path: Path, seed: int, atlas: Path, classify: ClassifySettings) -> None:
     """The broken and whole vertebrae of a neck of the atlas, for the fracture network."""
     write_neck_stacks(path, seed, _atlas(atlas), classify)
+
+
+def write_intact_stacks(path: Path, patient: Path, find: FindVertebrae, classify: ClassifySettings) -> None:
+    """The vertebrae of an OpenKBP patient, taken as intact, for the fracture network; none is written if none is whole.
+
+    find: labels and vertebrae of a volume, as `find_vertebrae` gives them.
+    """
+    if path.exists():
+        return
+    contours = read_contours(patient)
+    volume = Volume(
+        study_instance_uid=contours.name,
+        series_instance_uid=contours.name,
+        voxels_hu=contours.hu,
+        grid=contours.grid,
+        slices=(),
+    )
+    with torch.inference_mode():
+        labels, vertebrae = find(volume)
+    whole = tuple(vertebra.label for vertebra in vertebrae if not vertebra.is_cut)
+    intact = Inserted(voxels_hu=contours.hu, regions=np.zeros_like(labels), fractures=(), negatives=(), eligible=whole)
+    if whole:
+        _write(path, inserted_stacks(intact, labels, contours.grid, classify))
 
 
 def write_phantom(path: Path, seed: int, fine: bool) -> None:

@@ -304,6 +304,3 @@ def _dental_metal(hu: Tensor, rng: np.random.Generator) -> Tensor:
                 hu[z + dz] = hu[z + dz] + rays * rng.uniform(0.2, 1)
                 hu[z + dz][away < 1.5] = 3000
     return hu
-
-
-__all__ = ["AUX_BRAINSTEM", "AUX_CORD", "AUX_MANDIBLE", "AUX_NONE", "AUX_SKULL", "AUX_UNKNOWN", "Neck", "draw_neck"]

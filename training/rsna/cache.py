@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from model import LEVELS, Grid, SeriesRules, Volume, read_series
+from training.files import dicom_files, replacing_file
 from training.rsna.boxes import Box, draw_boxes
-from training.rsna.files import dicom_files, replacing_file
 from training.rsna.stacks import Stacks, read_stacks
 
 FORMAT = 1

@@ -22,8 +22,8 @@ from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
 from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3
+from training.files import remove_unfinished, write_json
 from training.rsna.cache import FORMAT, Cache, CacheError, Study
-from training.rsna.files import remove_unfinished, write_json
 from training.rsna.processes import in_processes
 from training.rsna.stacks import CutSettings, Stacks, stacks_fingerprint, write_stacks
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from training.files import remove_unfinished, write_json
 from training.rsna.cache import FORMAT
-from training.rsna.files import remove_unfinished, write_json
 from training.rsna.folds import Member, assign_folds
 from training.rsna.processes import in_processes
 from training.rsna.report import write_report

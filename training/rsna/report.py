@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.files import replacing_file, write_json
 from training.rsna.cache import grid_from_dict
-from training.rsna.files import replacing_file, write_json
 
 Record = dict[str, Any]
 

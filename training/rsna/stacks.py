@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from training.rsna.files import replacing_folder, write_json
+from training.files import replacing_folder, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from pydicom.errors import InvalidDicomError
 
 from model import PARSE_ERRORS, SeriesError, Volume, read_series
 from model.resample import body_volume
+from training.files import dicom_files, replacing_folder, write_json
 from training.rsna.boxes import Box
 from training.rsna.cache import FORMAT, RULES, grid_to_dict, read_record
-from training.rsna.files import dicom_files, replacing_folder, write_json
 from training.rsna.masks import Mask, MaskError, labels_on, read_mask
 from training.rsna.source import SourceStudy
 
@@ -62,6 +62,9 @@ def prepare_study(source_folder: Path, study: SourceStudy, cache: Path, settings
         record |= more
     except (SeriesError, UnusableStudy) as error:
         record["left_out"] = str(error)
+    except OSError as error:
+        # It may be read the next time: no fingerprint is like this one.
+        record |= {"left_out": f"A file cannot be read ({error}).", "fingerprint": ""}
     with replacing_folder(cache / "studies" / study.study_instance_uid) as folder:
         if "neck_hu" in arrays:
             np.save(folder / "neck.npy", arrays["neck_hu"])
@@ -77,10 +80,7 @@ def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[di
         raise UnusableStudy("It is on the list of studies that were found to be unusable.")
     if not files:
         raise UnusableStudy(f"There are no files in {study.files}.")
-    try:
-        volume = read_series(files, RULES)
-    except OSError as error:
-        raise UnusableStudy(f"A file cannot be read ({error}).") from error
+    volume = read_series(files, RULES)
     neck_hu, neck_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, multiple=1)
     bone_cm3 = float((neck_hu > BONE_HU).sum()) * settings.spacing_mm**3 / 1000
     if bone_cm3 < MIN_BONE_CM3:

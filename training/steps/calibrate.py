@@ -18,10 +18,11 @@ from model.levels import LEVELS, OUTPUTS
 from training.calibration import fit_platt
 from training.evaluation import weighted_log_loss
 from training.evaluation.loss import best_constants
+from training.files import write_json
 from training.phantom_measures import choose_operating_point
 from training.rsna import Cache
 from training.steps.regions import read_opinions
-from training.steps.run import StepError, fold_folder, folds_of, mean, rounded, write_json
+from training.steps.run import StepError, fold_folder, folds_of, mean, rounded
 from training.steps.study import challenge_weights
 
 MIN_OF_EACH = 5

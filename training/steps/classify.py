@@ -24,11 +24,12 @@ from model.levels import LEVELS
 from model.networks import FractureNet
 from training import fractures
 from training.evaluation import average_precision, roc_auc
+from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps import regions as regions_step
 from training.steps.augment import MAX_SHIFT, Sample, augmented, mixed, plain
 from training.steps.fit import StepData, adamw, fit, load_weights
-from training.steps.run import Run, fold_folder, read_options, rounded, write_json
+from training.steps.run import Run, fold_folder, read_options, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
 FRACTURED_WEIGHT = 2.0
@@ -210,10 +211,8 @@ def write_answers(study: Study, cut: str, network: FractureNet, folder: Path) ->
         places = [vertebra.level for vertebra in vertebrae]
         logits[places] = said.logits.float().cpu().numpy()
         contexts[places] = said.context.float().cpu().numpy()
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with replacing_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, logits=logits, contexts=contexts)
-    unfinished.replace(path)
 
 
 def read_answers(folder: Path, study: Study) -> Answers:

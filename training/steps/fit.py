@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from training.files import replacing_file
 from training.schedule import EMA_DECAY, WARM_UP_STEPS
 from training.steps.run import Run
 
@@ -155,9 +156,8 @@ def adamw(module: lightning.LightningModule, learning_rate: float) -> dict[str, 
 
 def save_weights(network: nn.Module, path: Path) -> None:
     """A network's weights as safetensors."""
-    unfinished = path.with_suffix(".unfinished")
-    save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished)
-    unfinished.replace(path)
+    with replacing_file(path) as unfinished:
+        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished)
 
 
 def load_weights(network: nn.Module, folder: Path) -> nn.Module:
@@ -186,7 +186,7 @@ def _precision(precision: str) -> str:
         return precision
     if not torch.cuda.is_available():
         return "32-true"
-    return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
 
 
 def _quiet() -> None:

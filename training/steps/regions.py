@@ -25,9 +25,10 @@ from model.networks import RegionUNet
 from training import fractures
 from training.calibration import fit_platt
 from training.evaluation import average_precision, roc_auc
+from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache
 from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, save_weights
-from training.steps.run import Run, fold_folder, read_options, rounded, write_json
+from training.steps.run import Run, fold_folder, read_options, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
 MAX_OPINIONS = 1000
@@ -204,10 +205,8 @@ def draw_round(
         path = folder / "drawn" / f"{vertebra.key}.npz"
         if not path.exists():
             mask = answer(network, vertebra).regions.numpy() >= plan.threshold
-            unfinished = path.with_suffix(".unfinished")
-            with unfinished.open("wb") as file:
+            with replacing_file(path) as unfinished, unfinished.open("wb") as file:
                 np.savez_compressed(file, regions=mask if mask.sum() >= MIN_PIXELS else np.zeros_like(mask))
-            unfinished.replace(path)
     network.cpu()
     trainer.strategy.barrier()
     return [v for v in (_with_drawn(vertebra, folder / "drawn") for vertebra in unknown) if v.regions_known]

@@ -1,5 +1,6 @@
 """How a training step is run, and where its files lie. No torch here: the command line reads it too."""
 
+import hashlib
 import json
 import math
 import os
@@ -7,6 +8,8 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from training.files import write_json
 
 WHERE_ONLY = ("cache", "work", "num_workers", "devices", "num_nodes", "strategy", "fresh")
 """Options that say where and how fast, not what comes out: a run may go on with others."""
@@ -48,6 +51,7 @@ class Run:
         """
         folder = fold_folder(self.work, step, self.fold)
         kept = {name: value for name, value in asdict(self).items() if name not in WHERE_ONLY}
+        kept["patients_of_folds"] = folds_digest(self.cache)
         # Through JSON, so that tuples are lists on both sides.
         options = json.loads(json.dumps(kept | settings))
         path = folder / "options.json"
@@ -66,6 +70,18 @@ class Run:
                 )
         write_json(path, options)
         return folder
+
+
+def folds_digest(cache: Path) -> str | None:
+    """Which study is in which fold, in a few letters: one more study deals many patients to other folds.
+
+    None where there is no finished cache, which the step will say itself.
+    """
+    try:
+        folds = json.loads((cache / "cache.json").read_text(encoding="utf-8"))["folds"]
+    except (OSError, ValueError, KeyError):
+        return None
+    return hashlib.sha256(json.dumps(folds, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def is_first_process() -> bool:
@@ -122,11 +138,3 @@ def mean(values: Any) -> float:
 def rounded(value: float) -> float | None:
     """A measure as results have it, four decimals; None where there was nothing to measure."""
     return None if math.isnan(value) else round(float(value), 4)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that is whole or not there, its folder made if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)

@@ -27,10 +27,11 @@ from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import average_pool, body_volume, pool_factors, pooled_grid, sample
 from model.segment import LAST_LEVEL, network_input
 from training import vertebrae
+from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.fit import StepData, adamw, fit, load_weights
 from training.steps.pseudo_labels import VertebraNetwork, dice, predicted_labels, pseudo_label
-from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded, write_json
+from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded
 from training.steps.slices import draw_slice
 
 NUM_CLASSES = len(LEVELS) + 2
@@ -179,16 +180,13 @@ def write_neck(path: Path, study: Study, name: str, spacing_mm: float) -> None:
     pooled = torch.stack([average_pool(part, factors) for part in ((numbers > 0).astype(np.int16), numbers)])
     share, level_sum = sample(pooled, pooled_grid(study.neck_grid, factors), grid)
     level = torch.where(share > 0, level_sum / share.clamp(min=1e-6), torch.zeros_like(share))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
+    with replacing_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez(
             file,
             hu=coarse_hu.round().to(torch.int16).numpy(),
             share=(share * 255).round().to(torch.uint8).numpy(),
             level=level.round().to(torch.uint8).numpy(),
         )
-    unfinished.replace(path)
 
 
 class CropSet(Dataset[tuple[Tensor, Tensor, Tensor]]):

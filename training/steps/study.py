@@ -20,10 +20,11 @@ from torch.utils.data import Dataset
 from model.networks import StudyNet
 from training.evaluation import roc_auc, weighted_log_loss
 from training.evaluation.loss import best_constants, weights
+from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.classify import read_answers
 from training.steps.fit import StepData, adamw, fit, load_weights
-from training.steps.run import Run, StepError, fold_folder, read_options, rounded, write_json
+from training.steps.run import Run, StepError, fold_folder, read_options, rounded
 
 CONTEXT_NOISE, DROPPED_LEVELS = 0.1, 0.1
 """Noise on the contexts, in their own standard deviations, and share of levels hidden, in training: the fracture
@@ -70,9 +71,8 @@ def study(run: Run, plan: StudyPlan) -> dict[str, Any]:
     }
     if trainer.is_global_zero:
         uids = np.array([item.study_instance_uid for item in watch.studies])
-        with (folder / "held_out.unfinished").open("wb") as file:
+        with replacing_file(folder / "held_out.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, study_instance_uids=uids, logits=logits, truths=watch.truth)
-        (folder / "held_out.unfinished").replace(folder / "held_out.npz")
         write_json(folder / "result.json", result)
     return result
 
