@@ -1,11 +1,16 @@
-"""Fixtures that the tests of delivery share."""
+"""Fixtures that several files share: of delivery, of the receiver, of query and retrieve."""
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from node.config import Config
 from node.index import Index
 from tests.node.handed_over import Clock, make_results
+from tests.node.retrieving import Held
+from tests.receiver import listening
 
 
 @pytest.fixture
@@ -20,3 +25,26 @@ def clock(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture
 def results(index: Index) -> Path:
     return make_results(index)
+
+
+@pytest.fixture
+def receiver(make_config: Callable[..., Config], index: Index) -> Iterator[Config]:
+    """A receiver on the `index` fixture; gives its configuration."""
+    with listening(make_config(), index) as config:
+        yield config
+
+
+@pytest.fixture
+def start(make_config: Callable[..., Config], index: Index) -> Iterator[Callable[..., Config]]:
+    """Starts a receiver with these settings of `receive`; gives its configuration."""
+    with ExitStack() as stack:
+        yield lambda **settings: stack.enter_context(listening(make_config(receive=settings), index, grace_s=0.2))
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Held]:
+    """A node that answers queries, for all tests of a file."""
+    node = Held(tmp_path_factory.mktemp("held"))
+    with listening(node.config, node.index):
+        yield node
+    node.index.close()

@@ -1,4 +1,4 @@
-"""TLS as a client, and what is said of certificates; as a server it is asked in test_access.py."""
+"""TLS as a client, and what is said of certificates; as a server it is asked in test_access_tls.py."""
 
 import os
 import subprocess

@@ -1,0 +1,169 @@
+"""The receiver's associations, however they end, and the processes that serve them."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pydicom
+import pytest
+
+from node.config import Config
+from node.index import Index
+from node.receive import ReceiverError, Receivers
+from tests.factories import make_ct_series
+from tests.node.sending import (
+    SUCCESS,
+    MakeConfig,
+    associate,
+    carried,
+    carried_by,
+    encoded_dataset,
+    make_instance,
+    wait_until,
+)
+from tests.receiver import listening
+from tests.wire import Peer, associate_rq, messages
+
+
+def test_an_association_is_open_until_it_is_released(receiver: Config, index: Index, tmp_path: Path) -> None:
+    association = associate(receiver)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    assert carried(index) == (1, 0, 0)
+    association.release()
+    assert carried(index) == (0, 1, 0)  # noted before the release was answered
+    assert len(index.cases_to_check()) == 1
+
+
+def test_a_release_stays_a_release_when_the_connection_closes_at_once(
+    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pynetdicom tells of both from different threads; the slower one here is the one that tells of the release."""
+    association = associate(receiver)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    acceptor = next(t for t in threading.enumerate() if "AcceptorThread" in t.name)
+    send_release = acceptor.acse.send_release  # type: ignore[attr-defined]
+
+    def send_release_slowly(*args: Any, **values: Any) -> None:
+        send_release(*args, **values)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(acceptor.acse, "send_release", send_release_slowly)  # type: ignore[attr-defined]
+    association.release()
+    time.sleep(0.5)
+    assert carried(index) == (0, 1, 0)
+
+
+def test_an_aborted_association_is_noted(receiver: Config, index: Index, tmp_path: Path) -> None:
+    association = associate(receiver)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    association.abort()
+    wait_until(lambda: carried(index) == (0, 0, 1))
+
+
+def test_a_dropped_connection_is_noted(receiver: Config, index: Index, tmp_path: Path) -> None:
+    association = associate(receiver)
+    association.send_c_store(make_instance(tmp_path / "sent"))
+    connection = association.dul.socket.socket
+    connection.shutdown(socket.SHUT_RDWR)
+    wait_until(lambda: carried(index) == (0, 0, 1))
+    connection.close()
+
+
+def test_a_silent_association_is_ended(make_config: MakeConfig, index: Index, tmp_path: Path) -> None:
+    with listening(make_config(receive={"network_timeout_s": 0.3}), index) as config:
+        association = associate(config)
+        association.send_c_store(make_instance(tmp_path / "sent"))
+        wait_until(lambda: carried(index) == (0, 0, 1))
+        association.abort()
+
+
+def test_associations_above_the_limit_are_rejected_as_transient(make_config: MakeConfig, index: Index) -> None:
+    with listening(make_config(receive={"max_associations": 1}), index) as config:
+        first, second = associate(config), associate(config)
+        assert (first.is_established, second.is_rejected) == (True, True)
+        assert (second.acceptor.primitive.result, second.acceptor.primitive.diagnostic) == (2, 2)
+        first.release()
+
+
+def test_senders_at_the_same_time_are_all_served(receiver: Config, index: Index, tmp_path: Path) -> None:
+    sent = [make_ct_series(tmp_path / str(number), num_slices=6) for number in range(4)]
+    statuses: list[int] = []
+
+    def send(paths: list[Path]) -> None:
+        association = associate(receiver)
+        statuses.extend(association.send_c_store(path).Status for path in paths)
+        association.release()
+
+    threads = [threading.Thread(target=send, args=(paths,)) for paths in sent]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert statuses == [SUCCESS] * 24
+    assert [case.num_instances for case in index.cases()] == [6, 6, 6, 6]
+
+
+# ---- the processes ----
+
+
+@pytest.fixture
+def receivers(make_config: MakeConfig, index: Index) -> Iterator[tuple[Config, Receivers]]:
+    """The receiver processes as the node runs them."""
+    config = make_config(receive={"processes": 2})
+    running = Receivers(config, index)
+    running.start()
+    yield config, running
+    running.terminate()
+    running.join(5)
+
+
+def test_the_processes_stop_cleanly_while_an_association_is_open(
+    receivers: tuple[Config, Receivers], index: Index, tmp_path: Path
+) -> None:
+    config, running = receivers
+    association = associate(config)
+    assert association.send_c_store(make_instance(tmp_path / "sent")).Status == SUCCESS
+    processes = list(running._processes.values())
+    running.terminate()
+    for process in processes:
+        process.join(8)
+    assert [process.exitcode for process in processes] == [0, 0]
+    wait_until(lambda: association.is_aborted)
+    assert carried(index) == (0, 0, 1)
+    assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
+
+
+def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
+    receivers: tuple[Config, Receivers], index: Index, tmp_path: Path
+) -> None:
+    config, running = receivers
+    first, second = (make_instance(tmp_path / name) for name in ("first", "second"))
+    killed = list(running._processes.values())
+    with Peer(config.receive, timeout_s=60) as peer:
+        peer.associate()
+        peer.send(*messages(str(pydicom.dcmread(first).SOPInstanceUID), encoded_dataset(first)))
+        assert peer.status() == SUCCESS
+        for process in killed:
+            process.kill()
+            process.join()
+        assert peer.receive()[0] == 0
+    with Peer(config.receive, timeout_s=60) as peer:  # in the queue of the port, which outlives the processes
+        peer.send(associate_rq())
+        running.watch()
+        assert peer.receive()[0] == 2
+        peer.send(*messages(str(pydicom.dcmread(second).SOPInstanceUID), encoded_dataset(second)))
+        assert peer.status() == SUCCESS
+        peer.release()
+    assert len(index.cases()) == 2
+    assert carried_by(index, index.cases()[-1].series_instance_uid) == (0, 0, 1)
+    assert len(running._processes) == 2
+    assert not set(killed) & set(running._processes.values())
+
+
+def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config, index: Index) -> None:
+    with pytest.raises(ReceiverError) as raised:
+        Receivers(receiver, index)
+    assert str(raised.value) == f"127.0.0.1:{receiver.receive.port} cannot be listened on: Address already in use"
