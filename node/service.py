@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from apscheduler.events import EVENT_JOB_ERROR, JobExecutionEvent
 from apscheduler.schedulers.background import BackgroundScheduler
 
 from node.case import Case
@@ -28,6 +29,7 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
+from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
@@ -82,6 +84,7 @@ class Service:
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             job_defaults={"coalesce": True, "max_instances": 1},
         )
+        self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
         self._held: set[int] = set()  # ids of the cases that workers have
         self._lock = threading.Lock()
 
@@ -245,6 +248,11 @@ class Service:
             destinations=[item.name for item in destinations if Kind.REPORT_SR in item.profile.objects],
             refusal=outcome.reason,
         )
+
+
+def _log_broken_job(event: JobExecutionEvent) -> None:
+    """A fault of ours in a job of the scheduler, which runs it again at its next time."""
+    log.error("action=job-broke: %s", describe_error(event.exception))
 
 
 def _lock(data_dir: Path) -> BinaryIO:

@@ -4,7 +4,8 @@ Every question has a timeout, which that library leaves to its user. Called by `
 """
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import responses
 from typing import Any
@@ -111,12 +112,13 @@ class Orthanc:
             OrthancError: it does not say.
         """
         answer = self._get_json(f"changes?since={since}&limit={limit}")
-        stable = [
-            StableSeries(number=int(change["Seq"]), series_id=str(change["ID"]))
-            for change in answer["Changes"]
-            if change["ChangeType"] == ChangeType.STABLE_SERIES
-        ]
-        return Changes(stable=stable, last=int(answer["Last"]))
+        with _reading():
+            stable = [
+                StableSeries(number=int(change["Seq"]), series_id=str(change["ID"]))
+                for change in answer["Changes"]
+                if change["ChangeType"] == ChangeType.STABLE_SERIES
+            ]
+            return Changes(stable=stable, last=int(answer["Last"]))
 
     def series_tags(self, series_id: str) -> dict[str, Any]:
         """SeriesInstanceUID, Modality and what else Orthanc keeps of a Series, by keyword.
@@ -125,8 +127,9 @@ class Orthanc:
             GoneError: it is not there any more.
             OrthancError: it does not say.
         """
-        tags: dict[str, Any] = self._get_json(f"series/{series_id}")["MainDicomTags"]
-        return tags
+        answer = self._get_json(f"series/{series_id}")
+        with _reading():
+            return dict(answer["MainDicomTags"])
 
     def instances(self, series_id: str) -> list[Instance]:
         """The Instances of a Series, by InstanceNumber.
@@ -134,14 +137,16 @@ class Orthanc:
         Raises:
             GoneError, OrthancError: as above.
         """
-        found = [
-            Instance(
-                instance_id=str(item["ID"]),
-                sop_instance_uid=str(item["MainDicomTags"]["SOPInstanceUID"]),
-                number=_number(item["MainDicomTags"].get("InstanceNumber")),
-            )
-            for item in self._get_json(f"series/{series_id}/instances?expand")
-        ]
+        answer = self._get_json(f"series/{series_id}/instances?expand")
+        with _reading():
+            found = [
+                Instance(
+                    instance_id=str(item["ID"]),
+                    sop_instance_uid=str(item["MainDicomTags"]["SOPInstanceUID"]),
+                    number=_number(item["MainDicomTags"].get("InstanceNumber")),
+                )
+                for item in answer
+            ]
         return sorted(found, key=lambda instance: (instance.number, instance.sop_instance_uid))
 
     def tags(self, instance: Instance) -> dict[str, Any]:
@@ -150,8 +155,9 @@ class Orthanc:
         Raises:
             GoneError, OrthancError: as above.
         """
-        tags: dict[str, Any] = self._get_json(f"instances/{instance.instance_id}/simplified-tags")
-        return tags
+        answer = self._get_json(f"instances/{instance.instance_id}/simplified-tags")
+        with _reading():
+            return dict(answer)
 
     def read(self, instance: Instance) -> Generator[bytes, None, None]:
         """The file of an Instance, piece by piece.
@@ -166,10 +172,9 @@ class Orthanc:
                 raise OrthancError("broke off", cause=error) from error
 
     def _get_json(self, path: str) -> Any:
-        try:
-            return json.loads(self._get(path).content)
-        except ValueError as error:
-            raise OrthancError("does not answer like an Orthanc; check url", status=200) from error
+        content = self._get(path).content
+        with _reading():
+            return json.loads(content)
 
     def _get(self, path: str, *, stream: bool = False) -> requests.Response:
         try:
@@ -187,6 +192,15 @@ class Orthanc:
         if response is None:  # an error that the library swallows
             raise OrthancError("did not answer properly")
         return response
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """While an answer is read, whose shape is not certain."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OrthancError("does not answer like an Orthanc; check url", status=200) from error
 
 
 def _number(text: Any) -> int:

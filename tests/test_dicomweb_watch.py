@@ -21,7 +21,6 @@ from node.config import Config
 from node.index import Index
 from node.peers import ClientTls, DicomWebSource, HttpAuth
 from node.receive.store import Store
-from node.send import SendError
 from node.watch.dicomweb import DicomWebWatch
 from node.watch.web_archive import ListedSeries, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
@@ -38,8 +37,8 @@ Watch = Callable[..., DicomWebWatch]
 POLL_S = 0.02
 
 
-@pytest.fixture
-def watch(make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+@pytest.fixture(name="watch")
+def make_watch(make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     """Makes a watch of the archive at a URL, which begins with 2026, the day after the Studies of these tests."""
     monkeypatch.setattr("node.watch.dicomweb._today", lambda: date(2026, 1, 2))
     stores: list[Store] = []
@@ -244,31 +243,6 @@ def test_requests_keep_to_their_rate(tmp_path: Path) -> None:
     assert time.monotonic() - started > 4 / 50
 
 
-def test_a_series_during_which_the_archive_falls_silent_holds_up_no_other(
-    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
-    series = [make_ct_series(tmp_path / name) for name in ("one", "other")]
-    silent: list[str] = []
-
-    def instances(archive: WebArchive, listed: Any) -> list[str]:
-        if not silent:
-            silent.append(listed.series_instance_uid)  # whichever comes first
-        if listed.series_instance_uid in silent:
-            raise SendError("it did not answer within 60 s")
-        return answered(archive, listed)
-
-    answered = WebArchive.instances
-    monkeypatch.setattr(WebArchive, "instances", instances)
-    with StandIn().serving() as archive:
-        for paths in series:
-            archive.hold(paths)
-        look(watch(archive.url), 4)
-    assert len(held(index)) == 1
-    assert silent[0] not in held(index)
-    assert "did not answer" in index.watched_source("pacs").error
-
-
 @pytest.mark.parametrize("position", [5312, 20261399])
 def test_a_position_that_another_kind_of_source_left_is_not_believed(
     position: int, watch: Watch, index: Index, tmp_path: Path
@@ -279,33 +253,6 @@ def test_a_position_that_another_kind_of_source_left_is_not_believed(
         archive.hold(paths)
         look(watch(archive.url))
     assert held(index) == {series_of(paths): 8}
-
-
-@pytest.mark.parametrize("counts", ["always", "never"])
-def test_a_series_that_the_archive_cannot_give_out_holds_up_no_other(
-    counts: Any,
-    watch: Watch,
-    index: Index,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
-    broken, sound = make_ct_series(tmp_path / "broken"), make_ct_series(tmp_path / "sound")
-    with StandIn(Shape(counts=counts)).serving() as archive:
-        archive.hold(broken)
-        archive.hold(sound)
-        archive.faults += [(f"{series_of(broken)}/instances?", 500, {})] * 20
-        watched = watch(archive.url)
-        look(watched)
-        assert held(index) == {series_of(sound): 8}
-        assert "answered 500" in index.watched_source("pacs").error
-        look(watched, 4)
-        assert "action=series-not-fetched" in caplog.text
-        archive.asked.clear()
-        look(watched)
-        assert not any("/series/" in path for path in archive.asked)
-    assert index.watched_source("pacs").is_failing is False
 
 
 def test_what_is_no_archive_is_told(

@@ -77,7 +77,10 @@ ONE_BY_ONE = Shape(gives_series=501, gives_single_part=True)
 
 @dataclass
 class StandIn:
-    """The archive: what it holds, and what it was asked. faults: statuses that answer next, by a part of the path."""
+    """The archive: what it holds, and what it was asked.
+
+    faults: statuses that answer next, by a part of the path; 0 closes the connection.
+    """
 
     shape: Shape = field(default_factory=Shape)
     files: dict[str, Path] = field(default_factory=dict)  # by SOP Instance UID
@@ -210,6 +213,9 @@ def _handler(archive: StandIn) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             archive.headers.append(dict(self.headers))
             status, headers, body = archive.answer(self.path, self.headers.get("Accept", ""))
+            if not status:
+                self.close_connection = True
+                return
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -1,4 +1,7 @@
-"""`cspine sources`: how far each watched archive has been followed; with and without a running node."""
+"""`cspine sources`: how far each watched archive has been followed, and what it did not give out.
+
+With and without a running node.
+"""
 
 import json
 import sys
@@ -12,17 +15,20 @@ import click
 from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
-    from node.index import WatchedSource
+    from node.index import TroubledSeries, WatchedSource
     from node.peers import DicomWebSource, OrthancSource
+
+_MAX_SHOWN = 20  # Series that one archive did not give out
 
 
 @click.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one source per line.")
 def sources(config_path: Path | None, as_json: bool) -> None:
-    """See the archives that are watched: state, last success, last error.
+    """See the archives that are watched: state, last success, last error, and the Series that they did not give out.
 
-    Exit status 1 while one of them fails.
+    Such a Series is tried again with growing waits for an hour and then set aside; it holds up no other. Exit status 1
+    while an archive fails.
     """
     config = load_config(config_path)
     if not config.sources.each:
@@ -30,11 +36,16 @@ def sources(config_path: Path | None, as_json: bool) -> None:
         return
     with open_index(config) as index:
         found = [(source, index.watched_source(source.name)) for source in config.sources.each]
+        troubled = {source.name: list(index.troubled_series(source.name).values()) for source, _ in found}
     if as_json:
         for source, known in found:
-            click.echo(json.dumps({"url": source.url, "state": _state(known), **asdict(known)}))
+            not_given = [asdict(series) for series in troubled[source.name]]
+            told = {"url": source.url, "state": _state(known), **asdict(known), "series_not_given": not_given}
+            click.echo(json.dumps(told))
     else:
         _print_table(found)
+        for name, series in troubled.items():
+            _print_troubled(name, series)
     if any(known.is_failing for _, known in found):
         sys.exit(EXIT_FAILED)
 
@@ -66,6 +77,18 @@ def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSourc
             Text(error),
         )
     Console().print(table)
+
+
+def _print_troubled(name: str, troubled: "list[TroubledSeries]") -> None:
+    for series in troubled[:_MAX_SHOWN]:
+        if series.next_attempt_at is None:
+            becomes = f"set aside {_when(series.failed_at)}; send it to the node once {name} can give it out"
+        else:
+            becomes = f"to be tried again {_when(series.next_attempt_at)}"
+        times = f"{series.attempts} attempt{'s' * (series.attempts > 1)}"
+        click.echo(f"{name} did not give out Series {series.series_id} in {times}: {series.reason}\n  {becomes}")
+    if len(troubled) > _MAX_SHOWN:
+        click.echo(f"{name}: {len(troubled) - _MAX_SHOWN} more Series; see --json")
 
 
 def _up_to(source: "OrthancSource | DicomWebSource", known: "WatchedSource") -> str:

@@ -97,6 +97,8 @@ def failure(name: str, error: requests.RequestException, timeout_s: float) -> Se
         return SendError(f"{name} did not answer within {timeout_s:g} s")
     if isinstance(error, requests.exceptions.ConnectionError):
         return SendError(f"{name} {_describe_break(error)}")
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):  # so requests calls any body that ends too early
+        return SendError(f"{name} broke off in the middle of an answer")
     return SendError(f"{name} did not answer properly ({type(error).__name__})")
 
 

@@ -14,7 +14,7 @@ from node.index.notifications import Notifications
 from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving
 from node.index.retaining import Retaining
-from node.index.watching import WatchedSeries, WatchedSource, Watching
+from node.index.watching import TroubledSeries, WatchedSeries, WatchedSource, Watching
 
 __all__ = [
     "Commitment",
@@ -23,6 +23,7 @@ __all__ = [
     "Index",
     "NewInstance",
     "StoredSeries",
+    "TroubledSeries",
     "WatchedSeries",
     "WatchedSource",
 ]

@@ -50,6 +50,8 @@ STEPS = (
     ("ALTER TABLE instances ADD COLUMN checksum BIGINT",),
     # 12: what is known of the Series of a watched archive, a new table.
     (),
+    # 13: Series that a watched archive did not give out, a new table.
+    (),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

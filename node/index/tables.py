@@ -154,3 +154,13 @@ watched_series = Table(  # of archives that tell what they have, and not what is
     Column("num_done", Integer),  # how many it had when it was fetched, or passed over; None before
     Column("listed_at", Float, nullable=False),  # the last time, within a day
 )
+troubled_series = Table(  # that a watched archive, which otherwise answers, did not give out
+    "troubled_series",
+    metadata,
+    Column("source", String, primary_key=True),
+    Column("series_id", String(64), primary_key=True),  # as the archive calls it
+    Column("attempts", Integer, nullable=False),  # that failed
+    Column("failed_at", Float, nullable=False),  # the last one
+    Column("reason", String, nullable=False),  # of the last one
+    Column("next_attempt_at", Float),  # None once it is set aside
+)

@@ -10,7 +10,9 @@ from sqlalchemy.dialects.postgresql import insert
 from node.index import tables
 from node.index.database import Database
 
-_watched, _series = tables.watched, tables.watched_series
+_watched, _series, _troubled = tables.watched, tables.watched_series, tables.troubled_series
+
+_FORGET_S = 30 * 86400.0  # after the last attempt at a Series
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,29 @@ class WatchedSeries:
     counted_at: float
     num_done: int | None
     listed_at: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TroubledSeries:
+    """A Series that a watched archive did not give out. series_id: its UID, or how Orthanc calls it.
+
+    attempts: that failed, the last at `failed_at` for `reason`. next_attempt_at: None once it is set aside. Times in s
+    since 1970.
+    """
+
+    series_id: str
+    attempts: int
+    failed_at: float
+    reason: str
+    next_attempt_at: float | None
+
+    @property
+    def is_set_aside(self) -> bool:
+        return self.next_attempt_at is None
+
+    def rests_at(self, now: float) -> bool:
+        """Whether its next attempt is still to come."""
+        return self.next_attempt_at is not None and now < self.next_attempt_at
 
 
 class Watching(Database):
@@ -114,6 +139,30 @@ class Watching(Database):
         old = (_series.c.source == source) & (_series.c.listed_at < listed_before)
         with self._writing() as connection:
             connection.execute(delete(_series).where(old))
+
+    def troubled_series(self, source: str) -> dict[str, TroubledSeries]:
+        """The Series that an archive did not give out, by what it calls them; the latest failure first."""
+        columns = [column for column in _troubled.c if column is not _troubled.c.source]
+        rows = select(*columns).where(_troubled.c.source == source).order_by(_troubled.c.failed_at.desc())
+        with self._engine.connect() as connection:
+            return {row["series_id"]: TroubledSeries(**row) for row in connection.execute(rows).mappings()}
+
+    def note_trouble(
+        self, source: str, series_id: str, reason: str, *, attempts: int, next_attempt_at: float | None
+    ) -> None:
+        """An archive did not give out a Series; next_attempt_at: None sets it aside. Forgets what is long past."""
+        now = self.now()
+        values = {"attempts": attempts, "failed_at": now, "reason": reason, "next_attempt_at": next_attempt_at}
+        row = insert(_troubled).values({"source": source, "series_id": series_id} | values)
+        with self._writing() as connection:
+            connection.execute(row.on_conflict_do_update(index_elements=["source", "series_id"], set_=values))
+            connection.execute(delete(_troubled).where(_troubled.c.failed_at < now - _FORGET_S))
+
+    def forget_trouble(self, source: str, series_id: str) -> None:
+        """An archive gave out a Series after all, or it is none for us."""
+        row = (_troubled.c.source == source) & (_troubled.c.series_id == series_id)
+        with self._writing() as connection:
+            connection.execute(delete(_troubled).where(row))
 
     def _note(self, source: str, values: dict[str, Any], or_else: dict[str, Any] | None = None) -> None:
         """Notes values; where there is a row, `or_else` in place of those it names."""

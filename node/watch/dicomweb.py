@@ -4,12 +4,13 @@ QIDO-RS has no feed of changes, and no date of arrival. So every look lists the 
 (`overlap_days`) before the day up to which all is done (the position, as YYYYMMDD) until today, and compares them with
 those that are known: a Series is fetched when it has as many Instances as at an earlier look and more than were dealt
 with. Of one that grows later, what is not here is fetched too. The position moves on only as far as what is left would
-still be listed; whatever dies has a Series looked at again, and only what has no row is fetched.
+still be listed; whatever dies has a Series looked at again, and only what has no row is fetched. A Series that the
+archive does not give out is left until its own wait is over.
 """
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -23,7 +24,7 @@ from node.receive.incoming import IncomingFile
 from node.receive.store import Store
 from node.send import SendError
 from node.watch.following import BusyError, Watch
-from node.watch.taking import Taking
+from node.watch.taking import NotStoredError, Taking
 from node.watch.web_archive import ListedSeries, NotGivenError, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
 
@@ -42,11 +43,10 @@ class DicomWebWatch(Watch):
     def __init__(self, config: Config, source: DicomWebSource, index: Index, store: Store) -> None:
         super().__init__(config, source, index, store)
         self._source = source
-        self._broken_off: Counter[str] = Counter()  # at Series during which the archive fell silent
 
     def _follow(self) -> None:
         counted_before = self._index.now() - _SAME_FOR * self.poll_s
-        with closing(WebArchive(self._source)) as archive:
+        with closing(WebArchive(self._source, self._stopping)) as archive:
             position = self._position()
             listed = {series.series_instance_uid: series for series in archive.series(self._since(position))}
             if position is None:
@@ -55,11 +55,9 @@ class DicomWebWatch(Watch):
             known = self._index.watched_series(self.name)
             waiting = [row for uid, row in known.items() if counts.get(uid, 0) > (row.num_done or 0)]
             come = [row for row in waiting if row.counted_at <= counted_before]
-            left, problem = self._fetch(archive, listed, come)
+            left = self._fetch(archive, listed, come)
             left += [row for row in waiting if row.counted_at > counted_before]
         self._move_on(position, [listed[row.series_instance_uid].study_date for row in left])
-        if problem is not None:
-            raise problem
 
     def _position(self) -> int | None:
         """The day up to which all is done; None if there is none, or if it is that of another kind of source."""
@@ -98,17 +96,21 @@ class DicomWebWatch(Watch):
         dealt with grows is not seen.
         """
         known, now = self._index.watched_series(self.name), self._index.now()
+        troubled = self._index.troubled_series(self.name)
         counts = {}
         for uid, series in listed.items():
             row = known.get(uid)
             if series.num_instances is not None:
                 counts[uid] = series.num_instances
-            elif row is not None and row.num_done is not None:
+            elif row is not None and (row.num_done is not None or uid in troubled):
                 counts[uid] = row.num_instances
             else:
                 try:
                     counts[uid] = len(archive.instances(series))
-                except NotGivenError:
+                except BusyError:
+                    raise
+                except SendError as error:
+                    _blame_series(archive, error)
                     counts[uid] = 1  # fetching it will fail too, and say so
         same = {uid: row.num_instances for uid, row in known.items() if now - row.listed_at < _DAY_S}
         changed = {uid: count for uid, count in counts.items() if same.get(uid) != count}
@@ -117,29 +119,29 @@ class DicomWebWatch(Watch):
 
     def _fetch(
         self, archive: WebArchive, listed: Mapping[str, ListedSeries], rows: Sequence[WatchedSeries]
-    ) -> tuple[list[WatchedSeries], SendError | None]:
-        """Fetches Series, the newest first; what is left, and why, if something went wrong."""
-        until, left, problem = time.monotonic() + _LONGEST_LOOK_S, [], None
-        # A Series that the archive cannot read to its end must not keep the others waiting for ever.
-        for row in sorted(rows, key=lambda row: (self._broken_off[row.series_instance_uid], -row.counted_at)):
+    ) -> list[WatchedSeries]:
+        """Fetches Series, the newest first, and last those in trouble; what is left for another look."""
+        until, left = time.monotonic() + _LONGEST_LOOK_S, []
+        troubled = self._index.troubled_series(self.name)
+        for row in sorted(rows, key=lambda row: (row.series_instance_uid in troubled, -row.counted_at)):
             uid = row.series_instance_uid
-            if time.monotonic() > until:
+            trouble, is_fetched = troubled.get(uid), False
+            if time.monotonic() > until or (trouble and trouble.rests_at(self._index.now())):
                 left.append(row)
                 continue
             try:
                 is_fetched = self._take(archive, listed[uid])
-            except NotGivenError as error:
-                if not self._is_given_up(uid, error):
-                    left.append(row)
-                    problem = error
-                    continue
-                is_fetched = False
-            except SendError as error:
-                self._broken_off[uid] += not isinstance(error, BusyError)
+                if trouble:
+                    self._index.forget_trouble(self.name, uid)
+            except (BusyError, NotStoredError):
                 raise
-            del self._attempts[uid], self._broken_off[uid]
+            except SendError as error:
+                _blame_series(archive, error)
+                if not self._is_set_aside(uid, error):
+                    left.append(row)
+                    continue
             self._index.note_series_done(self.name, uid, row.num_instances, is_fetched=is_fetched)
-        return left, problem
+        return left
 
     def _take(self, archive: WebArchive, series: ListedSeries) -> bool:
         """Fetches a Series, or what of it is not here, unless it is none for us."""
@@ -212,6 +214,16 @@ def _take_one(archive: WebArchive, series: ListedSeries, sop_instance_uid: str, 
     except NotGivenError as error:
         if error.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
             raise
+
+
+def _blame_series(archive: WebArchive, error: SendError) -> None:
+    """Returns if an error at a Series is about that Series.
+
+    Raises:
+        SendError, StoppingError: the archive as a whole does not answer.
+    """
+    if not isinstance(error, NotGivenError):
+        next(archive.series(_today()), None)
 
 
 def check_source(source: DicomWebSource) -> str:

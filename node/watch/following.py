@@ -1,5 +1,8 @@
 """What every watch of an archive does: looks now and then, never twice at once, and waits longer while that fails.
 
+A Series that the archive does not give out, though it answers otherwise, has waits of its own, so that it holds up no
+other; after some attempts it is set aside, for people to see (`cspine sources`).
+
 How an archive tells what is new, and how it gives that out, the watch of its kind knows.
 """
 
@@ -7,7 +10,6 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +30,8 @@ from node.watch.taking import StoppingError, Taking
 log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 300.0
-_MAX_ATTEMPTS = 5  # at one Series, where the archive answers, with an error
+_MAX_ATTEMPTS = 10  # at one Series; with these waits they take an hour, in which an archive may come to itself
+_FIRST_SERIES_WAIT_S, _LONGEST_SERIES_WAIT_S = 10.0, 1800.0
 
 
 class BusyError(SendError):
@@ -49,7 +52,6 @@ class Watch(ABC):
         self._stopping, self._looking = threading.Event(), threading.Lock()
         self._not_before = 0.0  # monotonic, s
         self._num_failures, self._reason = 0, ""
-        self._attempts: Counter[str] = Counter()  # at Series that the archive does not give out
 
     def stop(self) -> None:
         """Has a look that is going on end soon."""
@@ -77,6 +79,9 @@ class Watch(ABC):
             self._failed(str(error), error.wait_s if isinstance(error, BusyError) else 0.0)
         except (OSError, SQLAlchemyError) as error:
             self._failed(f"what it has cannot be stored now: {describe_error(error)}")
+        except Exception as error:  # a fault of ours: the scheduler has it logged
+            self._failed(describe_error(error))
+            raise
 
     @abstractmethod
     def _follow(self) -> None:
@@ -111,14 +116,19 @@ class Watch(ABC):
             time.monotonic() - started,
         )
 
-    def _is_given_up(self, series_id: str, error: Exception) -> bool:
-        """Whether this failure at a Series, of an archive that otherwise answers, was one too many."""
-        self._attempts[series_id] += 1
-        if self._attempts[series_id] < _MAX_ATTEMPTS:
-            return False
-        log.error("action=series-not-fetched source=%r id=%s: %s", self.name, series_id, error)
-        del self._attempts[series_id]
-        return True
+    def _is_set_aside(self, series_id: str, error: SendError) -> bool:
+        """Notes that an archive that answers otherwise did not give out a Series; whether that was once too often."""
+        known = self._index.troubled_series(self.name).get(series_id)
+        # One that was set aside before has come up again: it is begun anew.
+        attempts = 1 + (known.attempts if known and not known.is_set_aside else 0)
+        next_attempt_at = None
+        if attempts < _MAX_ATTEMPTS:
+            wait_s = retry_wait_s(attempts, _FIRST_SERIES_WAIT_S, _LONGEST_SERIES_WAIT_S)
+            next_attempt_at = self._index.now() + wait_s
+        else:
+            log.error("action=series-set-aside source=%r id=%s attempts=%d: %s", self.name, series_id, attempts, error)
+        self._index.note_trouble(self.name, series_id, str(error), attempts=attempts, next_attempt_at=next_attempt_at)
+        return next_attempt_at is None
 
     def _failed(self, reason: str, least_wait_s: float = 0.0) -> None:
         self._num_failures += 1

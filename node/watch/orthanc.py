@@ -1,7 +1,8 @@
 """An Orthanc that is followed: its changes from the last position on, what of them is fetched, and how.
 
-The position moves on when a Series is safely here, or is none for us; whatever dies in between has it looked at again.
-Instances that are here already are not fetched again. What is no CT, and so every result, is left there.
+The position moves on when a Series is safely here, is none for us, or is noted as one that Orthanc did not give out,
+which is then tried again by itself; whatever dies in between has it looked at again. Instances that are here already
+are not fetched again. What is no CT, and so every result, is left there.
 """
 
 import logging
@@ -44,28 +45,33 @@ class OrthancWatch(Watch):
                 "action=source-anew source=%r: its changes begin anew, so it is looked through again", self.name
             )
             position = 0
+        troubled = self._index.troubled_series(self.name)
         while position < last:
             changes = orthanc.changes(position)
             for change in changes.stable:
-                is_fetched = self._take(orthanc, change.series_id)
+                is_fetched = self._take(orthanc, change.series_id, change.series_id in troubled)
                 self._index.note_position(self.name, change.number, num_fetched=int(is_fetched))
             if changes.last <= position:
-                return
+                break
             position = changes.last
             self._index.note_position(self.name, position)
+        for series_id, trouble in self._index.troubled_series(self.name).items():
+            if not trouble.is_set_aside and not trouble.rests_at(self._index.now()):
+                is_fetched = self._take(orthanc, series_id, True)
+                self._index.note_position(self.name, position, num_fetched=int(is_fetched))
 
-    def _take(self, orthanc: Orthanc, series_id: str) -> bool:
-        """Fetches a Series unless it is none for us; False also when Orthanc does not give it out."""
+    def _take(self, orthanc: Orthanc, series_id: str, was_troubled: bool) -> bool:
+        """Fetches a Series unless it is none for us; False also when Orthanc does not give it out, which is noted."""
         try:
             is_fetched = self._fetch_wanted(orthanc, series_id)
         except GoneError:
-            return False
-        except OrthancError as error:
-            is_about_series = error.status is not None and error.status >= 400 and error.status not in (401, 403, 503)
-            if not is_about_series or not self._is_given_up(series_id, error):
-                raise
             is_fetched = False
-        del self._attempts[series_id]
+        except OrthancError as error:
+            orthanc.last_change()  # raises if it does not answer at all: then it is not about this Series
+            self._is_set_aside(series_id, _explain(self._source, error))
+            return False
+        if was_troubled:
+            self._index.forget_trouble(self.name, series_id)
         return is_fetched
 
     def _fetch_wanted(self, orthanc: Orthanc, series_id: str) -> bool:

@@ -25,6 +25,10 @@ class StoppingError(Exception):
     """The node stops."""
 
 
+class NotStoredError(SendError):
+    """What an archive gives cannot be stored now, whatever it is."""
+
+
 class Taking:
     """For the index all of them are one association. Safe to use from several threads; `end` it.
 
@@ -55,14 +59,14 @@ class Taking:
         """Returns when the Instance is safely here, or will never be. sop_instance_uid: as the archive calls it.
 
         Raises:
-            SendError, OSError, SQLAlchemyError: it cannot be taken now.
+            NotStoredError, OSError, SQLAlchemyError: it cannot be taken now.
         """
         reason = ""
         try:
             file.finish()
         except RefusedError as refusal:
             if refusal.status == OUT_OF_RESOURCES:
-                raise SendError(f"what {self._where} has cannot be stored now: {refusal}") from refusal
+                raise NotStoredError(f"what {self._where} has cannot be stored now: {refusal}") from refusal
             reason = str(refusal)
         except (OSError, SQLAlchemyError):
             file.abandon()
@@ -78,7 +82,7 @@ class Taking:
         """Takes a whole file, and returns as `finish` does; what breaks off is raised as it came.
 
         Raises:
-            StoppingError, SendError, OSError, SQLAlchemyError: it cannot be taken now.
+            StoppingError, NotStoredError, OSError, SQLAlchemyError: it cannot be taken now.
         """
         file = self.begin()
         try:

@@ -22,6 +22,7 @@ from node.peers import DicomWebSource
 from node.receive.headers import is_uid
 from node.send import SendError
 from node.watch.following import BusyError
+from node.watch.taking import StoppingError
 from node.web.multipart import (
     Event,
     MultipartError,
@@ -77,14 +78,18 @@ class ListedSeries:
 class WebArchive:
     """One archive, while something is fetched from it; close it after use. Safe to use from several threads.
 
+    stopping: once it is set, nothing more is asked.
+
     Every method raises:
+        StoppingError: the node stops.
         SendError: it cannot be reached, or does not answer like a DICOMweb server.
         BusyError: it asks for a pause.
         NotGivenError: it answers with an error.
     """
 
-    def __init__(self, source: DicomWebSource) -> None:
+    def __init__(self, source: DicomWebSource, stopping: threading.Event | None = None) -> None:
         self._peer = HttpPeer(source)
+        self._stopping = stopping or threading.Event()
         self._timeout_s, self._pause_s = source.timeout_s, 1 / source.max_requests_per_s
         self._next_at = 0.0  # monotonic, s
         self._lock = threading.Lock()
@@ -234,7 +239,8 @@ class WebArchive:
             now = time.monotonic()
             at = max(now, self._next_at)
             self._next_at = at + self._pause_s
-        time.sleep(at - now)
+        if self._stopping.wait(at - now):
+            raise StoppingError
 
 
 def _day(text: str) -> date | None:

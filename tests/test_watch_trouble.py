@@ -1,0 +1,364 @@
+"""Series that a watched archive does not give out, faults and a stop in the middle of a look: what they hold up."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from pydicom import dcmread
+
+from node.config import Config
+from node.index import Index
+from node.peers import DicomWebSource, OrthancSource
+from node.receive.store import Store
+from node.watch.dicomweb import DicomWebWatch
+from node.watch.following import _MAX_ATTEMPTS
+from node.watch.orthanc import OrthancWatch
+from node.watch.taking import StoppingError
+from node.watch.web_archive import WebArchive
+from tests.factories import make_ct_series
+from tests.test_dicomweb_watch import Watch, held, look, make_watch, series_of  # noqa: F401 - a fixture named watch
+from tests.web_archive_stand_in import Shape, StandIn
+
+_DAY_S = 86400.0
+
+
+class Clock:
+    """Real time, and what was added."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_s
+
+
+@pytest.fixture
+def ahead(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(index, "now", clock)
+    return clock
+
+
+# ---- DICOMweb ----
+
+
+@pytest.mark.parametrize("counts", ["always", "never"])
+@pytest.mark.parametrize(
+    ("fault", "reason"), [(500, "answered 500"), (403, "answered 403"), (0, "broke the connection")]
+)
+def test_a_series_that_an_archive_does_not_give_out_waits_alone_and_is_set_aside(
+    fault: int,
+    reason: str,
+    counts: Any,
+    watch: Watch,
+    index: Index,
+    ahead: Clock,
+    cspine: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """0: the connection is closed without an answer."""
+    broken, sound, new = (make_ct_series(tmp_path / name) for name in ("broken", "sound", "new"))
+    uid, path = series_of(broken), f"{series_of(broken)}/instances?"
+    with StandIn(Shape(counts=counts)).serving() as archive:
+        archive.hold([*broken, *sound])
+        archive.faults += [(path, fault, {})] * 100
+        watched = watch(archive.url)
+        look(watched)
+        assert held(index) == {series_of(sound): 8}
+        known, trouble = index.watched_source("pacs"), index.troubled_series("pacs")[uid]
+        assert (known.is_failing, known.error, trouble.attempts) == (False, "", 1)
+        assert reason in trouble.reason
+
+        archive.asked.clear()
+        archive.hold(new)
+        look(watched)  # at once: the archive has no wait
+        assert held(index) == {series_of(sound): 8, series_of(new): 8}
+        assert not any(path in asked for asked in archive.asked)
+
+        watched = watch(archive.url)  # the node is restarted
+        for attempts in range(2, _MAX_ATTEMPTS + 1):
+            ahead.ahead_s += 1800
+            look(watched)
+            assert index.troubled_series("pacs")[uid].attempts == attempts
+        assert index.troubled_series("pacs")[uid].is_set_aside
+        assert "action=series-set-aside" in caplog.text
+        assert uid in caplog.text
+
+        ahead.ahead_s += _DAY_S
+        archive.asked.clear()
+        look(watched)
+        assert not any(path in asked for asked in archive.asked)
+
+        config = tmp_path / "config.yaml"
+        config.write_text(f"data_dir: {index.data_dir}\nsources:\n  dicomweb: [{{name: pacs, url: '{archive.url}'}}]\n")
+        shown = cspine("sources", "--config", config)
+        assert shown.exit_code == 0
+        assert f"pacs did not give out Series {uid} in {_MAX_ATTEMPTS} attempts: {archive.url} {reason}" in shown.output
+        assert "set aside" in shown.output
+        (told,) = json.loads(cspine("sources", "--config", config, "--json").output)["series_not_given"]
+        assert (told["series_id"], told["next_attempt_at"]) == (uid, None)
+
+        if counts == "always":  # it grows, and can be given out
+            archive.faults.clear()
+            archive.hold(make_ct_series(tmp_path / "late", num_slices=1, series_instance_uid=uid))
+            look(watched)
+            assert held(index)[uid] == 9
+            assert index.troubled_series("pacs") == {}
+
+
+def test_a_series_that_can_be_given_out_later_is_fetched_then(
+    watch: Watch,
+    index: Index,
+    ahead: Clock,
+    tmp_path: Path,
+) -> None:
+    paths = make_ct_series(tmp_path / "ct")
+    with StandIn().serving() as archive:
+        archive.hold(paths)
+        archive.faults.append(("/instances?", 500, {}))
+        watched = watch(archive.url)
+        look(watched)
+        assert held(index) == {}
+        ahead.ahead_s += 10
+        look(watched, 1)
+    assert held(index) == {series_of(paths): 8}
+    assert index.troubled_series("pacs") == {}
+
+
+def test_an_archive_that_falls_silent_as_a_whole_is_not_taken_for_series_in_trouble(
+    watch: Watch,
+    index: Index,
+    tmp_path: Path,
+) -> None:
+    with StandIn().serving() as archive:
+        archive.hold(make_ct_series(tmp_path / "ct"))
+        watched = watch(archive.url)
+        look(watched, 1)
+        answer = archive.answer
+
+        def fall_silent(path: str, accept: str) -> tuple[int, dict[str, str], bytes]:
+            if "/instances?" in path:
+                archive.faults += [("/", 0, {})] * 10
+            return answer(path, accept)
+
+        archive.answer = fall_silent  # type: ignore[method-assign]
+        watched.look()
+    assert index.watched_source("pacs").is_failing
+    assert index.troubled_series("pacs") == {}
+
+
+def test_a_full_disk_is_not_taken_for_a_series_in_trouble(
+    make_config: Callable[..., Config], index: Index, tmp_path: Path
+) -> None:
+    config = make_config(receive={"min_free_disk_mb": 10**9})
+    store = Store(config, index, "watch")
+    with closing(store), StandIn().serving() as archive:
+        archive.hold(make_ct_series(tmp_path / "ct"))
+        source = DicomWebSource(name="pacs", url=archive.url, begin=date(2026, 1, 1), overlap_days=None, poll_s=0.02)
+        look(DicomWebWatch(config, source, index, store))
+    assert "cannot be stored now" in index.watched_source("pacs").error
+    assert index.troubled_series("pacs") == {}
+
+
+def test_a_fault_of_ours_is_the_last_error_of_the_source_and_quotes_nobody(
+    watch: Watch,
+    index: Index,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("Doe^Jane")
+
+    monkeypatch.setattr(WebArchive, "series", broken)
+    with pytest.raises(KeyError):  # for the scheduler, which has it logged
+        watch("http://127.0.0.1:1").look()
+    known = index.watched_source("pacs")
+    assert known.is_failing
+    assert f"unexpected KeyError at {__file__}" in known.error
+    assert "Doe" not in known.error
+
+
+def test_the_log_says_of_a_broken_job_kind_and_place_and_no_values() -> None:
+    code = (
+        "from datetime import datetime\n"
+        "from apscheduler.events import EVENT_JOB_ERROR\n"
+        "from apscheduler.schedulers.background import BackgroundScheduler\n"
+        "from node.process import set_up_logging\n"
+        "from node.service import _log_broken_job\n"
+        "set_up_logging('INFO')\n"
+        "scheduler = BackgroundScheduler()\n"
+        "scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)\n"
+        "scheduler.add_job(lambda: int('Doe^Jane'), next_run_time=datetime.now())\n"
+        "scheduler.start()\n"
+        "import time; time.sleep(0.3)\n"
+        "scheduler.shutdown()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "action=job-broke: unexpected ValueError at <string>:9" in done.stderr
+    assert "Doe" not in done.stderr
+
+
+def test_a_stop_does_not_wait_for_the_pause_between_two_requests(tmp_path: Path) -> None:
+    stopping = threading.Event()
+    with StandIn().serving() as archive:
+        source = DicomWebSource(name="pacs", url=archive.url, max_requests_per_s=0.01)
+        with closing(WebArchive(source, stopping)) as asking:
+            asking.check()
+            threading.Timer(0.2, stopping.set).start()
+            started = time.monotonic()
+            with pytest.raises(StoppingError):
+                list(asking.series(None))
+    assert time.monotonic() - started < 5
+    assert len(archive.asked) == 1
+
+
+# ---- Orthanc ----
+
+
+@dataclass
+class OrthancStandIn:
+    """What of Orthanc's REST API a watch asks, with Series by name. faults: statuses of files of a Series, 0 cuts them.
+
+    changes: the Series that became stable, in order.
+    """
+
+    series: dict[str, list[Path]]
+    changes: list[str] = field(default_factory=list)
+    faults: dict[str, int | Literal["odd"]] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def answer(self, path: str) -> tuple[int, Any]:
+        """Status and body: of a file bytes, else what becomes JSON."""
+        self.asked.append(path)
+        kind, _, rest = path.removeprefix("/").partition("/")
+        if path == "/changes?last":
+            return 200, {"Changes": [], "Last": len(self.changes)}
+        if path.startswith("/changes?since="):
+            since = int(path.removeprefix("/changes?since=").partition("&")[0])
+            numbered = list(enumerate(self.changes, start=1))[since:]
+            found = [{"Seq": number, "ID": name, "ChangeType": "StableSeries"} for number, name in numbered]
+            return 200, {"Changes": found, "Last": len(self.changes), "Done": True}
+        name, number = rest.split("/")[0].partition(".")[::2]
+        if kind == "series" and rest.endswith("/instances?expand"):
+            if self.faults.get(name) == "odd":
+                return 200, [{"nothing": "known"}]
+            uids = [str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in self.series[name]]
+            return 200, [{"ID": f"{name}.{n}", "MainDicomTags": {"SOPInstanceUID": uid}} for n, uid in enumerate(uids)]
+        if kind == "series":
+            uid = str(dcmread(self.series[name][0], stop_before_pixels=True).SeriesInstanceUID)
+            return 200, {"MainDicomTags": {"Modality": "CT", "SeriesInstanceUID": uid}}
+        if rest.endswith("/simplified-tags"):
+            return 200, {"Modality": "CT", "ImageType": "ORIGINAL\\PRIMARY\\AXIAL"}
+        return int(self.faults.get(name, 200)), self.series[name][int(number)].read_bytes()
+
+    @contextmanager
+    def serving(self) -> Iterator["OrthancStandIn"]:
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, body = stand_in.answer(self.path)
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status or 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data if status else data[:100])
+
+            def log_message(self, *_: object) -> None:
+                """Says nothing."""
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+            self.url = f"http://127.0.0.1:{server.server_port}"
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield self
+            server.shutdown()
+
+
+@pytest.fixture
+def watch_orthanc(make_config: Callable[..., Config], index: Index) -> Iterator[Callable[[str], OrthancWatch]]:
+    """Makes a watch of the Orthanc at a URL, from its oldest change on."""
+    config = make_config()
+    with closing(Store(config, index, "watch")) as store:
+        yield lambda url: OrthancWatch(config, OrthancSource(name="orthanc", url=url, begin="oldest"), index, store)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [(0, "broke off in the middle"), (500, "answered 500"), ("odd", "does not answer like an Orthanc")],
+)
+def test_a_series_that_orthanc_does_not_give_out_holds_up_neither_the_others_nor_the_position(
+    fault: Any,
+    reason: str,
+    watch_orthanc: Callable[[str], OrthancWatch],
+    index: Index,
+    ahead: Clock,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """0: every file of it breaks off in the middle."""
+    broken, sound, new = (make_ct_series(tmp_path / name) for name in ("broken", "sound", "new"))
+    orthanc = OrthancStandIn({"broken": broken, "sound": sound, "new": new}, faults={"broken": fault})
+    orthanc.changes += ["broken", "sound"]
+    with orthanc.serving():
+        watched = watch_orthanc(orthanc.url)
+        watched.look()
+        assert held(index) == {series_of(sound): 8}
+        known, trouble = index.watched_source("orthanc"), index.troubled_series("orthanc")["broken"]
+        assert (known.position, known.is_failing, known.num_series, trouble.attempts) == (2, False, 1, 1)
+        assert reason in trouble.reason
+
+        orthanc.asked.clear()
+        orthanc.changes.append("new")
+        watched.look()  # at once: the archive has no wait
+        assert held(index) == {series_of(sound): 8, series_of(new): 8}
+        assert not any("broken" in path for path in orthanc.asked)
+
+        watched = watch_orthanc(orthanc.url)  # the node is restarted
+        for attempts in range(2, _MAX_ATTEMPTS + 1):
+            ahead.ahead_s += 1800
+            watched.look()
+            assert index.troubled_series("orthanc")["broken"].attempts == attempts
+        assert index.troubled_series("orthanc")["broken"].is_set_aside
+        assert "action=series-set-aside" in caplog.text
+        ahead.ahead_s += _DAY_S
+        orthanc.asked.clear()
+        watched.look()
+        assert not any("broken" in path for path in orthanc.asked)
+
+        orthanc.faults.clear()
+        orthanc.changes.append("broken")  # it grew, say
+        watched.look()
+        assert held(index)[series_of(broken)] == 8
+    assert index.troubled_series("orthanc") == {}
+    assert index.watched_source("orthanc").num_series == 3
+
+
+def test_a_file_that_breaks_off_once_is_fetched_some_seconds_later(
+    watch_orthanc: Callable[[str], OrthancWatch],
+    index: Index,
+    ahead: Clock,
+    tmp_path: Path,
+) -> None:
+    paths = make_ct_series(tmp_path / "ct")
+    orthanc = OrthancStandIn({"one": paths}, changes=["one"], faults={"one": 0})
+    with orthanc.serving():
+        watched = watch_orthanc(orthanc.url)
+        watched.look()
+        orthanc.faults.clear()
+        ahead.ahead_s += 10
+        watched.look()
+    assert held(index) == {series_of(paths): 8}
+    assert index.troubled_series("orthanc") == {}
+    known = index.watched_source("orthanc")
+    assert (known.position, known.num_series) == (1, 1)
