@@ -145,7 +145,8 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
     def text(keyword: str) -> str:
         return next((found for place in places if (found := _text(place, keyword))), "")
 
-    slope, intercept = numbers("RescaleSlope", 1), numbers("RescaleIntercept", 1)
+    slope, slope_fault = _rescale(places, "RescaleSlope")
+    intercept, intercept_fault = _rescale(places, "RescaleIntercept")
     spacing_mm, detector_mm = numbers("PixelSpacing", 2), numbers("ImagerPixelSpacing", 2)
     stack = (("StackID", text("StackID")), ("TemporalPositionIndex", text("TemporalPositionIndex")))
     image_types = (_value(place, "FrameType") or _value(place, "ImageType") for place in places)
@@ -156,11 +157,34 @@ def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:
         "has_detector_spacing": not _positive(spacing_mm) and _positive(detector_mm) is not None,
         "position_lps_mm": numbers("ImagePositionPatient", 3),
         "orientation": numbers("ImageOrientationPatient", 6),
-        "rescale_slope": slope[0] if slope and 0 < abs(slope[0]) < _NO_RESCALE else None,
-        "rescale_intercept": intercept[0] if intercept and abs(intercept[0]) < _NO_RESCALE else None,
+        "rescale_slope": slope,
+        "rescale_intercept": intercept,
         "rescale_type": text("RescaleType"),
+        "rescale_fault": slope_fault or intercept_fault,
         "stack": ", ".join(f"{keyword} {value}" for keyword, value in stack if value),
     }
+
+
+def _rescale(places: Sequence[pydicom.Dataset], keyword: str) -> tuple[float | None, str]:
+    """The number in the first of the places that has any value; None if none has, or with what is wrong with it."""
+    for place in places:
+        element = place.get_item(keyword)
+        if element is None or _is_blank(element.value):
+            continue
+        found = _numbers(place, keyword, 1)
+        if found is None:
+            return None, f"{keyword} is no number"
+        (number,) = found
+        is_scale = abs(number) < _NO_RESCALE and (number != 0 or keyword != "RescaleSlope")
+        return (number, "") if is_scale else (None, f"{keyword} is {number:g}")
+    return None, ""
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether a value, parsed or not yet, is none."""
+    if isinstance(value, bytes):
+        return not value.strip(b" \0")
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _positive(spacing_mm: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -334,13 +358,14 @@ def _check_hu(voxels_hu: NDArray[np.int16], header: SliceHeader) -> list[str]:
         raise SeriesError(f"{series} is empty: every voxel is {voxels_hu.flat[0]} HU.")
     if header.rescale_intercept is None and low > -500:
         raise SeriesError(
-            f"{series} has no RescaleIntercept and its values run from {low:.0f} to {high:.0f}: they are not "
-            "Hounsfield units (air would be near -1000). Send the original CT."
+            f"{series} has no RescaleSlope and RescaleIntercept, and its values run from {low:.0f} to {high:.0f}: "
+            "they are not Hounsfield units (air would be near -1000). Send the original CT."
         )
     warnings = []
     if header.rescale_intercept is None:
         warnings.append(
-            "RescaleIntercept is missing; the stored values look like Hounsfield units and were taken as such."
+            "RescaleSlope and RescaleIntercept are missing; the stored values look like Hounsfield units and were "
+            "taken as such."
         )
     if low > -500:
         warnings.append(

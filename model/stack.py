@@ -43,6 +43,7 @@ class SliceHeader:
     has_detector_spacing: PixelSpacing is missing and ImagerPixelSpacing stands in for it.
     orientation: direction cosines, LPS, of a row (towards higher columns), then of a column (towards higher rows).
     stack: in words, of which stack or time an Enhanced CT says the frame is, "" when it does not.
+    rescale_fault: what is wrong with a RescaleSlope or RescaleIntercept that is there, in words: "RescaleSlope is 0".
     concatenation: ConcatenationUID, number of this part and how many there are (0 unknown), of a split Enhanced CT.
     """
 
@@ -65,6 +66,7 @@ class SliceHeader:
     rescale_slope: float | None = None
     rescale_intercept: float | None = None
     rescale_type: str = ""
+    rescale_fault: str = ""
     stack: str = ""
     concatenation: tuple[str, int, int] | None = None
 
@@ -265,13 +267,7 @@ def _check_attributes(slices: Sequence[SliceHeader], series: str) -> None:
     units = {header.rescale_type for header in slices} - {"", "HU", "US", "HU_MOD"}
     if units:
         raise SeriesError(f"{series} holds values in {', '.join(sorted(units))} (RescaleType), not Hounsfield units.")
-    for attribute, keyword in (("rescale_slope", "RescaleSlope"), ("rescale_intercept", "RescaleIntercept")):
-        lacking = [header.sop_instance_uid for header in slices if getattr(header, attribute) is None]
-        if 0 < len(lacking) < len(slices):
-            raise SeriesError(
-                f"{series} has {len(lacking)} of {len(slices)} slices without a usable {keyword}, the first is "
-                f"Instance {lacking[0]}; what their values mean is unknown."
-            )
+    _check_rescale(slices, series)
     for attribute, keyword, tolerance in (
         ("rows", "Rows", 0.0),
         ("columns", "Columns", 0.0),
@@ -285,6 +281,34 @@ def _check_attributes(slices: Sequence[SliceHeader], series: str) -> None:
     frames_of_reference = Counter(header.frame_of_reference_uid for header in slices)
     if len(frames_of_reference) > 1:
         raise SeriesError(f"{series} mixes frames of reference: {_most_common(frames_of_reference)}.")
+
+
+def _check_rescale(slices: Sequence[SliceHeader], series: str) -> None:
+    """Refuses slices whose values nobody can turn into Hounsfield units.
+
+    Slope and intercept are required of CT (PS3.3 C.8.2.1). Both are missing from what converters made, whose values are
+    often Hounsfield units, as reading checks; one without the other, or one that is no scale, means that a value was
+    lost, and to take it for 1 or 0 would be a guess.
+    """
+    unknown = "what their values mean is unknown. Send the original CT."
+    faults = [(header.rescale_fault, header.sop_instance_uid) for header in slices if header.rescale_fault]
+    if faults:
+        (fault, uid), *_ = faults
+        raise SeriesError(
+            f"{series} has {len(faults)} of {len(slices)} slices whose {fault}, the first is Instance {uid}; {unknown}"
+        )
+    without = {
+        keyword: [header.sop_instance_uid for header in slices if getattr(header, attribute) is None]
+        for attribute, keyword in (("rescale_slope", "RescaleSlope"), ("rescale_intercept", "RescaleIntercept"))
+    }
+    if all(len(uids) == len(slices) for uids in without.values()):
+        return
+    for keyword, uids in without.items():
+        if uids:
+            raise SeriesError(
+                f"{series} has {len(uids)} of {len(slices)} slices without {keyword}, the first is Instance {uids[0]}; "
+                f"{unknown}"
+            )
 
 
 def _check_concatenations(slices: Sequence[SliceHeader], series: str) -> None:

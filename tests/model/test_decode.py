@@ -177,13 +177,13 @@ def test_values_that_cannot_be_hounsfield_units_are_refused(tmp_path: Path) -> N
     def empty(_: int, ds: Dataset) -> None:
         ds.PixelData = bytes(len(ds.PixelData))
 
-    with pytest.raises(SeriesError, match=r"no RescaleIntercept and its values run from 24 to"):
+    with pytest.raises(SeriesError, match=r"no RescaleSlope and RescaleIntercept, and its values run from 24 to"):
         read_series(make_ct_series(tmp_path / "a", edit=without_rescale), SMALL)
     with pytest.raises(SeriesError, match=r"is empty: every voxel is -1024 HU"):
         read_series(make_ct_series(tmp_path / "b", edit=empty), SMALL)
     volume = read_series(make_ct_series(tmp_path / "c", signed=True, edit=without_rescale), SMALL)
     assert_every_voxel_is_in_its_place(volume)
-    assert "RescaleIntercept is missing" in volume.warnings[0]
+    assert "RescaleSlope and RescaleIntercept are missing" in volume.warnings[0]
 
 
 def test_unusual_values_are_told(tmp_path: Path) -> None:

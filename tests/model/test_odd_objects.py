@@ -1,7 +1,9 @@
 """CT as it comes from old scanners, gateways and converters: read to the right voxels, or refused by name."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -268,30 +270,52 @@ def test_imager_pixel_spacing_stands_in_with_a_warning(tmp_path: Path) -> None:
     assert volume.warnings == ("PixelSpacing is missing; ImagerPixelSpacing was taken for it: sizes may be wrong.",)
 
 
+@pytest.mark.parametrize("which", [[4], range(8)], ids=["one", "all"])
 @pytest.mark.parametrize(
-    ("keyword", "good", "bad"),
+    ("good", "bad", "reason"),
     [
-        ("RescaleIntercept", b"-1024.0 ", b"-1024,0 "),
-        ("RescaleIntercept", b"-1024.0 ", b"NaN     "),
-        ("RescaleSlope", b"1.000 ", b"1.0e99"),
-        ("RescaleSlope", b"1.000 ", b"0     "),
-        ("RescaleSlope", b"1.000 ", b"      "),
+        (b"-1024.0 ", b"-1024,0 ", "whose RescaleIntercept is no number"),
+        (b"-1024.0 ", b"NaN     ", "whose RescaleIntercept is no number"),
+        (b"-1024.0 ", b"        ", "without RescaleIntercept"),
+        (b"1.000 ", b"1.0e99", "whose RescaleSlope is 1e\\+99"),
+        (b"1.000 ", b"0     ", "whose RescaleSlope is 0"),
+        (b"1.000 ", b"inf   ", "whose RescaleSlope is no number"),
+        (b"1.000 ", b"      ", "without RescaleSlope"),
     ],
 )
-def test_a_slice_whose_rescale_is_garbage_is_refused_not_guessed(
-    tmp_path: Path, keyword: str, good: bytes, bad: bytes
+def test_slices_whose_rescale_is_garbage_are_refused_not_guessed(
+    tmp_path: Path, good: bytes, bad: bytes, reason: str, which: Sequence[int]
 ) -> None:
     def written_so(_: int, ds: Dataset) -> None:
         ds.RescaleIntercept, ds.RescaleSlope = "-1024.0", "1.000"
 
     paths = make_ct_series(tmp_path, edit=written_so)
-    encoded = paths[4].read_bytes()
-    assert encoded.count(good) == 1
-    paths[4].write_bytes(encoded.replace(good, bad))
-    uid = pydicom.dcmread(paths[4], specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+    for i in which:
+        encoded = paths[i].read_bytes()
+        assert encoded.count(good) == 1
+        paths[i].write_bytes(encoded.replace(good, bad))
+    headers = [header for path in paths for header in slice_headers(pydicom.dcmread(path, stop_before_pixels=True))]
+    uid = headers[which[0]].sop_instance_uid
 
-    with pytest.raises(SeriesError, match=rf"1 of 8 slices without a usable {keyword}, the first is Instance {uid}"):
+    with pytest.raises(SeriesError, match=rf"{len(which)} of 8 slices {reason}, the first is Instance {uid}; what"):
         read_series(paths, SMALL)
+    stored = [SliceHeader.from_dict(json.loads(json.dumps(header.to_dict()))) for header in headers]
+    with pytest.raises(SeriesError, match=reason):  # before anything is queued
+        check_series(stored, SMALL)
+
+
+@pytest.mark.parametrize(("keyword", "value"), [("RescaleSlope", 0), ("RescaleIntercept", None)])
+def test_enhanced_ct_without_a_usable_rescale_is_refused(tmp_path: Path, keyword: str, value: Any) -> None:
+    def edit(ds: Dataset) -> None:
+        for frame in ds.PerFrameFunctionalGroupsSequence:
+            setattr(frame.PixelValueTransformationSequence[0], keyword, value)
+
+    path = make_enhanced_ct(tmp_path / "ct.dcm", num_frames=8)
+    ds = pydicom.dcmread(path)
+    edit(ds)
+    ds.save_as(path)
+    with pytest.raises(SeriesError, match=rf"8 of 8 slices (whose {keyword} is 0|without {keyword}), the first"):
+        read_series([path], SMALL)
 
 
 def test_a_header_that_claims_more_than_memory_holds_is_refused_before_it_is_allocated() -> None:
