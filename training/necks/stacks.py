@@ -1,7 +1,7 @@
 """What the fracture network learns from: necks drawn from the atlas, broken, scanned, and cut vertebra by vertebra."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,13 @@ from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.levels import LEVELS
 from training.inserted import insert, inserted_stacks
+from training.inserted.insertion import Inserted
 from training.inserted.scanner import disturb
 from training.necks.atlas import Atlas
 from training.necks.synthetic import draw_spine
 
 DRAWN_MM = 0.65
-"""Spacing at which bones are drawn and broken; scanning only makes it coarser."""
+"""Spacing at which half of the necks are drawn; scanning only makes it coarser."""
 
 BOOST = 3.0
 """Times RSNA's prevalence, so that training sees enough fractures."""
@@ -36,29 +37,60 @@ def write_neck_stacks(path: Path, seed: int, atlas: Atlas, classify: ClassifySet
         return
     rng = np.random.default_rng([seed, 53])
     reach_mm = classify.num_pixels * classify.pixel_mm / 2 + 5
-    intact, labels, grid = draw_spine(atlas, rng, spacing_mm=DRAWN_MM, reach_mm=reach_mm)
-    inserted = insert(intact, labels, grid, rng, boost=BOOST)
-    thick = int(rng.choice([1, 1, 2, 3, 4]))
-    blur_mm = rng.uniform(0.0, 0.8)
-    noise_hu = rng.uniform(4, 45)
-    before, after = (_scanned(voxels, thick, blur_mm) for voxels in (intact, inserted.voxels_hu))
-    coarse = _thick_grid(grid, thick)
-    regions = _thick_labels(inserted.regions, thick, share=0.25)
-    labels = _thick_labels(labels, thick, share=0.5)
-    unclear = _unclear(before, after, regions, noise_hu)
-    after += rng.normal(scale=noise_hu, size=after.shape).astype(np.float32)
-    voxels_hu = np.clip(np.rint(after), -1024, 3071).astype(np.int16)
-    disturb(voxels_hu, coarse, rng)
+    finest_mm = DRAWN_MM if rng.random() < 0.5 else rng.uniform(0.6, 1.1)
+    neck = draw_spine(atlas, rng, spacing_mm=finest_mm, reach_mm=reach_mm)
+    look = _Look(
+        thick=max(1, round(float(rng.choice([0.6, 0.8, 1.25, 2.0, 2.5, 3.0])) / finest_mm)),
+        blur_mm=rng.uniform(0.0, 0.8),
+        noise_hu=rng.uniform(4, 45),
+    )
+    scan = _break_and_scan if rng.random() < 0.4 else _scan_and_break
+    inserted, labels, grid = scan(*neck, look, rng)
+    voxels_hu = inserted.voxels_hu.copy()
+    disturb(voxels_hu, grid, rng)
+    inserted = replace(inserted, voxels_hu=voxels_hu)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, **inserted_stacks(inserted, drawn_by_a_network(labels, grid, rng), grid, classify))
+    unfinished.replace(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Look:
+    """Of a scan. thick: drawn planes that are averaged to a slice."""
+
+    thick: int
+    blur_mm: float
+    noise_hu: float
+
+
+_Broken = tuple[Inserted, NDArray[np.uint8], Grid]
+
+
+def _break_and_scan(
+    hu: NDArray[np.int16], labels: NDArray[np.uint8], grid: Grid, look: _Look, rng: np.random.Generator
+) -> _Broken:
+    """Fractures as they are in bone, however little of them a scan shows; what drowns in noise is neither."""
+    inserted = insert(hu, labels, grid, rng, boost=BOOST)
+    before, after = (_scanned(voxels, grid, look) for voxels in (hu, inserted.voxels_hu))
+    regions = _thick_labels(inserted.regions, look.thick, share=0.25)
+    unclear = _unclear(before, after, regions, look.noise_hu)
     scanned = replace(
         inserted,
-        voxels_hu=voxels_hu,
+        voxels_hu=_noisy(after, look, rng),
         regions=regions,
         eligible=tuple(label for label in inserted.eligible if label not in unclear),
     )
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **inserted_stacks(scanned, drawn_by_a_network(labels, coarse, rng), coarse, classify))
-    unfinished.replace(path)
+    return scanned, _thick_labels(labels, look.thick, share=0.5), _thick_grid(grid, look.thick)
+
+
+def _scan_and_break(
+    hu: NDArray[np.int16], labels: NDArray[np.uint8], grid: Grid, look: _Look, rng: np.random.Generator
+) -> _Broken:
+    """Fractures that can be seen in this scan, as they are put into real CT to measure the pipeline."""
+    scanned = _noisy(_scanned(hu, grid, look), look, rng)
+    labels, grid = _thick_labels(labels, look.thick, share=0.5), _thick_grid(grid, look.thick)
+    return insert(scanned, labels, grid, rng, boost=BOOST), labels, grid
 
 
 def drawn_by_a_network(labels: NDArray[np.uint8], grid: Grid, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -77,10 +109,16 @@ def drawn_by_a_network(labels: NDArray[np.uint8], grid: Grid, rng: np.random.Gen
     return drawn
 
 
-def _scanned(voxels_hu: NDArray[np.int16], thick: int, blur_mm: float) -> NDArray[np.float32]:
-    blurred = ndimage.gaussian_filter(voxels_hu.astype(np.float32), [0.3, blur_mm / DRAWN_MM, blur_mm / DRAWN_MM])
-    num = len(blurred) // thick
-    return np.asarray(blurred[: num * thick].reshape(num, thick, *blurred.shape[1:]).mean(axis=1))
+def _scanned(voxels_hu: NDArray[np.int16], grid: Grid, look: _Look) -> NDArray[np.float32]:
+    in_plane = look.blur_mm / grid.spacing_mm[1]
+    blurred = ndimage.gaussian_filter(voxels_hu.astype(np.float32), [0.3, in_plane, in_plane])
+    num = len(blurred) // look.thick
+    return np.asarray(blurred[: num * look.thick].reshape(num, look.thick, *blurred.shape[1:]).mean(axis=1))
+
+
+def _noisy(voxels_hu: NDArray[np.float32], look: _Look, rng: np.random.Generator) -> NDArray[np.int16]:
+    noise = rng.normal(scale=look.noise_hu, size=voxels_hu.shape).astype(np.float32)
+    return np.clip(np.rint(voxels_hu + noise), -1024, 3071).astype(np.int16)
 
 
 def _thick_grid(grid: Grid, thick: int) -> Grid:

@@ -126,9 +126,13 @@ class Pose:
 
     @classmethod
     def draw(cls, atlas: Atlas, rng: np.random.Generator) -> "Pose":
-        """Turned, scaled, mirrored half the time, bent, wrinkled, and stretched along the spine unevenly."""
+        """Turned, scaled, mirrored half the time, bent, wrinkled, and stretched along the spine unevenly.
+
+        From nearly as the atlas lies, which is how most patients lie, to more than any patient shows.
+        """
+        strength = rng.uniform(0.25, 1.0)
         matrix = np.eye(3)
-        angles = np.deg2rad(rng.uniform([-18, -12, -15], [18, 12, 15]))
+        angles = strength * np.deg2rad(rng.uniform([-18, -12, -15], [18, 12, 15]))
         for (i, j), angle in zip(((1, 2), (0, 2), (0, 1)), angles, strict=True):
             turn = np.eye(3)
             turn[np.ix_((i, j), (i, j))] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
@@ -138,13 +142,13 @@ class Pose:
         wrinkles = []
         for reach_mm, size_mm in ((60.0, 5.0), (30.0, 2.4)):
             nodes = int(2 * WRINKLED_MM / reach_mm) + 1
-            wrinkles.append((reach_mm, rng.normal(size=(3, nodes, nodes, nodes)) * size_mm * rng.uniform(0.3, 1.2)))
+            wrinkles.append((reach_mm, rng.normal(size=(3, nodes, nodes, nodes)) * strength * size_mm * rng.uniform(0.3, 1.2)))
         return cls(
             atlas=atlas,
             matrix=matrix,
             scale=scale,
-            bend=rng.uniform([-18, -8, -8], [18, 8, 8]),
-            wave_size=rng.normal(0, 2.2, size=6) / np.arange(1, 7) ** 0.5,
+            bend=strength * rng.uniform([-18, -8, -8], [18, 8, 8]),
+            wave_size=strength * rng.normal(0, 2.2, size=6) / np.arange(1, 7) ** 0.5,
             wave_phase=rng.uniform(0, 2 * np.pi, size=6),
             wrinkles=tuple(wrinkles),
         )

@@ -194,7 +194,9 @@ def necks_loss(scores: list[Tensor], aux_logits: Tensor, crops: list[Crop], leve
     known = (certainty == OUTLINE_KNOWN).float()
     probability = logit.sigmoid()
     cross = F.binary_cross_entropy_with_logits(logit, share, reduction="none")
-    outline = (cross * known * (1 + 3 * share)).sum() / known.sum().clamp(min=1)
+    # Both sides of a surface weigh the same: weighting bone alone drew vertebrae a quarter too large.
+    near_bone = F.max_pool3d(share[:, None], 3, stride=1, padding=1)[:, 0]
+    outline = (cross * known * (1 + 3 * near_bone)).sum() / known.sum().clamp(min=1)
     dice = 1 - (2 * (probability * share * known).sum() + 1) / (
         ((probability.square() + share.square()) * known).sum() + 1
     )
