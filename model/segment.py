@@ -20,6 +20,7 @@ from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
 from model.networks import SliceVertebraUNet, VertebraUNet
+from model.pieces import whole_levels
 from model.resample import (
     AIR_HU,
     average_pool,
@@ -105,11 +106,13 @@ def find_vertebrae(
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     coarse_hu, coarse_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
-    scores = answer(network, network_input(coarse_hu)[None], device)[-1][0].float()
+    scores = answer(network, network_input(coarse_hu)[None], device)[-1][0]
     scores, found = one_chain(scores, coarse_grid)
     grid = coarse_grid
     if refiner is not None and refine is not None and found.any():
         scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)
+        whole = torch.from_numpy(whole_levels(scores[0].numpy(), scores[1].numpy(), LAST_LEVEL))
+        scores[1] = torch.where(whole > 0, whole.float(), scores[1])
         scores, found = one_chain(scores, grid)
     labels = np.zeros(volume.grid.shape, np.uint8)
     if not found.any():
@@ -144,7 +147,7 @@ def _refined(
     hu = sample((average_pool(part, factors) - AIR_HU)[None], pooled_grid(part_grid, factors), grid)[0] + AIR_HU
     outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
     logit, level = sample(scores - outside, coarse_grid, grid) + outside
-    fine = answer(refiner, refiner_input(hu, logit, level)[None], device)[-1][0].float()
+    fine = answer(refiner, refiner_input(hu, logit, level)[None], device)[-1][0]
     fine[0] = torch.where(logit < NO_BONE_LOGIT, -8.0, fine[0])
     return fine, grid
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.memory import answer
+from model.memory import answer, has_bfloat16
 
 GPU, CPU = torch.device("cpu:0"), torch.device("cpu")
 
@@ -81,3 +81,20 @@ def test_a_cpu_that_is_out_of_memory_says_so() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         answer(Full(0), BATCH, CPU)
+
+
+def test_answers_are_float32_whatever_the_processor_reckons_in() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 2, bias=False)
+            nn.init.eye_(self.linear.weight)
+
+        def forward(self, x: Tensor) -> tuple[Tensor]:
+            assert self.linear(x).dtype == (torch.bfloat16 if has_bfloat16("cpu") else torch.float32)
+            return (2 * self.linear(x),)
+
+    with torch.inference_mode():
+        (doubled,) = answer(Doubled(), BATCH, CPU)
+    assert doubled.dtype == torch.float32
+    torch.testing.assert_close(doubled, 2 * BATCH, rtol=1e-2, atol=0)

@@ -19,7 +19,7 @@ from training.necks.pseudo import STEP_MM, Profile, cut_profile, profile, relabe
 from training.necks.rounds import is_believed
 from training.necks.samples import write_phantom
 from training.necks.stacks import write_neck_stacks
-from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_spine
+from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_series, draw_spine
 from training.necks.train import AuxiliaryUNet, guess_path, read_crop, real_guess, train_necks, write_guess
 
 BODY_MM, DISC_MM = 12.0, 4.0
@@ -80,6 +80,15 @@ def test_a_drawn_neck_is_bright_where_its_truth_has_bone(atlas: Atlas) -> None:
     assert 1 <= neck.level[bone].min() <= neck.level.max() <= MAX_LEVEL
     centres = ndimage.center_of_mass(bone, neck.level, sorted(set(neck.level[bone].tolist()) - {MAX_LEVEL}))
     assert (np.diff([centre[0] for centre in centres]) < 0).all()  # higher numbers lie lower
+
+
+def test_a_drawn_series_is_bright_where_its_labels_are(atlas: Atlas) -> None:
+    hu, labels, grid = draw_series(atlas, np.random.default_rng(7), pixel_mm=2.0, thick=2)
+    assert hu.shape == labels.shape == grid.shape
+    assert grid.spacing_mm == pytest.approx((4.0, 2.0, 2.0))
+    assert set(np.unique(labels)) == set(range(8))
+    around = ndimage.binary_dilation(labels > 0, iterations=2) & (labels == 0)
+    assert hu[labels > 0].mean() > hu[around].mean() + 60
 
 
 def test_stacks_of_a_drawn_neck_hold_broken_vertebrae_with_their_regions(atlas: Atlas, tmp_path: Path) -> None:

@@ -34,14 +34,16 @@ from training.calibration import fit_platt
 from training.fractures import collate, read_stack, train_fracture_net
 from training.inserted.insertion import PREVALENCE
 from training.necks.atlas import load_atlas
+from training.necks.measures import measure_drawn
 from training.necks.openkbp import RealNeck, holds_neck, read_contours
 from training.necks.rounds import pseudo_labels
 from training.necks.samples import (
     COARSE_MM,
     FINE_MM,
+    FindVertebrae,
     read_real,
     write_drawn,
-    write_intact_stacks,
+    write_patient_stacks,
     write_phantom,
     write_real,
     write_stacks_of_drawn,
@@ -79,7 +81,7 @@ TRAINING_DATA = (
     TrainingData(
         name="OpenKBP",
         licence="MIT",
-        use="planning CT with contours, no vertebra labels: coarse network; intact vertebrae",
+        use="planning CT with contours, no vertebra labels: coarse network; bone that fractures are put into",
     ),
     TrainingData(name="cspine phantom", licence="MIT", use="drawn necks and fractures"),
 )
@@ -94,7 +96,7 @@ MIN_CORD_POINTS = 8
 class Plan:
     """How much of everything; by default about as much as made the shipped weights (`training/LOG.md`).
 
-    num_intact: real necks whose vertebrae, taken as intact, the fracture network sees too.
+    num_patients: real necks whose vertebrae, as they are and broken, the fracture network sees too.
     """
 
     num_coarse: int = 500
@@ -102,8 +104,9 @@ class Plan:
     num_phantoms: int = 90
     num_stacks: int = 210
     num_phantom_stacks: int = 60
-    num_intact: int = 50
+    num_patients: int = 50
     num_held_out_stacks: int = 60
+    num_held_out_series: int = 8
     coarse_steps: tuple[int, ...] = (1800, 1300, 1300)
     fine_steps: tuple[int, int] = (2000, 1600)
     patch_steps: int = 2300
@@ -120,8 +123,9 @@ class Plan:
             num_phantoms=2,
             num_stacks=6,
             num_phantom_stacks=2,
-            num_intact=2,
+            num_patients=2,
             num_held_out_stacks=6,
+            num_held_out_series=1,
             coarse_steps=(2, 2),
             fine_steps=(2, 2),
             patch_steps=2,
@@ -213,25 +217,26 @@ def train_necks_bundle(data: Path, out: Path, work: Path, plan: Plan) -> Bundle:
     network = train_fractures(work, plan, unet, refiner, training)
     seeds = range(FIRST_HELD_OUT_STACK, FIRST_HELD_OUT_STACK + plan.num_held_out_stacks)
     held_out = _all(write_stacks_of_drawn, work / "stacks", seeds, plan.num_workers, work / "atlas.npz", CLASSIFY)
-    return export(out, unet, refiner, network, held_out)
+    with torch.inference_mode():
+        drawn = measure_drawn(
+            _finder(unet, refiner), load_atlas(data, work / "atlas.npz"), range(plan.num_held_out_series)
+        )
+    return export(out, unet, refiner, network, held_out, drawn)
 
 
 def train_fractures(
     work: Path, plan: Plan, unet: VertebraUNet, refiner: VertebraUNet, patients: list[Path]
 ) -> FractureNet:
-    """The fracture network, from fractures inserted into drawn necks, phantoms, and real necks taken as intact.
+    """The fracture network, from fractures inserted into drawn necks, phantoms, and real necks.
 
     Of drawn necks alone it said 0.5 to 0.6 of every real vertebra (`training/LOG.md`). patients: of OpenKBP.
     """
     workers, seeds, phantom_seeds = plan.num_workers, range(plan.num_stacks), range(plan.num_phantom_stacks)
     stacks = _all(write_stacks_of_drawn, work / "stacks", seeds, workers, work / "atlas.npz", CLASSIFY)
     stacks += _all(write_stacks, work / "phantom-stacks", phantom_seeds, workers, SEGMENT, CLASSIFY, unet)
-    find = partial(
-        find_vertebrae, network=unet, settings=SEGMENT, device=torch.device("cpu"), refiner=refiner, refine=REFINE
-    )
-    for path in patients[: plan.num_intact]:
-        write_intact_stacks(work / "intact" / path.name, path, find, CLASSIFY)
-    stacks += sorted((work / "intact").glob("*.npz"))
+    for path in patients[: plan.num_patients]:
+        write_patient_stacks(work / "patients" / path.name, path, _finder(unet, refiner), CLASSIFY)
+    stacks += sorted((work / "patients").glob("*.npz"))
     network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads)
     torch.set_num_threads(plan.num_workers)
     steps = train_fracture_net(
@@ -247,10 +252,23 @@ def train_fractures(
     return network
 
 
-def export(out: Path, unet: VertebraUNet, refiner: VertebraUNet, network: FractureNet, held_out: list[Path]) -> Bundle:
+def _finder(unet: VertebraUNet, refiner: VertebraUNet) -> FindVertebrae:
+    return partial(
+        find_vertebrae, network=unet, settings=SEGMENT, device=torch.device("cpu"), refiner=refiner, refine=REFINE
+    )
+
+
+def export(
+    out: Path,
+    unet: VertebraUNet,
+    refiner: VertebraUNet,
+    network: FractureNet,
+    held_out: list[Path],
+    drawn: dict[str, float],
+) -> Bundle:
     """The finished bundle in `out`, calibrated on necks that nothing was trained on.
 
-    held_out: stacks as `write_stacks_of_drawn` makes them.
+    held_out: stacks as `write_stacks_of_drawn` makes them. drawn: what `measure_drawn` found.
     """
     logits, truths = vertebra_logits(network, held_out)
     # Training saw fractures BOOST times as often as RSNA's patients have them: each counts as often as in those.
@@ -275,7 +293,8 @@ def export(out: Path, unet: VertebraUNet, refiner: VertebraUNet, network: Fractu
                 "num_fractured": int(truths.sum()),
                 "vertebra_auc": round(auc(logits, truths), 4),
                 "vertebra_sensitivity": round(float((logits[truths] >= np.log(threshold / (1 - threshold))).mean()), 4),
-            }
+            },
+            "held_out_drawn_dice": {name: round(value, 4) for name, value in drawn.items()},
         },
     )
     write_bundle(bundle, Networks(unet=unet, refiner=refiner, fracture_nets=(network,)))

@@ -6,6 +6,7 @@ Every file is an npz with `hu`, `share`, `level` and `aux` as of `synthetic.Neck
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +20,7 @@ from model.phantom import render
 from model.resample import average_pool
 from model.segment import Vertebra
 from model.volume import Volume
-from training.inserted import inserted_stacks
-from training.inserted.insertion import Inserted
+from training.inserted import insert, inserted_stacks
 from training.necks.atlas import Atlas, load_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_UNKNOWN, RealNeck, read_contours, weak_labels
 from training.necks.stacks import write_neck_stacks
@@ -30,6 +30,10 @@ from training.samples import random_patient, whole_neck_grid
 FindVertebrae = Callable[[Volume], tuple[NDArray[np.uint8], list[Vertebra]]]
 
 COARSE_MM, FINE_MM = 3.0, 1.0
+PATIENT_COPIES, PATIENT_BOOST, PATIENT_NEGATIVES = 3, 6.0, 0.3
+"""How often a real neck is broken anew, times RSNA's prevalence (in pixels of 4 mm few of them can be seen, and what
+cannot is not broken), and things that are no fracture at each vertebra."""
+
 COARSE_SHAPE, FINE_SHAPE = (96, 80, 80), (128, 112, 96)
 
 
@@ -53,9 +57,10 @@ def write_stacks_of_drawn(path: Path, seed: int, atlas: Path, classify: Classify
     write_neck_stacks(path, seed, _atlas(atlas), classify)
 
 
-def write_intact_stacks(path: Path, patient: Path, find: FindVertebrae, classify: ClassifySettings) -> None:
-    """The vertebrae of an OpenKBP patient, taken as intact, for the fracture network; none is written if none is whole.
+def write_patient_stacks(path: Path, patient: Path, find: FindVertebrae, classify: ClassifySettings) -> None:
+    """The vertebrae of an OpenKBP patient, taken as intact, and some of them broken, for the fracture network.
 
+    Both, or the network would learn that blurred bone is whole. None is written if none is whole.
     find: labels and vertebrae of a volume, as `find_vertebrae` gives them.
     """
     if path.exists():
@@ -70,10 +75,16 @@ def write_intact_stacks(path: Path, patient: Path, find: FindVertebrae, classify
     )
     with torch.inference_mode():
         labels, vertebrae = find(volume)
-    whole = tuple(vertebra.label for vertebra in vertebrae if not vertebra.is_cut)
-    intact = Inserted(voxels_hu=contours.hu, regions=np.zeros_like(labels), fractures=(), negatives=(), eligible=whole)
-    if whole:
-        _write(path, inserted_stacks(intact, labels, contours.grid, classify))
+    whole = {vertebra.label for vertebra in vertebrae if not vertebra.is_cut}
+    copies = []
+    for seed in range(PATIENT_COPIES):
+        rng = np.random.default_rng([seed, 61, *contours.name.encode()])
+        inserted = insert(contours.hu, labels, contours.grid, rng, boost=PATIENT_BOOST, negatives=PATIENT_NEGATIVES)
+        eligible = tuple(label for label in inserted.eligible if label in whole)
+        if eligible:
+            copies.append(inserted_stacks(replace(inserted, eligible=eligible), labels, contours.grid, classify))
+    if copies:
+        _write(path, {name: np.concatenate([copy[name] for copy in copies]) for name in copies[0]})
 
 
 def write_phantom(path: Path, seed: int, fine: bool) -> None:

@@ -102,6 +102,29 @@ def draw_spine(
     return hu.round().clamp(-1024, 3071).to(torch.int16).numpy(), labels.numpy(), grid
 
 
+def draw_series(
+    atlas: Atlas, rng: np.random.Generator, *, pixel_mm: float, thick: int
+) -> tuple[NDArray[np.int16], NDArray[np.uint8], Grid]:
+    """A whole neck as a scanner would show it: HU and true labels `(Z, Y, X)`, 1..7 = C1..C7, and their grid.
+
+    thick: pixels to a slice's thickness.
+    """
+    x, y, z = atlas.centres_lps_mm[3] + [0, -25, 0]
+    extent = [round(mm / pixel_mm) for mm in (260, 190, 190)]
+    shape = (extent[0] // thick * thick, extent[1], extent[2])
+    grid = Grid.axial(shape=shape, spacing_mm=(pixel_mm,) * 3, centre_lps_mm=(float(x), float(y), float(z)))
+    bones, distance, _, hu = _drawn(atlas, Pose.draw(atlas, rng).places(grid), pixel_mm, rng)
+    labels = torch.where((bones >= 1) & (bones <= 7) & (distance > 0), bones, 0)
+    hu = _scanned(hu, pixel_mm, rng).reshape(-1, thick, *shape[1:]).mean(dim=1)
+    slices = Grid.axial(
+        shape=(shape[0] // thick, shape[1], shape[2]),
+        spacing_mm=(thick * pixel_mm, pixel_mm, pixel_mm),
+        centre_lps_mm=(float(x), float(y), float(z)),
+    )
+    middle = labels.reshape(-1, thick, *shape[1:])[:, thick // 2]
+    return hu.round().clamp(-1024, 3071).to(torch.int16).numpy(), middle.to(torch.uint8).numpy(), slices
+
+
 def _drawn(
     atlas: Atlas, places: Tensor, spacing_mm: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +165,8 @@ class Pose:
         wrinkles = []
         for reach_mm, size_mm in ((60.0, 5.0), (30.0, 2.4)):
             nodes = int(2 * WRINKLED_MM / reach_mm) + 1
-            wrinkles.append((reach_mm, rng.normal(size=(3, nodes, nodes, nodes)) * strength * size_mm * rng.uniform(0.3, 1.2)))
+            height_mm = strength * size_mm * rng.uniform(0.3, 1.2)
+            wrinkles.append((reach_mm, rng.normal(size=(3, nodes, nodes, nodes)) * height_mm))
         return cls(
             atlas=atlas,
             matrix=matrix,
