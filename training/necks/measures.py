@@ -16,8 +16,8 @@ LOOKS = ((1.0, 1), (1.0, 3), (0.8, 1), (0.8, 2))
 def measure_drawn(find: FindVertebrae, atlas: Atlas, seeds: range) -> dict[str, float]:
     """Mean Dice of each level over drawn necks of these seeds, "mean", and the share of levels identified.
 
-    find: labels and vertebrae of a volume, as `find_vertebrae` gives them. Same anatomy in other poses: a floor for what
-    a better outline is worth, flattering where patients differ from the atlas.
+    find: labels and vertebrae of a volume, as `find_vertebrae` gives them. The anatomy is the one of training in other
+    poses: it tells a better outline from a worse one, and flatters where patients differ from the atlas.
     """
     dice: dict[str, list[float]] = {name: [] for name in LEVELS}
     identified: list[bool] = []
