@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
-_PUT_BACK_S = 30.0
+_UNHELD_S = 30.0
 _TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
 _FIRST_RETENTION_S = 60.0
@@ -95,7 +95,7 @@ class Service:
             StartError: the port cannot be listened on, or the model cannot be loaded.
         """
         index, config = self._index, self._config
-        self._put_back_unheld()
+        self._end_unheld()
         remove_strays(index)
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
         finish_interrupted(index)  # before the receiver looks for files that nobody knows
@@ -116,7 +116,7 @@ class Service:
             self._every_tick(sources.answer_questions, source)
         self._every_tick(self._dispatch)
         self._every_tick(self._receivers.watch)
-        self._scheduler.add_job(self._put_back_unheld, "interval", seconds=_PUT_BACK_S)
+        self._scheduler.add_job(self._end_unheld, "interval", seconds=_UNHELD_S)
         for destination in config.deliver.destinations:
             self._every_tick(deliver_due, index, config, destination)
         for target in config.notify.targets:
@@ -177,12 +177,22 @@ class Service:
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)
 
-    def _put_back_unheld(self) -> None:
-        """Queues what stands as ANALYSING though no worker has it: an earlier run's, or one whose end was not noted."""
+    def _end_unheld(self) -> None:
+        """Ends attempts that no worker is at: an earlier run's that was killed, or one whose end was not noted.
+
+        They count: a case that takes the whole node with it is not tried for ever.
+        """
+        max_attempts = self._config.analyse.max_attempts
         with self._lock:
-            put_back = self._index.put_back(held=self._held)
-        if put_back:
-            log.warning("action=put-back cases=%d that no worker holds", put_back)
+            lost = self._index.end_lost_attempts(self._held, "the node ended while it was analysed", max_attempts)
+        for case in lost:
+            log.warning(
+                "action=attempt-lost case=%d series=%s attempt=%d of %d: the node ended while it was analysed",
+                case.case_id,
+                case.series_instance_uid,
+                case.attempts,
+                max_attempts,
+            )
 
     def _dispatch(self) -> None:
         """Gives queued cases to workers that are free."""

@@ -127,6 +127,9 @@ def test_a_case_in_a_workers_hands_survives_the_end_of_the_node(ending: str, tmp
         node.wait_until_gone()
         node.start()
         assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
+        assert node.cases()[0].attempts == (
+            1 if ending == "SIGTERM" else 2
+        )  # or it might take the node with it for ever
     finally:
         node.stop()
     assert {path.name for path in node.results_dir.rglob("*.dcm")} >= {"vertebrae.seg.dcm", "report.sr.dcm"}

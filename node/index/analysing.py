@@ -98,6 +98,14 @@ class Analysing(Operating):
         self._move(case, state, reason, queued_at=self.now())  # behind the others
         return state
 
+    def end_lost_attempts(self, held: Collection[int], reason: str, max_attempts: int) -> list[Case]:
+        """`fail_attempt` for what is ANALYSING but for the cases `held`, which nobody has any more; these cases."""
+        begun = select(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))
+        lost = self._cases(begun)
+        for case in lost:
+            self.fail_attempt(case, reason, max_attempts)
+        return lost
+
     def put_back(self, held: Collection[int]) -> int:
         """Queues again, as if not begun, what is ANALYSING but for the cases `held`; returns how many."""
         begun = update(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))

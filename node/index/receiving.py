@@ -132,11 +132,11 @@ class Receiving(Cases):
             instance.sop_instance_uid in new and first_with[instance.sop_instance_uid] is instance for instance in batch
         ]
 
-    def paths_under(self, folder: Path) -> set[Path]:
-        """Files of stored Instances in a folder and all below it."""
+    def paths_under(self, folder: Path) -> set[str]:
+        """Files of stored Instances in a folder and all below it, relative to the data folder. Reads all rows."""
         below = _instances.c.path.startswith(f"{folder.relative_to(self.data_dir)}/", autoescape=True)
         with self._engine.connect() as connection:
-            return {self.data_dir / path for path in connection.scalars(select(_instances.c.path).where(below))}
+            return set(connection.scalars(select(_instances.c.path).where(below)))
 
     def needed_files(self) -> list[tuple[str, Path, int | None]]:
         """SOPInstanceUID, file and its size of every Instance whose Series is still to be analysed."""

@@ -4,13 +4,14 @@ A file without a row was never acknowledged: it is removed, and its sender sends
 was not either, unless a disk lost it: the two are synced at the same time, and a power cut may leave either alone. Then
 the row goes too, so that the Instance is taken when it is sent again, and its case says what happened. A file may have
 its length before its bytes, so those of associations that were open are read; what came with the others was
-acknowledged.
+acknowledged. A file that cannot be looked at, for a broken disk or a wrong owner, is named in the log and left as it
+is: one file keeps no node from starting.
 """
 
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 from node.index import Index
@@ -19,6 +20,7 @@ from node.process import sync
 log = logging.getLogger(__name__)
 
 _READ_BYTES = 2**20
+_GONE = (FileNotFoundError, NotADirectoryError)
 
 
 def reconcile(index: Index) -> int:
@@ -28,7 +30,8 @@ def reconcile(index: Index) -> int:
     sync(index.data_dir)
     _forget(index, (uid for uid, path, checksum in index.files_in_doubt() if _is_torn(path, checksum)))
     num_ended = index.end_lost_associations()
-    num_strays = sum(_remove_strays(index, folder) for folder in root.iterdir() if folder.is_dir())
+    known = index.paths_under(root)
+    num_strays = sum(_remove_strays(folder, index.data_dir, known) for folder in root.iterdir() if folder.is_dir())
     if num_ended or num_strays:
         log.warning(
             "action=reconciled associations_ended=%d files_removed=%d that were never acknowledged",
@@ -43,7 +46,8 @@ def reconcile_run(index: Index, run: str) -> None:
     """For one run of a receiver that died, while others go on receiving."""
     _forget(index, (uid for uid, path, checksum in index.files_in_doubt(run) if _is_torn(path, checksum)))
     num_ended = index.end_lost_associations(run)
-    num_strays = _remove_strays(index, index.data_dir / "instances" / run)
+    folder = index.data_dir / "instances" / run
+    num_strays = _remove_strays(folder, index.data_dir, index.paths_under(folder))
     if num_ended or num_strays:
         log.warning(
             "action=reconciled run=%s associations_ended=%d files_removed=%d that were never acknowledged",
@@ -69,27 +73,53 @@ def _is_torn(path: Path, checksum: int | None) -> bool:
             found = 0
             while piece := file.read(_READ_BYTES):
                 found = zlib.crc32(piece, found)
-    except FileNotFoundError:
+    except _GONE:
         return True
+    except OSError as error:
+        _tell(path, error)
+        return False
     return found != checksum
 
 
-def _remove_strays(index: Index, folder: Path) -> int:
-    """Removes files of a folder that no row names, and folders that are empty then; how many files had content."""
+def _remove_strays(folder: Path, data_dir: Path, known: Set[str]) -> int:
+    """Removes files of a run that are not known, and folders that are empty then; how many files had content.
+
+    known: files that rows name, relative to the data folder.
+    """
     if not folder.is_dir():  # it died before it made one
         return 0
-    strays = set(folder.rglob("*.dcm")) - index.paths_under(folder)
-    num_with_content = sum(path.stat().st_size > 0 for path in strays)  # the others were made ahead
-    for path in strays:
-        path.unlink()
-    for place in (*sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True), folder):
-        if not any(place.iterdir()):
-            place.rmdir()
+    num_with_content = 0
+    for path in [path for path in folder.rglob("*.dcm") if str(path.relative_to(data_dir)) not in known]:
+        try:
+            has_content = path.stat().st_size > 0  # the others were made ahead
+            path.unlink()
+            num_with_content += has_content
+        except OSError as error:
+            _tell(path, error)
+    for name, _, _ in os.walk(folder, topdown=False):
+        place = Path(name)
+        try:
+            if not any(place.iterdir()):
+                place.rmdir()
+        except OSError as error:
+            _tell(place, error)
     return num_with_content
 
 
 def _is_lost(path: Path, num_bytes: int | None) -> bool:
     try:
         return num_bytes is not None and path.stat().st_size != num_bytes
-    except FileNotFoundError:
+    except _GONE:
         return True
+    except OSError as error:
+        _tell(path, error)
+        return False
+
+
+def _tell(path: Path, error: OSError) -> None:
+    log.error(
+        "action=not-reconciled path=%s: %s. Check disk and owner. A case that needs it fails: `cspine retry` it once "
+        "the file can be read, or `cspine delete` it and send the Series again",
+        path,
+        error.strerror,
+    )

@@ -242,6 +242,18 @@ def test_put_back_queues_what_was_held_and_costs_no_attempt(index: Index) -> Non
     assert index.put_back(held=()) == 0
 
 
+def test_a_case_that_takes_the_node_with_it_is_not_tried_for_ever(index: Index) -> None:
+    for number in (1, 2):
+        case = claimed(index) if number == 1 else index.claim_next()
+        assert case is not None
+        assert index.end_lost_attempts([case.case_id], "the node ended", max_attempts=2) == []
+        assert index.end_lost_attempts([], "the node ended", max_attempts=2)
+        state = CaseState.QUEUED if number == 1 else CaseState.FAILED
+        assert (the_case(index).state, the_case(index).attempts) == (state, number)
+    assert the_case(index).reason == "the node ended"
+    assert index.claim_next() is None
+
+
 def test_a_case_is_done_only_when_every_destination_has_its_results(index: Index) -> None:
     assert finish(index, claimed(index), "pacs", "folder")
     index.settle_delivery(due(index, "folder"), DeliveryState.DONE)

@@ -1,5 +1,6 @@
 """What a start of the node makes of what a crash left on disk and in the index."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -113,3 +114,65 @@ def test_of_an_open_association_a_file_with_its_length_but_not_its_bytes_is_take
     with listening(make_config(), index) as config:
         assert store_one(config, sent[1]) == SUCCESS
     assert [case.num_instances for case in index.cases()] == [2]
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "stat", "unlink"])
+def test_a_file_that_cannot_be_looked_at_is_named_and_keeps_no_node_from_starting(
+    call: str,
+    make_config: MakeConfig,
+    index: Index,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a disk with a bad block, or after somebody changed its owner. Not by its mode, which root does not mind."""
+    sent = make_ct_series(tmp_path / "sent", num_slices=3)
+    uids = [str(pydicom.dcmread(path).SOPInstanceUID) for path in sent]
+    with listening(make_config(), index) as config:
+        association = associate(config)
+        assert [association.send_c_store(path).Status for path in sent] == [SUCCESS] * 3
+        files = [index.find_instance(uid) for uid in uids]
+        bad, lost, sound = files
+        assert bad is not None
+        assert lost is not None
+        lost.write_bytes(bytes(lost.stat().st_size))
+        strays = [bad.with_name("stray1.dcm"), bad.with_name("stray2.dcm")]
+        for stray in strays:
+            stray.write_bytes(b"half an Instance")
+        if call == "unlink":
+            bad = strays[0]
+
+        def fail_at(path: Path | None) -> None:
+            if path == bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            fdatasync, stat, unlink = os.fdatasync, Path.stat, Path.unlink
+            if call == "fdatasync":
+                name = "/proc/self/fd/{}".format
+                patch.setattr(os, "fdatasync", lambda fd: (fail_at(Path(name(fd)).readlink()), fdatasync(fd))[1])
+            elif call == "stat":
+                patch.setattr(Path, "stat", lambda path, **values: (fail_at(path), stat(path, **values))[1])
+            else:
+                patch.setattr(Path, "unlink", lambda path, **values: (fail_at(path), unlink(path, **values))[1])
+            reconcile(index)
+        association.abort()
+    assert [index.find_instance(uid) for uid in uids] == [files[0], None, sound]
+    assert [stray for stray in strays if stray.exists()] == [strays[0]] * (call == "unlink")
+    assert caplog.text.count(f"path={bad}: Input/output error") == 1
+
+
+def test_rows_are_gone_through_once_however_many_runs_there_were(
+    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store_one(receiver, make_instance(tmp_path / "sent")) == SUCCESS
+    for number in range(20):
+        folder = index.data_dir / "instances" / f"old{number}" / "0000"
+        folder.mkdir(parents=True)
+        (folder / "stray.dcm").write_bytes(b"half an Instance")
+    asked: list[Path] = []
+    paths_under = index.paths_under
+    monkeypatch.setattr(index, "paths_under", lambda folder: (asked.append(folder), paths_under(folder))[1])
+    assert reconcile(index) == 20
+    assert asked == [index.data_dir / "instances"]
+    assert len(files_under(index.data_dir)) == 1
