@@ -1,8 +1,8 @@
 """A trained model in one place: safetensors weights and `bundle.json`, which says what they are and how to use them.
 
-A bundle is a folder, or a zip of one. Reading verifies the sha256 of every weights file and every key of the JSON;
-nothing in a bundle is executed. This module imports torch only to load weights, so that a bundle can be checked and
-named without it.
+A bundle is a folder, or a zip of one, with or without the folder itself. Reading verifies the sha256 of every weights
+file and every key of the JSON; nothing in a bundle is executed. This module imports torch only to load weights, so that
+a bundle can be checked and named without it.
 """
 
 import hashlib
@@ -168,7 +168,8 @@ class Bundle:
     folder: where it is; may be a zip file. refine, study, regions: None where there is no such network. num_folds: how
     many fracture networks, and study networks, answer together. calibration: from logits to probabilities, by output;
     an output that is not named is not calibrated. challenge: other numbers, made for the RSNA challenge's metric and
-    never shown as probabilities. metrics: what its training measured, for people to read.
+    never shown as probabilities. metrics: what its training measured, for people to read. sha256: of its weights files
+    by name, as they were read; it counts for nothing in `==`.
     """
 
     folder: Path
@@ -183,6 +184,7 @@ class Bundle:
     challenge: Challenge | None = None
     training_data: tuple[TrainingData, ...] = ()
     metrics: dict[str, Any]
+    sha256: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_folds < 1:
@@ -202,7 +204,7 @@ class Bundle:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What `bundle.json` says, but for format and hashes."""
+        """What `bundle.json` says, but for the format."""
         content = asdict(self)
         del content["folder"]
         return content
@@ -274,7 +276,8 @@ def read_bundle(folder: Path | None = None) -> Bundle:
     except READ_ERRORS as error:
         raise BundleError(
             f"No model bundle in {folder}: {DESCRIPTION} cannot be read ({getattr(error, 'strerror', None) or error}). "
-            "Name a folder that `cspine-train` exported, or leave the setting out for the bundle that comes with this."
+            "Name a folder that `cspine-train` exported, or a zip of it alone, or leave the setting out for the bundle "
+            "that comes with this."
         ) from error
     except ValueError as error:
         raise BundleError(f"{path} is not valid JSON ({error}). Copy or export the bundle again.") from error
@@ -284,14 +287,13 @@ def read_bundle(folder: Path | None = None) -> Bundle:
             f"{path} has format {found!r}; this version reads format {FORMAT}. Export the model again with it."
         )
     try:
-        hashes = from_json(dict[str, str], content.pop("sha256", {}), "sha256")
         bundle: Bundle = from_json(Bundle, {"folder": folder, **content}, DESCRIPTION)
-        if surplus := sorted(hashes.keys() - set(bundle.file_names)):
+        if surplus := sorted(bundle.sha256.keys() - set(bundle.file_names)):
             raise ValueError(f"sha256 names {', '.join(surplus)}, which this architecture does not have")
     except ValueError as error:
         raise BundleError(f"{path} does not describe a bundle: {error}. Copy or export the bundle again.") from error
     for name in bundle.file_names:
-        _verify(files / name, hashes.get(name))
+        _verify(files / name, bundle.sha256.get(name))
     return bundle
 
 
@@ -327,8 +329,12 @@ def _of_folds(name: str, num_folds: int) -> tuple[str, ...]:
 
 
 def _files(folder: Path) -> Traversable:
-    """What a bundle's files are found in."""
-    return zipfile.Path(folder) if folder.is_file() else folder
+    """What a bundle's files are found in; of a zip its top, or the one folder there that holds a bundle."""
+    if not folder.is_file():
+        return folder
+    top = zipfile.Path(folder)
+    inside = [place for place in top.iterdir() if (place / DESCRIPTION).is_file()]
+    return inside[0] if len(inside) == 1 and not (top / DESCRIPTION).exists() else top
 
 
 def _verify(file: Traversable, expected: str | None) -> None:

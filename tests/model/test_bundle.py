@@ -82,11 +82,16 @@ def test_what_was_written_comes_back(tmp_path: Path, bundle: Bundle) -> None:
         torch.testing.assert_close(loaded[name].state_dict(), original.state_dict())
 
 
-def test_a_bundle_may_be_one_zip_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("top", ["", "folder/"])
+@pytest.mark.parametrize("also", [(), ("__MACOSX/folder/._bundle.json",)], ids=["alone", "from a Mac"])
+def test_a_bundle_may_be_one_zip_file(tmp_path: Path, top: str, also: tuple[str, ...]) -> None:
+    """Of the files, or of the folder with them, as whoever zips a folder gets it."""
     written, networks = make_bundle(tmp_path / "folder", FULL)
     with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        for name in also:
+            archive.writestr(name, b"Mac OS X")
         for path in (tmp_path / "folder").iterdir():
-            archive.write(path, path.name)
+            archive.write(path, top + path.name)
 
     read = read_bundle(tmp_path / "bundle.zip")
 
@@ -111,6 +116,17 @@ def test_a_zip_with_flipped_bits_is_refused(tmp_path: Path, compression: int) ->
 
     with pytest.raises(BundleError, match=rf"{VERTEBRA_WEIGHTS} cannot be read \((Bad CRC|Error -3)"):
         read_bundle(path)
+
+
+def test_a_zip_of_two_bundles_is_refused_since_nobody_knows_which(tmp_path: Path) -> None:
+    make_bundle(tmp_path / "folder")
+    with zipfile.ZipFile(tmp_path / "bundle.zip", "w") as archive:
+        for path in (tmp_path / "folder").iterdir():
+            archive.write(path, f"one/{path.name}")
+            archive.write(path, f"two/{path.name}")
+
+    with pytest.raises(BundleError, match="or a zip of it alone"):
+        read_bundle(tmp_path / "bundle.zip")
 
 
 def test_a_file_that_is_no_zip_is_named(tmp_path: Path) -> None:

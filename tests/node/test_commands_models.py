@@ -98,6 +98,23 @@ def test_two_bundles_are_compared_entry_by_entry(config: Path, tmp_path: Path, u
     assert text.splitlines()[-1].startswith("3 of ")
 
 
+def test_bundles_that_differ_in_their_weights_alone_do_differ(
+    config: Path, tmp_path: Path, untrained_bundle: Path
+) -> None:
+    bundle = read_bundle(untrained_bundle)
+    networks = bundle.load_networks()
+    for parameter in networks.fracture_nets[0].parameters():
+        parameter.data.add_(1)
+    write_bundle(replace(bundle, folder=tmp_path / "other"), networks)
+
+    differing = json.loads(run(config, "--compare", "--json", str(tmp_path / "other")).stdout)
+
+    assert differing.keys() == {"path", f"sha256.{FRACTURE_WEIGHTS}"}
+    mine, used = differing[f"sha256.{FRACTURE_WEIGHTS}"]
+    assert mine != used
+    assert len(mine) == len(used) == 64
+
+
 @pytest.mark.parametrize("num_given", [0, 3])
 def test_comparing_takes_one_or_two(config: Path, untrained_bundle: Path, num_given: int) -> None:
     result = run(config, "--compare", *[str(untrained_bundle)] * num_given)
