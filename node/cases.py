@@ -7,10 +7,9 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from node.case import Case, CaseState
 from node.priority import Priority
@@ -23,44 +22,40 @@ _COLOURS = {
 }
 
 
+_COLUMNS = ("case", "state", "received", "from", "Instances", "priority")
+
+
 def print_table(cases: Sequence[Case], priority_of: Callable[[Case], Priority]) -> None:
-    """A table for people."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in (
-        "case",
-        "received",
-        "from",
-        "Series",
-        "Instances",
-        "priority",
-        "state",
-        "tries",
-        "finding",
-        "reason",
-    ):
-        table.add_column(heading, overflow="fold")
-    for case in cases:
-        received = datetime.fromtimestamp(case.first_received_at).strftime("%Y-%m-%d %H:%M:%S")
-        state = f"[{_COLOURS.get(case.state, 'cyan')}]{case.state}[/]{_purged(case)}"
-        table.add_row(
-            str(case.case_id),
-            received,
-            escape(case.calling_ae_title),  # comes from the network, and brackets are markup to rich
-            case.series_instance_uid,
-            str(case.num_instances),
-            priority_of(case),
-            state,
-            str(case.attempts),
-            escape(case.summary),
-            escape(case.reason),
-        )
-    Console().print(table)
+    """For people: a line for each case, which fits 80 columns, and below it what may be long."""
+    rows = [_COLUMNS, *(_row(case, priority_of(case)) for case in cases)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    lines = [
+        Text("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()) for row in rows
+    ]
+    console, below = Console(), (0, 0, 0, widths[0] + 2)
+    lines[0].stylize("bold")
+    console.print(lines[0], overflow="fold")
+    for case, line in zip(cases, lines[1:], strict=True):
+        start = widths[0] + 2
+        line.stylize(_COLOURS.get(case.state, "cyan"), start, start + len(case.state))
+        console.print(line, overflow="fold")
+        for detail in filter(None, (case.series_instance_uid, case.summary, case.reason, _tries(case), _purged(case))):
+            console.print(Padding(Text(detail, overflow="fold"), below, expand=False))
+
+
+def _row(case: Case, priority: Priority) -> tuple[str, ...]:
+    received = datetime.fromtimestamp(case.first_received_at).strftime("%Y-%m-%d %H:%M:%S")
+    return str(case.case_id), case.state, received, case.calling_ae_title, str(case.num_instances), priority
+
+
+def _tries(case: Case) -> str:
+    return f"{case.attempts} tries" if case.attempts > 1 else ""
 
 
 def _purged(case: Case) -> str:
-    """A line for each thing that retention has removed of the case."""
+    """What retention has removed of the case."""
     marks = (("originals", case.originals_purged_at), ("results", case.results_purged_at))
-    return "".join(f"\n{what} purged {datetime.fromtimestamp(at):%Y-%m-%d}" for what, at in marks if at is not None)
+    return ", ".join(f"{what} purged {datetime.fromtimestamp(at):%Y-%m-%d}" for what, at in marks if at is not None)
 
 
 def print_json(cases: Sequence[Case], priority_of: Callable[[Case], Priority]) -> None:

@@ -1,4 +1,4 @@
-"""What the rules can ask of a Series that is still in an Orthanc, from the attributes of one of its Instances.
+"""What the rules can ask of a Series that is still in a watched archive, from the attributes of one of its Instances.
 
 Not the number of slices and what comes from it: that is judged when the Series is here, and so is all the rest, again.
 """

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -214,18 +215,38 @@ def some_cases(index: Index) -> None:
     assert index.refuse(case, "it is [Errno 13] sagittal")
 
 
-def test_cases_shows_state_and_reason_as_they_are(
-    cspine: Cspine, index: Index, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("columns", [80, 120])
+def test_cases_are_a_line_each_and_below_it_what_may_be_long(
+    cspine: Cspine, index: Index, monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal folds words
+    monkeypatch.setenv("COLUMNS", str(columns))
     some_cases(index)
+    uid = "1.2.826.0.1.3680043.8.498." + "7" * 38  # the longest that there is
+    index.add_instance(
+        association_id=index.open_association("SIXTEEN_LETTERS_"),
+        calling_ae_title="SIXTEEN_LETTERS_",
+        path=index.data_dir / "instances" / "long.dcm",
+        headers=[{"sop_instance_uid": "1.9", "series_instance_uid": uid, "study_instance_uid": "1.2"}],
+        quiet_time_s=0,
+    )
     result = cspine("cases")
     assert result.exit_code == 0
-    text = " ".join(result.stdout.split())
-    assert "refused" in text
-    assert "receiving" in text
-    for word in ("[/RUDE]", "[Errno", "sagittal", "1.2.1", "1.2.2"):
-        assert word in text
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    received = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d"
+    patterns = (
+        "case  state      received             from              Instances  priority",
+        rf"3     receiving  {received}  SIXTEEN_LETTERS_  1          routine",
+        f"      {uid}",
+        rf"2     receiving  {received}  \[/RUDE\]           1          routine",
+        "      1.2.2",
+        rf"1     refused    {received}  \[/RUDE\]           1          routine",
+        "      1.2.1",
+        r"      it is \[Errno 13\] sagittal",
+    )
+    assert len(lines) == len(patterns), result.stdout
+    for line, pattern in zip(lines, patterns, strict=True):
+        assert re.fullmatch(pattern, line), line
+        assert len(line) <= 80
 
 
 def test_cases_as_json_is_a_line_for_each(cspine: Cspine, index: Index) -> None:

@@ -242,7 +242,6 @@ def test_what_was_purged_is_known(
     config: Config,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for series, state in (("1.2.3", CaseState.DONE), ("1.2.4", CaseState.REFUSED)):
         bring_to(either_index, series, state)
@@ -260,7 +259,6 @@ def test_what_was_purged_is_known(
     assert either_index.find_instance("1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
-    monkeypatch.setenv("COLUMNS", "250")
     print_table([done], lambda _: Priority.ROUTINE)
     assert "originals purged" in (shown := capsys.readouterr().out)
     assert "results purged" in shown
