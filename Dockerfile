@@ -24,13 +24,10 @@ COPY orthanc orthanc
 COPY training training
 RUN /opt/cspine/bin/pip install --constraint constraints.txt '.[orthanc]'
 
-# OHIF, the web viewer, as its makers build it; ort/, two thirds of it, is a runtime for tools that are not used.
+# OHIF, the web viewer. Which version, and its checksum, is said in the script.
 FROM node:22-slim AS viewer
-ARG OHIF=3.13.2
-WORKDIR /viewer
-RUN npm pack --silent @ohif/app@$OHIF \
-    && tar --extract --gzip --file ohif-app-$OHIF.tgz --strip-components=2 --exclude=package/dist/ort package/dist \
-    && rm ohif-app-$OHIF.tgz
+COPY node/web/get_ohif.sh .
+RUN sh get_ohif.sh /viewer
 
 FROM python:3.11-slim
 ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib

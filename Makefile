@@ -1,7 +1,6 @@
 # make run: set up, watch the demo, then serve.  make test: set up, lint, type-check, test.
 PYTHON ?= python3
 BIN := .venv/bin
-OHIF := 3.13.2
 
 .PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench model-bench
 
@@ -67,15 +66,11 @@ soak: install
 turnaround: install
 	$(BIN)/python -m benchmarks.turnaround
 
-# OHIF, the web viewer, as its makers build it. Left out is ort/, two thirds of it: a runtime for tools that we do not use.
+# OHIF, the web viewer. Which version, and its checksum, is said in the script.
 viewer: .viewer/index.html
 
 .viewer/index.html:
-	rm -rf .viewer && mkdir .viewer
-	cd .viewer && npm pack --silent @ohif/app@$(OHIF)
-	tar --extract --gzip --file .viewer/ohif-app-$(OHIF).tgz --directory .viewer --strip-components=2 \
-	    --exclude='package/dist/ort' package/dist
-	rm .viewer/ohif-app-$(OHIF).tgz
+	sh node/web/get_ohif.sh .viewer
 
 # Reading a Series in each transfer syntax, in one process and in several.
 decode: install
