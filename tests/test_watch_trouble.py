@@ -222,6 +222,38 @@ def test_a_stop_does_not_wait_for_the_pause_between_two_requests(tmp_path: Path)
     assert len(archive.asked) == 1
 
 
+def test_one_instance_that_is_not_given_out_keeps_no_other_back(
+    watch: Watch, index: Index, ahead: Clock, tmp_path: Path
+) -> None:
+    """A neck with one slice missing can be analysed."""
+    paths = make_ct_series(tmp_path / "ct")
+    bad = str(dcmread(paths[0], stop_before_pixels=True).SOPInstanceUID)
+    with StandIn(Shape(gives_series=501)).serving() as archive:
+        archive.hold(paths)
+        archive.faults += [(f"/instances/{bad}", 500, {})] * 2  # not that of its metadata
+        watched = watch(archive.url, connections=1)
+        look(watched)
+        assert held(index) == {series_of(paths): 7}
+        assert "answered 500" in index.troubled_series("pacs")[series_of(paths)].reason
+        archive.asked.clear()
+        archive.faults.clear()
+        ahead.ahead_s += 10
+        look(watched, 1)
+        assert len(archive.asked_for_files()) == 1
+    assert held(index) == {series_of(paths): 8}
+
+
+def test_a_series_of_which_nothing_is_given_out_is_not_asked_for_to_its_end(
+    watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    with StandIn(Shape(gives_series=501)).serving() as archive:
+        archive.hold(paths := make_ct_series(tmp_path / "ct", num_slices=40))
+        archive.faults += [(f"{uid}", 500, {}) for uid in list(archive.files) * 2]
+        look(watch(archive.url, connections=1))
+        assert len(archive.asked_for_files()) < 10
+    assert list(index.troubled_series("pacs")) == [series_of(paths)]
+
+
 # ---- Orthanc ----
 
 
@@ -362,3 +394,18 @@ def test_a_file_that_breaks_off_once_is_fetched_some_seconds_later(
     assert index.troubled_series("orthanc") == {}
     known = index.watched_source("orthanc")
     assert (known.position, known.num_series) == (1, 1)
+
+
+def test_one_file_that_breaks_off_keeps_no_other_back(
+    watch_orthanc: Callable[[str], OrthancWatch], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = make_ct_series(tmp_path / "ct")
+    orthanc = OrthancStandIn({"one": paths}, changes=["one"])
+    answer = orthanc.answer
+    monkeypatch.setattr(
+        orthanc, "answer", lambda path: (0 if path == "/instances/one.2/file" else answer(path)[0], answer(path)[1])
+    )
+    with orthanc.serving():
+        watch_orthanc(orthanc.url).look()
+    assert held(index) == {series_of(paths): 7}
+    assert index.troubled_series("orthanc")["one"].attempts == 1

@@ -206,14 +206,17 @@ def _take_parts(events: Iterable[Event], taking: Taking) -> None:
         pool.shutdown()
 
 
-def _take_one(archive: WebArchive, series: ListedSeries, sop_instance_uid: str, taking: Taking) -> None:
-    """Returns when the Instance is safely here, or will never be."""
+def _take_one(archive: WebArchive, series: ListedSeries, sop_instance_uid: str, taking: Taking) -> SendError | None:
+    """Returns when the Instance is safely here, or will never be; or why the archive does not give it out."""
     try:
         with closing(archive.read_instance(series, sop_instance_uid)) as pieces:
             taking.take(pieces, sop_instance_uid)
-    except NotGivenError as error:
-        if error.status not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
-            raise
+    except (BusyError, NotStoredError):
+        raise
+    except SendError as error:
+        is_gone = isinstance(error, NotGivenError) and error.status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE)
+        return None if is_gone else error
+    return None
 
 
 def _blame_series(archive: WebArchive, error: SendError) -> None:

@@ -92,13 +92,16 @@ class OrthancWatch(Watch):
         return True
 
 
-def _fetch_one(orthanc: Orthanc, instance: Instance, taking: Taking) -> None:
-    """Returns when the Instance is safely here, or will never be."""
+def _fetch_one(orthanc: Orthanc, instance: Instance, taking: Taking) -> OrthancError | None:
+    """Returns when the Instance is safely here, or will never be; or why Orthanc does not give it out."""
     try:
         with closing(orthanc.read(instance)) as pieces:
             taking.take(pieces, instance.sop_instance_uid)
     except GoneError:
-        return
+        return None
+    except OrthancError as error:
+        return error
+    return None
 
 
 def check_source(source: OrthancSource) -> str:

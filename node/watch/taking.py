@@ -18,6 +18,7 @@ from node.send import SendError
 
 log = logging.getLogger(__name__)
 
+_MAX_PROBLEMS = 3
 _Instance = TypeVar("_Instance")
 
 
@@ -95,18 +96,28 @@ class Taking:
             raise
         self.finish(file, sop_instance_uid)
 
-    def take_each(self, instances: Iterable[_Instance], fetch: Callable[[_Instance], None], num_at_a_time: int) -> None:
-        """Fetches Instances, several at the same time; the first error ends it.
+    def take_each(
+        self, instances: Iterable[_Instance], fetch: Callable[[_Instance], Exception | None], num_at_a_time: int
+    ) -> None:
+        """Fetches Instances, several at the same time.
+
+        fetch: returns what is wrong with that one, if it does not concern the others. These are fetched all the same,
+        unless there are many such: a neck with a slice missing can be analysed, one that ends there cannot.
 
         Raises:
-            Exception: as `fetch`.
+            Exception: as `fetch`, or the first that it returned.
         """
+        problems: list[Exception] = []
         pool = ThreadPoolExecutor(num_at_a_time, "watch")
         try:
-            for _ in pool.map(fetch, instances):
-                pass
+            for problem in pool.map(fetch, instances):
+                problems += [problem] if problem else []
+                if len(problems) > _MAX_PROBLEMS:  # each may have cost a timeout
+                    break
         finally:
             pool.shutdown(cancel_futures=True)
+        if problems:
+            raise problems[0]
 
     def end(self, *, is_whole: bool) -> None:
         """Notes that no more come."""
