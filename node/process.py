@@ -1,5 +1,6 @@
 """What every process of the node needs of its system: logging, signals, a disk that keeps, an end with its parent."""
 
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -40,6 +41,15 @@ def be_child(log_level: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+
+def spare_the_collector() -> None:
+    """What is here now stays: modules and dictionaries that the garbage collector would walk again and again.
+
+    It was 7 % of a receiver's CPU.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ both, and leaves FOR UPDATE out where there is one writer. Transactions lock row
 Instances, cases by Series, then what belongs to a case.
 """
 
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -96,6 +97,26 @@ class Database:
             if self._turn:
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
             yield connection
+
+    @contextmanager
+    def _writing_to_sqlite(self, turn: Turn) -> Iterator[sqlite3.Connection]:
+        """As `_writing`, by the driver itself; for `Prepared` statements.
+
+        Raises:
+            DBAPIError: what the driver raised, as SQLAlchemy gives it.
+        """
+        with turn:
+            lent = self._engine.raw_connection()
+            try:
+                connection = lent.driver_connection
+                assert isinstance(connection, sqlite3.Connection)
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.commit()
+            except sqlite3.Error as error:
+                raise DBAPIError.instance(None, None, error, sqlite3.Error) from error
+            finally:
+                lent.close()  # rolls back what was not committed
 
     def _set_up(self) -> None:
         """Tables as they are today; processes that open the database at the same time wait for each other."""

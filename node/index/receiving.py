@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 from node.case import CaseState
 from node.index import tables
 from node.index.cases import Cases
+from node.index.prepared import Prepared
 
 _associations, _cases, _instances, _results = tables.associations, tables.cases, tables.instances, tables.results
 
@@ -111,9 +112,9 @@ class Receiving(Cases):
             for uid, instance in first_with.items()
         ]
         rows.sort(key=itemgetter("sop_instance_uid"))
-        with self._writing() as connection:
-            new = set(connection.scalars(_ADD_INSTANCE, rows)) if rows else set()
-            arrivals = [
+
+        def arrivals(new: set[str]) -> list[dict[str, Any]]:
+            made = [
                 {
                     "series_instance_uid": instance.series_instance_uid,
                     "study_instance_uid": instance.headers[0]["study_instance_uid"],
@@ -125,9 +126,20 @@ class Receiving(Cases):
                 for uid, instance in first_with.items()
                 if uid in new
             ]
-            arrivals.sort(key=itemgetter("series_instance_uid"))
-            if arrivals:
-                connection.execute(_ADD_TO_CASE, arrivals)
+            return sorted(made, key=itemgetter("series_instance_uid"))
+
+        new: set[str] = set()
+        if self._turn is not None:
+            with self._writing_to_sqlite(self._turn) as sqlite:
+                for row in rows:
+                    new.update(uid for (uid,) in _ADD_INSTANCE_SQLITE.execute(sqlite, row))
+                for arrival in arrivals(new):
+                    _ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
+        elif rows:
+            with self._writing() as connection:
+                new.update(connection.scalars(_ADD_INSTANCE, rows))
+                if new:
+                    connection.execute(_ADD_TO_CASE, arrivals(new))
         return [
             instance.sop_instance_uid in new and first_with[instance.sop_instance_uid] is instance for instance in batch
         ]
@@ -187,6 +199,7 @@ def _needed(column: Column[int]) -> Select[Any]:
 
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
+_ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])
 
 
 # Its Series was taken as whole. Not `in_`, which executemany cannot do.
@@ -227,3 +240,7 @@ def _add_to_case() -> Insert:
 
 
 _ADD_TO_CASE = _add_to_case()
+_ADD_TO_CASE_SQLITE = Prepared(
+    _ADD_TO_CASE,
+    ("series_instance_uid", "study_instance_uid", "calling_ae_title", "attributes", "now", "next_check_at"),
+)

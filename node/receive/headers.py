@@ -1,7 +1,7 @@
 """What the node needs to know of an Instance, read from the beginning of its dataset; what is no CT is refused.
 
 Most attributes are the same in all slices of a Series, and turning bytes into values is what costs: the values of the
-last slice are taken again for the bytes that have not changed.
+last slice are taken again for the bytes that have not changed; then pydicom is not asked at all.
 """
 
 import math
@@ -15,21 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset
-from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from model import HEADER_TAGS, slice_headers
 from node.receive.attributes import SERIES_TAGS, series_attributes
+from node.receive.elements import Elements, find_elements
 from node.receive.status import CANNOT_UNDERSTAND, MISMATCH, RefusedError
 
 NUM_PREFIX_BYTES = 128 * 1024
 """How much of a dataset is kept in memory to be read here; longer headers are read from the file."""
 
 _TAGS: list[BaseTag | int] = [*HEADER_TAGS, *SERIES_TAGS.values()]
-_SINGLE_SLICE_TAGS = tuple(Tag(k) for k in ("SOPInstanceUID", "ImagePositionPatient", "InstanceNumber"))
-_SERIES_WIDE_TAGS = tuple(tag for tag in _TAGS if tag not in _SINGLE_SLICE_TAGS)
+# Plain numbers, since pydicom's tags are slow to compare.
+_TAGS_TO_FIND = frozenset(int(tag) for tag in _TAGS)
+_SINGLE_SLICE_TAGS = tuple(int(Tag(k)) for k in ("SOPInstanceUID", "ImagePositionPatient", "InstanceNumber"))
+_SERIES_WIDE_TAGS = tuple(_TAGS_TO_FIND.difference(_SINGLE_SLICE_TAGS))
+_FRAME_TAGS = {int(Tag(f"{which}FunctionalGroupsSequence")) for which in ("Shared", "PerFrame")}
 _PIXEL_GROUP = 0x7FE0
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
@@ -81,16 +84,18 @@ class HeaderReader:
             RefusedError: it is not CT, not what was announced, incomplete, or lacks a UID.
             Exception: the dataset cannot be parsed; pydicom has no one error for that.
         """
+        elements = _find(encoded, announced.transfer_syntax_uid)
+        key = _series_wide(elements, announced) if elements else None
+        known = self._known.get(key) if key else None
+        if known is not None and elements and (like := _like(known, elements, announced)) is not None:
+            _check_whole(encoded, elements.pixels_at, elements.num_pixel_bytes or 0)
+            return like
         try:
             ds = _read(encoded, announced.transfer_syntax_uid)
         except OSError as error:
             if error.errno is None:  # pydicom's, for a sequence that breaks off; the disk's have a number
                 raise RefusedError(CANNOT_UNDERSTAND, "the dataset cannot be parsed") from error
             raise
-        key = _series_wide(ds, announced)
-        known = self._known.get(key) if key else None
-        if known is not None and (like := _like(known, ds, announced)) is not None:
-            return like
         _check(ds, announced)
         headers = slice_headers(ds)
         if not headers:
@@ -108,20 +113,28 @@ def is_uid(value: object) -> bool:
     return len(str(value)) <= 64 and re.fullmatch(r"[0-9]+(\.[0-9]+)*", str(value)) is not None
 
 
-def _series_wide(ds: Dataset, announced: Announced) -> tuple[Any, ...] | None:
-    """The bytes of what a whole Series shares; None if there is more to it than plain values (Enhanced CT)."""
-    elements = [ds.get_item(tag) for tag in _SERIES_WIDE_TAGS if tag in ds]
-    if not all(isinstance(element, RawDataElement) and element.VR != "SQ" for element in elements):
+def _find(encoded: Encoded, transfer_syntax_uid: str) -> Elements | None:
+    """Where the attributes we need lie; None if that is for pydicom to find out, or there are frames (Enhanced CT)."""
+    if transfer_syntax_uid in (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian):
         return None
-    return (announced.sop_class_uid, *((element.tag, element.VR, element.value) for element in elements))
+    is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
+    found = find_elements(encoded.prefix, _TAGS_TO_FIND, is_implicit=is_implicit)
+    if found is None or found.num_pixel_bytes is None or _FRAME_TAGS & found.places.keys():
+        return None
+    return found
 
 
-def _like(known: Headers, ds: Dataset, announced: Announced) -> Headers | None:
+def _series_wide(elements: Elements, announced: Announced) -> tuple[Any, ...]:
+    """The bytes of what a whole Series shares."""
+    return announced.sop_class_uid, announced.transfer_syntax_uid, *map(elements.whole, _SERIES_WIDE_TAGS)
+
+
+def _like(known: Headers, elements: Elements, announced: Announced) -> Headers | None:
     """The headers of an Instance that shares with a known one all but what a slice has for itself.
 
     None if that is not plainly written: then the whole is read, which knows what to make of it.
     """
-    uid, position, number = (_text(ds, tag) for tag in _SINGLE_SLICE_TAGS)
+    uid, position, number = (elements.value(tag).decode("ascii", "replace").rstrip("\0 ") for tag in _SINGLE_SLICE_TAGS)
     try:
         position_lps_mm = tuple(float(value) for value in position.split("\\"))
         instance_number = int(number)
@@ -131,12 +144,6 @@ def _like(known: Headers, ds: Dataset, announced: Announced) -> Headers | None:
         return None
     single = {"sop_instance_uid": uid, "position_lps_mm": position_lps_mm, "instance_number": instance_number}
     return Headers(headers=[known.headers[0] | single], attributes=known.attributes)
-
-
-def _text(ds: Dataset, tag: BaseTag) -> str:
-    """The value as it was written, without its padding; "" if there is none."""
-    element = ds.get_item(tag) if tag in ds else None
-    return element.value.decode("ascii", "replace").rstrip("\0 ") if isinstance(element, RawDataElement) else ""
 
 
 def _check(ds: Dataset, announced: Announced) -> None:

@@ -19,7 +19,7 @@ from node.commitment import CommitmentScp, note_report
 from node.config import Config
 from node.implementation import make_ae
 from node.index import Index
-from node.process import be_child
+from node.process import be_child, spare_the_collector
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.guard import Guard, GuardedServer
 from node.receive.lane import take_lane
@@ -137,6 +137,7 @@ def run(config: Config, listener: socket.socket, run_name: str, ready: Connectio
     except TlsError as error:
         ready.send(f"receive.tls: {error}")
         return
+    spare_the_collector()
     ready.send("")
     ready.close()
     stopping.wait()

@@ -10,7 +10,7 @@ import uvicorn
 
 from node.config import Config
 from node.index import Index
-from node.process import be_child
+from node.process import be_child, spare_the_collector
 from node.receive.store import Store
 from node.web.app import make_app
 from node.web.catalog import Catalog
@@ -47,6 +47,7 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
     except (OSError, ssl.SSLError) as error:
         ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {error.strerror or error}")
         return
+    spare_the_collector()
     ready.send("")
     stopping = threading.Event()
     threading.Thread(target=_refresh, args=(catalog, stopping), daemon=True).start()

@@ -73,3 +73,22 @@ def test_headers_beyond_the_prefix_are_read_from_the_file(tmp_path: Path) -> Non
     for path in (single, enhanced):
         assert read(HeaderReader(), path, prefix_bytes=200) == read(HeaderReader(), path)
     assert len(read(HeaderReader(), enhanced)) == 6
+
+
+def test_slices_of_a_known_series_are_read_without_pydicom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is most of the time of a header."""
+    first, *others = make_ct_series(tmp_path / "sent", num_slices=3)
+    expected = [read(HeaderReader(), path) for path in others]
+    reader = HeaderReader()
+    read(reader, first)
+    monkeypatch.setattr("node.receive.headers.read_dataset", None)
+    assert [read(reader, path) for path in others] == expected
+
+
+def test_a_slice_of_a_known_series_that_ends_too_early_is_refused(tmp_path: Path) -> None:
+    first, second = make_ct_series(tmp_path / "sent", num_slices=2)
+    reader = HeaderReader()
+    read(reader, first)
+    second.write_bytes(second.read_bytes()[:-2])
+    with pytest.raises(RefusedError, match="shorter than they say"):
+        read(reader, second)
