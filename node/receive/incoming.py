@@ -7,19 +7,18 @@ Reference: PS3.10 7.1.
 """
 
 from functools import cache
-from io import BytesIO
 
-from pydicom import dcmread
-
-from model import PARSE_ERRORS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
+from node.receive.elements import find_elements
 from node.receive.headers import Announced
 from node.receive.sender import Source
 from node.receive.status import CANNOT_UNDERSTAND, RefusedError
 from node.receive.store import Arriving, Store
 
-_PREAMBLE_BYTES = 144  # preamble, prefix, and the element that gives the length of the File Meta Information
+_LENGTH_BYTES = 144  # preamble, prefix, and the element that gives the length of the File Meta Information
+_PREFIX_BYTES = 132  # preamble and prefix
 _MAX_META_BYTES = 65536
+_META_TAGS = (0x00020002, 0x00020003, 0x00020010)  # SOP Class, SOP Instance, transfer syntax
 # Failure Reasons that C-STORE has no need for: it refuses the presentation context (PS3.18 table I.2-2).
 _NO_SOP_CLASS, _NO_TRANSFER_SYNTAX = 0x0122, 0xC122
 
@@ -54,23 +53,23 @@ class IncomingFile:
             RefusedError: it is no DICOM file, or is not taken.
         """
         nothing = memoryview(b"")
-        if len(self._head) < _PREAMBLE_BYTES:
+        if len(self._head) < _LENGTH_BYTES:
             return nothing
-        end = _PREAMBLE_BYTES + int.from_bytes(self._head[140:144], "little")
+        end = _LENGTH_BYTES + int.from_bytes(self._head[140:144], "little")
         if self._head[128:138] != b"DICM\x02\x00\x00\x00UL" or end > _MAX_META_BYTES:
             raise RefusedError(CANNOT_UNDERSTAND, "it is not a DICOM file (PS3.10 7.1)")
         if len(self._head) < end:
             return nothing
-        try:
-            meta = dcmread(BytesIO(bytes(self._head[:end]))).file_meta
-            self.announced = Announced(
-                sop_class_uid=str(meta.MediaStorageSOPClassUID),
-                sop_instance_uid=str(meta.MediaStorageSOPInstanceUID),
-                transfer_syntax_uid=str(meta.TransferSyntaxUID),
-                study_instance_uid=self._study,
-            )
-        except PARSE_ERRORS as error:
-            raise RefusedError(CANNOT_UNDERSTAND, "its File Meta Information lacks a UID (PS3.10 7.1)") from error
+        meta = find_elements(bytes(self._head[_PREFIX_BYTES:end]), _META_TAGS, is_implicit=False)
+        sop_class, sop_instance, syntax = (_uid(meta.value(tag)) if meta else "" for tag in _META_TAGS)
+        if not (sop_class and sop_instance and syntax):
+            raise RefusedError(CANNOT_UNDERSTAND, "its File Meta Information lacks a UID (PS3.10 7.1)")
+        self.announced = Announced(
+            sop_class_uid=sop_class,
+            sop_instance_uid=sop_instance,
+            transfer_syntax_uid=syntax,
+            study_instance_uid=self._study,
+        )
         if self.announced.sop_class_uid not in CT_SOP_CLASSES:
             raise RefusedError(_NO_SOP_CLASS, "only CT is taken")
         if self.announced.transfer_syntax_uid not in _transfer_syntaxes():
@@ -96,6 +95,10 @@ class IncomingFile:
         """It broke off."""
         if self._arriving is not None:
             self._arriving.abandon()
+
+
+def _uid(value: bytes) -> str:
+    return value.decode("ascii", "replace").rstrip("\0 ")
 
 
 @cache

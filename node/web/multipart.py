@@ -161,13 +161,18 @@ class MultipartReader:
     def _data(self) -> tuple[list[Event], bool]:
         found = self._buffer.find(self._delimiter)
         if found >= 0:
-            return self._end_part(found, [PartData(bytes(self._buffer[:found]))] if found else [])
+            return self._end_part(found, [PartData(self._first(found))] if found else [])
         sure = len(self._buffer) - len(self._delimiter) + 1
         if sure <= 0:
             return [], False
-        data = bytes(self._buffer[:sure])
+        data = self._first(sure)
         del self._buffer[:sure]
         return [PartData(data)], False
+
+    def _first(self, num_bytes: int) -> bytes:
+        """Copied once: a slice of a bytearray would be a copy of its own."""
+        with memoryview(self._buffer) as view:
+            return bytes(view[:num_bytes])
 
     def _end_part(self, at: int, events: list[Event]) -> tuple[list[Event], bool]:
         del self._buffer[: at + len(self._delimiter)]
