@@ -54,7 +54,7 @@ def ahead(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("counts", ["always", "never"])
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(500, "answered 500"), (403, "answered 403"), (0, "broke the connection")]
+    ("fault", "reason"), [(500, "answered 500"), (503, "answered 503"), (0, "broke the connection")]
 )
 def test_a_series_that_an_archive_does_not_give_out_waits_alone_and_is_set_aside(
     fault: int,
@@ -133,6 +133,24 @@ def test_a_series_that_can_be_given_out_later_is_fetched_then(
         ahead.ahead_s += 10
         look(watched, 1)
     assert held(index) == {series_of(paths): 8}
+    assert index.troubled_series("pacs") == {}
+
+
+def test_a_series_at_which_an_archive_always_asks_for_a_pause_comes_after_the_others(
+    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
+    large, sound = make_ct_series(tmp_path / "large"), make_ct_series(tmp_path / "sound")
+    with StandIn().serving() as archive:
+        archive.hold(large)
+        watched = watch(archive.url)
+        look(watched, 1)
+        archive.faults += [(f"{series_of(large)}/instances?", 503, {"Retry-After": "0"})] * 20
+        look(watched, 1)
+        assert index.watched_source("pacs").is_failing
+        archive.hold(sound)
+        look(watched)
+    assert held(index) == {series_of(sound): 8}
     assert index.troubled_series("pacs") == {}
 
 

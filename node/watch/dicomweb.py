@@ -43,6 +43,7 @@ class DicomWebWatch(Watch):
     def __init__(self, config: Config, source: DicomWebSource, index: Index, store: Store) -> None:
         super().__init__(config, source, index, store)
         self._source = source
+        self._busy_at: set[str] = set()  # Series at which the archive asked for a pause: the others come before them
 
     def _follow(self) -> None:
         counted_before = self._index.now() - _SAME_FOR * self.poll_s
@@ -123,7 +124,8 @@ class DicomWebWatch(Watch):
         """Fetches Series, the newest first, and last those in trouble; what is left for another look."""
         until, left = time.monotonic() + _LONGEST_LOOK_S, []
         troubled = self._index.troubled_series(self.name)
-        for row in sorted(rows, key=lambda row: (row.series_instance_uid in troubled, -row.counted_at)):
+        last = troubled.keys() | self._busy_at
+        for row in sorted(rows, key=lambda row: (row.series_instance_uid in last, -row.counted_at)):
             uid = row.series_instance_uid
             trouble, is_fetched = troubled.get(uid), False
             if time.monotonic() > until or (trouble and trouble.rests_at(self._index.now())):
@@ -133,13 +135,17 @@ class DicomWebWatch(Watch):
                 is_fetched = self._take(archive, listed[uid])
                 if trouble:
                     self._index.forget_trouble(self.name, uid)
-            except (BusyError, NotStoredError):
+            except BusyError:
+                self._busy_at.add(uid)
+                raise
+            except NotStoredError:
                 raise
             except SendError as error:
                 _blame_series(archive, error)
                 if not self._is_set_aside(uid, error):
                     left.append(row)
                     continue
+            self._busy_at.discard(uid)
             self._index.note_series_done(self.name, uid, row.num_instances, is_fetched=is_fetched)
         return left
 

@@ -227,8 +227,12 @@ class WebArchive:
             return response
         refusal = self._peer.refusal(response)
         response.close()
-        if response.status_code in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-            raise BusyError(str(refusal), _pause_s(response.headers.get("Retry-After", "")))
+        retry_after = response.headers.get("Retry-After", "")
+        # A 503 that names no time may be about what was asked for alone: a proxy that gave up on a large Series.
+        if response.status_code == HTTPStatus.TOO_MANY_REQUESTS or (
+            response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and retry_after
+        ):
+            raise BusyError(str(refusal), _pause_s(retry_after))
         if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise refusal
         raise NotGivenError(str(refusal), response.status_code)
