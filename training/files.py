@@ -1,12 +1,46 @@
 """Files and folders that appear whole or not at all, so that a kill at any moment leaves nothing half made."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+class BusyError(Exception):
+    """Another process works on the same folder; the message says which."""
+
+
+@contextmanager
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Keeps a folder from being changed by two processes at once; when a process dies the system unlocks what it held.
+
+    shared: for who only reads it; many may. The lock is a file beside the folder, which stays.
+
+    Raises:
+        BusyError: another process holds it.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    if shared and not path.parent.exists():
+        yield  # there is nothing to read
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"Another run of cspine-train is at work with {folder}. Wait until it has ended, or end it."
+            ) from None
+        except OSError as error:  # some file systems of clusters have no locks
+            logging.getLogger(__name__).warning(
+                "%s cannot be locked (%s): run nothing else that uses it.", folder, error.strerror
+            )
+        yield
 
 
 def dicom_files(folder: Path) -> list[Path]:

@@ -89,6 +89,21 @@ def test_a_study_that_was_answered_is_not_run_again(evaluated: tuple[Path, str],
     assert set(run.answers) == {path.stem for path in files} == {uid(0), uid(1)}
 
 
+def test_a_damaged_answer_is_named_and_made_again(
+    evaluated: tuple[Path, str], rsna_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, _ = evaluated
+    path = out / "studies" / f"{uid(0)}.json"
+    before = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(path.read_text(encoding="utf-8")[:100], encoding="utf-8")
+
+    run = run_model(None, read_source(rsna_folder), out, only=[uid(0), uid(1)], device="cpu")
+
+    assert f"{path} is damaged: Study {uid(0)} is analysed again" in caplog.text
+    assert run.answers[uid(0)]["probabilities"] == pytest.approx(before["probabilities"], abs=1e-3)
+    assert json.loads(path.read_text(encoding="utf-8"))["model"] == before["model"]
+
+
 def test_answers_of_another_model_are_not_mixed_in(
     evaluated: tuple[Path, str], rsna_folder: Path, tmp_path: Path
 ) -> None:

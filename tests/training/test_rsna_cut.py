@@ -1,5 +1,7 @@
 """Stacks of slices by vertebra: what is in them, what they say of it, and when they are cut again."""
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,9 +16,10 @@ from model.classify import NUM_NEIGHBOURS, sample_mask, stack_grid
 from model.phantom import Phantom
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
-from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_settings, cut_study
+from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_fingerprint, cut_settings, cut_study
 from training.rsna.cuts import visible_shares
 from training.rsna.demo import SMALL, draw_study, traits
+from training.steps.stacks import judged_vertebrae
 
 SETTINGS = CutSettings(num_slices=9, num_pixels=64, pixel_mm=1.4)
 NUM_PLANES = 2 * 8 + 1 + 2 * NUM_NEIGHBOURS
@@ -133,9 +136,9 @@ def test_labels_of_a_set_on_the_neck_grid_give_the_same_stacks_but_for_its_coars
     assert labels is not None
     study.write_labels("predicted", labels)
 
-    has_stacks = {found.study_instance_uid: has for found, has in cut(cut_by_truth, "predicted", SETTINGS, "predicted")}
+    reasons = {found.study_instance_uid: why for found, why in cut(cut_by_truth, "predicted", SETTINGS, "predicted")}
 
-    assert {name for name, has in has_stacks.items() if has} == {uid(0)}
+    assert [name for name, why in reasons.items() if why is None] == [uid(0)]
     assert cut_by_truth.study(uid(1)).stacks("predicted") is None
     assert cut_by_truth.study(uid(1)).labels("predicted") is None
     mine, true = stacks_of(cut_by_truth, 0, "predicted"), stacks_of(cut_by_truth, 0)
@@ -149,9 +152,9 @@ def test_labels_of_a_set_on_the_neck_grid_give_the_same_stacks_but_for_its_coars
 def test_a_bundle_finds_the_vertebrae_itself(rsna_cache: Cache) -> None:
     one = replace(rsna_cache, folds={uid(7): 0})
 
-    ((_, has_stacks),) = cut(one, "bundle", SETTINGS, DEFAULT_BUNDLE)
+    ((_, reason),) = cut(one, "bundle", SETTINGS, DEFAULT_BUNDLE)
 
-    assert has_stacks
+    assert reason is None
     assert stacks_of(one, 7, "bundle").judged.sum() >= 4
 
 
@@ -162,9 +165,10 @@ def test_a_study_that_the_bundle_refuses_has_no_stacks(rsna_cache: Cache, monkey
 
     monkeypatch.setattr("training.rsna.cuts._pipeline", lambda bundle: Refuses())
 
-    ((study, has_stacks),) = cut(replace(rsna_cache, folds={uid(7): 0}), "refused", SETTINGS, DEFAULT_BUNDLE)
+    ((study, reason),) = cut(replace(rsna_cache, folds={uid(7): 0}), "refused", SETTINGS, DEFAULT_BUNDLE)
 
-    assert not has_stacks
+    assert reason is not None
+    assert "holds no Hounsfield units" in reason
     assert study.stacks("refused") is None
 
 
@@ -193,6 +197,46 @@ def test_stacks_are_cut_again_only_if_their_labels_or_settings_changed(rsna_cach
     assert cut_settings(few, "again") == replace(SETTINGS, num_pixels=32)
 
 
+def test_a_study_that_can_no_longer_be_read_is_left_out_by_name_and_a_cut_counts_when_it_is_whole(
+    rsna_cache: Cache, rsna_folder: Path, tmp_path: Path
+) -> None:
+    for number in (0, 1):
+        shutil.copytree(rsna_folder / "train_images" / uid(number), tmp_path / "train_images" / uid(number))
+    for path in (tmp_path / "train_images" / uid(1)).iterdir():
+        path.write_bytes(b"damaged")
+    few = replace(rsna_cache, source=tmp_path, folds={uid(0): 0, uid(1): 1})
+
+    run = cut(few, "damaged", SETTINGS, "truth")
+    done = [next(run)]
+    with pytest.raises(CacheError, match="There is no finished cut 'damaged'"):
+        cut_settings(few, "damaged")
+    done += run
+
+    reasons = {study.study_instance_uid: reason for study, reason in done}
+    assert reasons.pop(uid(0)) is None
+    assert json.loads((few.folder / "cuts" / "damaged" / "cut.json").read_text())["left_out"] == reasons
+    assert reasons[uid(1)]
+    assert {vertebra.study.study_instance_uid for vertebra in judged_vertebrae(few.studies(), "damaged")} == {uid(0)}
+
+
+def test_a_cut_is_not_read_when_its_labels_or_studies_have_changed_since(rsna_cache: Cache) -> None:
+    few = replace(rsna_cache, folds={uid(0): 0})
+    labels = np.asarray(few.study(uid(0)).labels())
+    few.study(uid(0)).write_labels("stale", labels)
+    list(cut(few, "stale", SETTINGS, "stale"))
+    before = cut_fingerprint(few, "stale")
+    few.study(uid(0)).write_labels("stale", labels)  # the same ones again
+
+    assert cut_fingerprint(few, "stale") == before
+    few.study(uid(0)).write_labels("stale", labels % 7)
+    with pytest.raises(CacheError, match="Since the cut 'stale' was made, the labels 'stale' changed"):
+        cut_fingerprint(few, "stale")
+    list(cut(few, "stale", SETTINGS, "stale"))
+    assert cut_fingerprint(few, "stale") != before
+    with pytest.raises(CacheError, match=r"the cache changed\. Run `cspine-train cut"):
+        cut_fingerprint(replace(few, fingerprint="another"), "stale")
+
+
 def test_what_is_not_there_is_one_sentence(rsna_cache: Cache, tmp_path: Path) -> None:
     arguments = ["cut", "--cache", str(rsna_cache.folder), "--name", "none", "--masks", "no-such-set", "--workers", "1"]
 
@@ -200,7 +244,7 @@ def test_what_is_not_there_is_one_sentence(rsna_cache: Cache, tmp_path: Path) ->
 
     assert result.exit_code == 1
     assert "Error: No study got labels from 'no-such-set'" in result.output
-    with pytest.raises(CacheError, match="There is no cut 'other'"):
+    with pytest.raises(CacheError, match="There is no finished cut 'other'"):
         cut_settings(rsna_cache, "other")
     with pytest.raises(CacheError, match="no longer in"):
         replace(rsna_cache, source=tmp_path).study(uid(0)).volume()

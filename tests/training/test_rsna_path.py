@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,6 +24,7 @@ from model.resample import sample
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
 from training.commands.everything import steps
+from training.files import locked
 from training.rsna import Cache, Study
 from training.rsna.demo import SMALL, draw_study
 
@@ -217,18 +221,19 @@ def test_labels_that_are_believed_are_learned_from_in_the_next_round(
 
     others = {study.study_instance_uid for study in rsna_cache.studies([1, 2, 3, 4], has_mask=False)}
     necks = work / "segment" / "necks-4mm" / "pseudo-rounds-fold0-round1"
-    assert {path.stem for path in necks.iterdir()} == others
+    assert {path.stem.split("-")[0] for path in necks.iterdir()} == others
     assert result(work, "segment", 0)["pseudo_label_rounds"] == [{"believed": len(others)}]
     assert (work / "segment" / "fold0" / "round1" / "weights.safetensors").exists()
 
 
-def test_what_must_come_before_is_named(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
+def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
     where = ["--cache", str(rsna_cache.folder), "--work", str(tmp_path)]
     for arguments, sentence in (
         (["study", *where, "--fold", "0"], "Run `cspine-train classify --fold 0` first"),
         (["calibrate", *where], "Run `cspine-train study` first"),
-        (["regions", *where, "--fold", "0", "--cut", "none"], "then `cspine-train cut --name none`"),
+        (["regions", *where, "--fold", "0", "--cut", "none"], "then `cspine-train cut --name none --masks"),
         (["segment", *where, "--fold", "0", "--crop", "5,5,5"], "must be three multiples of 2"),
+        (["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "48"], "Give at most 40, or cut with more"),
     ):
         refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
         assert refused.exit_code == 1
@@ -280,32 +285,93 @@ def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: s
     assert "epochs: 10" in refused.output
 
 
-def test_a_step_does_not_go_on_with_other_patients_in_its_fold(tmp_path: Path) -> None:
-    from training.steps.run import Run, StepError
+def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_reads_it(
+    work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(work, tmp_path / work.name)  # its name names the labels
+    where = ["--cache", str(rsna_cache.folder), "--work", str(changed)]
+    run(config, "calibrate", *where)
+    with (changed / "classify" / "fold0" / "weights.safetensors").open("ab") as file:
+        file.write(b"trained again")
 
-    run = Run(
-        cache=tmp_path,
-        work=tmp_path / "work",
-        fold=0,
-        seed=0,
-        num_epochs=1,
-        num_draws=1,
-        batch_size=1,
-        learning_rate=0.1,
-        num_workers=0,
-        devices="1",
-        num_nodes=1,
-        strategy="auto",
-        precision="auto",
-        fresh=False,
+    for arguments, sentence in (
+        (["study", *where, "--fold", "0"], "fold0 was made from another classify than there is now. Give --fresh"),
+        (["calibrate", *where], "another classify than there is now. Run `cspine-train study --fold 0` as before"),
+        (["export", *where, "--out", str(tmp_path / "bundle")], "another classify than there is now"),
+    ):
+        refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
+        assert refused.exit_code == 1
+        assert sentence in refused.output
+    run(config, "study", *where, "--fold", "0", "--fresh")
+    refused = CliRunner().invoke(main, ["--config", str(config), "export", *where, "--out", str(tmp_path / "bundle")])
+    assert "was fitted to other networks than there are now. Run `cspine-train calibrate` again" in refused.output
+
+
+def test_a_step_does_not_go_on_with_other_studies_or_folds_and_their_necks_are_made_anew(
+    work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    from training.steps.segment import neck_path, trained_network
+
+    (tmp_path / "cache.json").write_text(
+        (rsna_cache.folder / "cache.json").read_text().replace('"fingerprint": "', '"fingerprint": "x')
     )
-    (tmp_path / "cache.json").write_text(json.dumps({"folds": {"1.2": 0, "1.3": 1}}), encoding="utf-8")
-    run.begin("study")
-    run.begin("study")
-    (tmp_path / "cache.json").write_text(json.dumps({"folds": {"1.2": 1, "1.3": 0}}), encoding="utf-8")
+    refused = CliRunner().invoke(
+        main,
+        ["--config", str(config), "segment", "--cache", str(tmp_path), "--work", str(work), "--fold", "0"],
+    )
+    assert "was made from another cache than there is now" in refused.output
 
-    with pytest.raises(StepError, match="patients_of_folds"):
-        run.begin("study")
+    study, plan = rsna_cache.study(uid(0)), trained_network(work, 0)[1]
+    assert neck_path(study, "truth", plan, work) != neck_path(replace(study, fingerprint="b" * 64), "truth", plan, work)
+
+
+def test_two_runs_do_not_work_on_one_fold_or_one_cache_at_once(
+    work: Path, rsna_folder: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    where = ["--cache", str(rsna_cache.folder), "--work", str(work)]
+    prepare = ["prepare", "--rsna", str(rsna_folder), "--cache", str(rsna_cache.folder)]
+    for folder, shared, arguments in (
+        (work / "study" / "fold0", False, ["study", *where, "--fold", "0"]),
+        (rsna_cache.folder / "studies", True, prepare),
+        (rsna_cache.folder / "cuts" / "busy", False, ["cut", *where[:2], "--name", "busy", "--masks", "truth"]),
+    ):
+        with locked(folder, shared=shared):
+            refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
+        assert refused.exit_code == 1
+        assert f"Another run of cspine-train is at work with {folder}" in refused.output
+    assert Cache.open(rsna_cache.folder).folds == rsna_cache.folds
+
+
+def test_a_step_ends_with_the_run_of_all_that_began_it(rsna_folder: Path, config: Path, tmp_path: Path) -> None:
+    arguments = ["all", "--rsna", rsna_folder, "--cache", tmp_path / "cache", "--work", tmp_path / "work"]
+    command = [sys.executable, "-m", "training.cli", "--config", config, *arguments, "--out", tmp_path / "bundle"]
+    with subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as all_of_it:
+        try:
+            while not (children := psutil.Process(all_of_it.pid).children(recursive=True)):
+                assert all_of_it.poll() is None
+                time.sleep(0.02)
+        finally:
+            all_of_it.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_opinions_are_asked_of_both_kinds_however_rare_one_is() -> None:
+    from training.steps.regions import opinion_sample
+    from training.steps.stacks import Vertebra
+
+    vertebrae = [
+        Vertebra(study=None, cut="A", level=0, fractured=number == 2999, regions_known=True)  # type: ignore[arg-type]
+        for number in range(3000)
+    ]
+
+    asked, weights = opinion_sample(vertebrae, np.random.default_rng(0))
+
+    assert [vertebra.fractured for vertebra in asked] == [True] + [False] * 500
+    assert weights[0] == 1
+    assert weights.sum() == pytest.approx(3000)
 
 
 def test_draws_depend_on_seed_and_epoch_and_are_shared_out_among_processes() -> None:

@@ -237,7 +237,9 @@ def test_subgroups_name_what_the_images_may_be_grouped_by(rsna_cache: Cache) -> 
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """What `prepare` made; not what other tests have put beside it."""
+    made = [*sorted((folder / "studies").rglob("*")), *sorted(folder.glob("*.*"))]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in made if path.is_file()}
 
 
 def test_a_run_killed_in_the_middle_goes_on_and_ends_with_the_same_cache(

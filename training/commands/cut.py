@@ -30,6 +30,7 @@ def cut(cache: Path, name: str, masks: str, slices: int, pixels: int, pixel_mm: 
     from rich.progress import track
 
     from model import BundleError
+    from training.files import BusyError
     from training.rsna import Cache, CacheError, CutSettings, ProcessDiedError
     from training.rsna import cut as cut_studies
 
@@ -38,12 +39,16 @@ def cut(cache: Path, name: str, masks: str, slices: int, pixels: int, pixel_mm: 
         opened = Cache.open(cache)
         source = Path(masks) if (Path(masks) / "bundle.json").is_file() else masks
         done = cut_studies(opened, name, settings, source, num_workers=workers)
-        has_stacks = [has for _, has in track(done, "studies", len(opened.folds), console=Console(stderr=True))]
-    except (BundleError, CacheError, ProcessDiedError) as error:
+        tracked = track(done, "studies", len(opened.folds), console=Console(stderr=True))
+        reasons = {study.study_instance_uid: reason for study, reason in tracked}
+    except (BusyError, BundleError, CacheError, ProcessDiedError) as error:
         raise click.ClickException(str(error)) from error
-    if not any(has_stacks):
+    left_out = {uid: reason for uid, reason in reasons.items() if reason is not None}
+    if len(left_out) == len(reasons):
         raise click.ClickException(
             f"No study got labels from {masks!r}. Name truth, a set in {cache / 'labels'}, or the folder of a model "
-            "bundle."
+            f"bundle. The first reason: {next(iter(left_out.values()))}"
         )
-    click.echo(f"{sum(has_stacks)} studies cut, {len(has_stacks) - sum(has_stacks)} got no labels from {masks}.")
+    click.echo(f"{len(reasons) - len(left_out)} studies cut, {len(left_out)} left out.")
+    for uid, reason in left_out.items():
+        click.echo(f"{uid}  {reason}")

@@ -1,16 +1,20 @@
 """`cspine-train all`: every step, from the data set as downloaded to a bundle and its report."""
 
+import ctypes
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
 from training.commands.run_options import CACHE_AND_WORK, numbers
 
-NUM_FOLDS = 5
+PR_SET_PDEATHSIG = 1
+"""Of prctl(2)."""
 
 
 @click.command("all")
@@ -30,7 +34,7 @@ def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out:
     program = [sys.executable, "-m", "training.cli", *(["--config", str(config)] if config else [])]
     for arguments in steps(rsna, cache, work, out, folds):
         click.secho(f"cspine-train {' '.join(arguments)}", bold=True, err=True)
-        done = subprocess.run([*program, *arguments], check=False)
+        done = subprocess.run([*program, *arguments], check=False, preexec_fn=_end_with(os.getpid()))
         if done.returncode:
             raise click.ClickException(
                 f"`{arguments[0]}` ended with {done.returncode}. What is done is kept: mend the cause and give the "
@@ -38,8 +42,25 @@ def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out:
             )
 
 
+def _end_with(parent: int) -> Callable[[], None] | None:
+    """For a child to call first: Linux then ends it when its parent ends, however that comes about. Else a step would
+    go on for days beside the next run."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def set_up() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before that
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return set_up
+
+
 def steps(rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]) -> Iterator[list[str]]:
     """The command line of each step, in order; a step may look at what those before it have written."""
+    from training.rsna import NUM_FOLDS  # here, so that --help does not wait for torch
+
     where = ["--cache", str(cache), "--work", str(work)]
     # Every study is labelled by a network that has not seen it, as soon as all folds are trained.
     alone = ["--label-all"] if len(folds) < NUM_FOLDS else []

@@ -36,6 +36,7 @@ def prepare(rsna: Path, cache: Path, workers: int, spacing: float) -> None:
         TimeRemainingColumn,
     )
 
+    from training.files import BusyError
     from training.rsna import NoStudiesError, ProcessDiedError, Settings, SourceError, read_source
     from training.rsna import prepare as prepare_cache
 
@@ -55,6 +56,6 @@ def prepare(rsna: Path, cache: Path, workers: int, spacing: float) -> None:
             for record in prepare_cache(source, cache, Settings(spacing_mm=spacing), num_workers=workers):
                 left_out += record["left_out"] is not None
                 progress.update(task, advance=1, left_out=left_out)
-    except (NoStudiesError, ProcessDiedError, SourceError) as error:
+    except (BusyError, NoStudiesError, ProcessDiedError, SourceError) as error:
         raise click.ClickException(str(error)) from error
     click.echo((cache / "report.txt").read_text(encoding="utf-8"), nl=False)

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from training.steps.run import Run, StepError, is_first_process
+from training.files import BusyError, locked
+from training.steps.run import Run, StepError, fold_folder, is_first_process
 
 Command = Callable[..., dict[str, Any]]
 
@@ -64,7 +65,7 @@ def trains(*, epochs: int, draws: int, batch_size: int, learning_rate: float) ->
         @functools.wraps(command)
         def run_it(**values: Any) -> None:
             run = Run(**{field.name: values.pop(field.name) for field in fields(Run)})
-            echo(lambda: command(run, **values))
+            echo(lambda: _alone(command, run, values))
 
         for option in reversed(options):
             run_it = option(run_it)
@@ -73,13 +74,24 @@ def trains(*, epochs: int, draws: int, batch_size: int, learning_rate: float) ->
     return decorate
 
 
+def _alone(command: Command, run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    """Runs a step while no other run trains the same fold, and none prepares the cache."""
+    if not is_first_process():
+        return command(run, **values)
+    with (
+        locked(run.cache / "studies", shared=True),
+        locked(fold_folder(run.work, command.__name__, run.fold)),
+    ):
+        return command(run, **values)
+
+
 def echo(step: Callable[[], dict[str, Any]]) -> None:
     """Runs a step and prints its result; what it refuses becomes one sentence."""
     from training.rsna import CacheError
 
     try:
         result = step()
-    except (CacheError, StepError) as error:
+    except (BusyError, CacheError, StepError) as error:
         raise click.ClickException(str(error)) from error
     if is_first_process():
         click.echo(json.dumps(result, indent=2))

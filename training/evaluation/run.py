@@ -99,8 +99,12 @@ def _path(out: Path, uid: str) -> Path:
 def _kept(out: Path, description: dict[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Studies answered before, by this model."""
     for path in sorted((out / "studies").glob("*.json")):
-        answer = json.loads(path.read_text(encoding="utf-8"))
-        model = answer.pop("model")
+        try:
+            answer = json.loads(path.read_text(encoding="utf-8"))
+            model = answer.pop("model")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            logger.warning("%s is damaged: Study %s is analysed again", path, path.stem)
+            continue
         if model != description:
             raise InputError(
                 f"{path} holds an answer of {_name(model)}, and the model to run is {_name(description)}. Choose "

@@ -7,7 +7,7 @@ set of the same shape from the phantom. No training here, and no patient data.
 from training.files import dicom_files
 from training.rsna.boxes import Box
 from training.rsna.cache import NUM_FOLDS, RULES, Cache, CacheError, Study
-from training.rsna.cuts import cut, cut_settings, cut_study
+from training.rsna.cuts import cut, cut_fingerprint, cut_settings, cut_study
 from training.rsna.masks import Mask, MaskError, labels_on, read_mask
 from training.rsna.preparation import NoStudiesError, prepare
 from training.rsna.processes import ProcessDiedError
@@ -33,6 +33,7 @@ __all__ = [
     "Stacks",
     "Study",
     "cut",
+    "cut_fingerprint",
     "cut_settings",
     "cut_study",
     "dicom_files",

@@ -13,7 +13,9 @@ A folder or file appears under its name when it is whole. Voxels at full resolut
 few seconds to read, are needed once for each cut, and would be some 200 GB beside the 340 of the download.
 """
 
+import hashlib
 import json
+import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,8 +82,10 @@ class Study:
         labels = _array(path, "labels") if path.exists() else None
         return labels if labels is not None and labels.shape == self.neck_grid.shape else None
 
-    def write_labels(self, name: str, labels: NDArray[np.uint8]) -> None:
+    def write_labels(self, name: str, labels: NDArray[np.uint8], *, drawn_by: str = "") -> None:
         """Puts labels `(Z, Y, X)` on `neck_grid` into a set, in place of what it had for this study.
+
+        drawn_by: names the network, for `labels_drawn_by`.
 
         Raises:
             ValueError: another shape, or the name of the mask's own labels.
@@ -92,7 +96,14 @@ class Study:
                 "'truth', which is the mask's."
             )
         with replacing_file(self._labels_path(name)) as unfinished:
-            np.savez_compressed(unfinished, labels=labels.astype(np.uint8))
+            np.savez_compressed(unfinished, labels=labels.astype(np.uint8), drawn_by=np.array(drawn_by))
+
+    def labels_drawn_by(self, name: str) -> str | None:
+        """Who drew this study's labels of a set, None if `labels` has none."""
+        if self.labels(name) is None:
+            return None
+        with np.load(self._labels_path(name)) as arrays:
+            return str(arrays["drawn_by"]) if "drawn_by" in arrays else ""
 
     def mask(self) -> NDArray[np.uint8] | None:
         """Labels `(Z, Y, X)` on `grid`, None without a mask."""
@@ -120,10 +131,13 @@ class Study:
         """Where a cut keeps this study's stacks."""
         return self.cache / "cuts" / cut / self.study_instance_uid
 
-    def labels_fingerprint(self, name: str) -> str:
-        """Changes when the labels of a set do."""
-        status = (self._folder / "truth.npz" if name == "truth" else self._labels_path(name)).stat()
-        return f"{name} {status.st_size} {status.st_mtime_ns}"
+    def labels_fingerprint(self, name: str) -> str | None:
+        """Changes when the labels of a set do, and not when the same are written again; None if it has none."""
+        path, array = (self._folder / "truth.npz", "ct") if name == "truth" else (self._labels_path(name), "labels")
+        if not path.exists():
+            return None
+        with zipfile.ZipFile(path) as archive:
+            return f"{name} {archive.getinfo(f'{array}.npy').CRC:08x}"
 
     def boxes_on(self, grid: Grid) -> NDArray[np.bool_]:
         """Which voxels `(Z, Y, X)` of any grid lie in a box.
@@ -142,12 +156,14 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cache:
-    """A cache that `prepare` has finished. folder: its own. source: the data set's. spacing_mm: of the neck's grid."""
+    """A cache that `prepare` has finished. folder: its own. source: the data set's. spacing_mm: of the neck's grid.
+    fingerprint: of its studies and their folds."""
 
     folder: Path
     source: Path
     spacing_mm: float
     folds: dict[str, int]
+    fingerprint: str
 
     @classmethod
     def open(cls, folder: Path) -> "Cache":
@@ -164,16 +180,17 @@ class Cache:
                 f"There is no finished cache in {folder}. Make it with `cspine-train prepare --cache {folder}`; "
                 "one that was interrupted goes on where it stopped."
             ) from None
-        if content["format"] != FORMAT:
+        if content["format"] != FORMAT or "fingerprint" not in content:
             raise CacheError(
-                f"The cache in {folder} has format {content['format']}; this version reads format {FORMAT}. "
-                "Run `cspine-train prepare` again."
+                f"The cache in {folder} was made by another version (format {content['format']}; this one reads "
+                f"format {FORMAT}). Run `cspine-train prepare` again: what is still right is kept."
             )
         return cls(
             folder=folder.absolute(),
             source=Path(content["source"]),
             spacing_mm=content["spacing_mm"],
             folds=content["folds"],
+            fingerprint=content["fingerprint"],
         )
 
     def studies(self, folds: Collection[int] | None = None, has_mask: bool | None = None) -> list[Study]:
@@ -226,6 +243,11 @@ def read_record(cache: Path, study_instance_uid: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return record
+
+
+def digest(content: Any) -> str:
+    """Of anything that JSON can hold, in a few letters."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def grid_to_dict(grid: Grid) -> dict[str, Any]:

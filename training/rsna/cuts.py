@@ -7,9 +7,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache as remember
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
@@ -22,8 +23,8 @@ from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
 from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3
-from training.files import remove_unfinished, write_json
-from training.rsna.cache import FORMAT, Cache, CacheError, Study
+from training.files import locked, remove_unfinished, write_json
+from training.rsna.cache import FORMAT, Cache, CacheError, Study, digest
 from training.rsna.processes import in_processes
 from training.rsna.stacks import CutSettings, Stacks, stacks_fingerprint, write_stacks
 
@@ -44,67 +45,117 @@ def cut(
     masks: str | Path = "truth",
     *,
     num_workers: int = 1,
-) -> Iterator[tuple[Study, bool]]:
-    """Cuts every study that has labels; gives each study as it is done, and whether it has stacks now.
+) -> Iterator[tuple[Study, str | None]]:
+    """Cuts every study that has labels; gives each study as it is done, and why it has no stacks, None if it has.
 
     masks: "truth" or a label set of the cache; or the folder of a model bundle, which then finds the vertebrae, unless
     it refuses the study. What was cut with the same labels and settings is kept; stacks of studies that no longer have
-    labels are removed.
+    labels are removed. `cut.json` is written at the end: without it nothing reads a cut.
 
     Raises:
+        BusyError: another run makes this cut, or `prepare` is at work.
         BundleError: the bundle cannot be read.
         CacheError: the DICOM files are gone.
         ProcessDiedError: a process died.
     """
     folder = cache.folder / "cuts" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
+    size = CutSettings(num_slices=settings.num_slices, num_pixels=settings.num_pixels, pixel_mm=settings.pixel_mm)
     if isinstance(masks, Path):
         read_bundle(masks)  # refused here rather than in every process
-    size = CutSettings(num_slices=settings.num_slices, num_pixels=settings.num_pixels, pixel_mm=settings.pixel_mm)
-    write_json(folder / "cut.json", {**asdict(size), "masks": str(masks)})
-    studies = {study.study_instance_uid: study for study in cache.studies()}
-    jobs = {uid: (study, name, size, masks) for uid, study in studies.items()}
-    for uid, has_stacks in in_processes(_cut_into_cache, jobs, num_workers):
-        yield studies[uid], has_stacks
+    with locked(cache.folder / "studies", shared=True), locked(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        (folder / "cut.json").unlink(missing_ok=True)
+        studies = {study.study_instance_uid: study for study in cache.studies()}
+        labels = _labels_digest(list(studies.values()), str(masks))
+        jobs = {uid: (study, name, size, masks) for uid, study in studies.items()}
+        left_out = {}
+        for uid, reason in in_processes(_cut_into_cache, jobs, num_workers):
+            if reason is not None:
+                left_out[uid] = reason
+            yield studies[uid], reason
+        made = {uid: stacks_fingerprint(study.stacks_folder(name)) for uid, study in studies.items()}
+        write_json(
+            folder / "cut.json",
+            {
+                **asdict(size),
+                "masks": str(masks),
+                "labels": labels,
+                "cache": cache.fingerprint,
+                "fingerprint": digest(made),
+                "left_out": dict(sorted(left_out.items())),
+            },
+        )
 
 
 def cut_settings(cache: Cache, name: str) -> CutSettings:
     """The settings of a cut.
 
     Raises:
-        CacheError: there is no such cut.
+        CacheError: there is no such cut, or it is not finished.
     """
-    try:
-        content = json.loads((cache.folder / "cuts" / name / "cut.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    content = _read_cut(cache, name)
+    return CutSettings(**{field.name: content[field.name] for field in fields(CutSettings)})
+
+
+def cut_fingerprint(cache: Cache, name: str) -> str:
+    """Of all stacks of a cut: another one when any of them was cut anew.
+
+    Raises:
+        CacheError: there is no such cut, it is not finished, or its studies or labels have changed since it was made.
+    """
+    content = _read_cut(cache, name)
+    changed = []
+    if content["cache"] != cache.fingerprint:
+        changed.append("the cache")
+    if content["labels"] != _labels_digest(cache.studies(), content["masks"]):
+        changed.append(f"the labels {content['masks']!r}")
+    if changed:
         raise CacheError(
-            f"There is no cut {name!r} in {cache.folder}. Make it with `cspine-train cut --cache {cache.folder} "
-            f"--name {name} --masks ...`."
-        ) from None
-    del content["masks"]
-    return CutSettings(**content)
+            f"Since the cut {name!r} was made, {' and '.join(changed)} changed. Run `cspine-train cut "
+            f"--cache {cache.folder} --name {name} --masks {content['masks']}` again: only what changed is cut anew."
+        )
+    return str(content["fingerprint"])
 
 
-def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str | Path) -> bool:
-    """In a process of the pool: makes a study's stacks unless they are there; whether they are there now."""
+def _read_cut(cache: Cache, name: str) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads((cache.folder / "cuts" / name / "cut.json").read_text(encoding="utf-8"))
+        if "fingerprint" in content:
+            return content
+    except FileNotFoundError:
+        pass
+    raise CacheError(
+        f"There is no finished cut {name!r} in {cache.folder}. Run `cspine-train segment` for each fold (or with "
+        f"--label-all), then `cspine-train cut --name {name} --masks ...`; what is cut already is kept."
+    )
+
+
+def _labels_digest(studies: list[Study], masks: str) -> str:
+    """Of the labels that a cut reads; of a bundle's, which are not kept, the same always."""
+    is_bundle = (Path(masks) / "bundle.json").is_file()
+    return digest(masks if is_bundle else [study.labels_fingerprint(masks) for study in studies])
+
+
+def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str | Path) -> str | None:
+    """In a process of the pool: makes a study's stacks unless they are there; why they are not there now."""
     folder = study.stacks_folder(name)
     if isinstance(masks, str) and study.labels(masks) is None:
         shutil.rmtree(folder, ignore_errors=True)
-        return False
+        return f"It has no labels {masks!r}."
     made_from = (masks / "bundle.json").read_text() if isinstance(masks, Path) else study.labels_fingerprint(masks)
     content = [FORMAT, study.fingerprint, asdict(settings), made_from]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if stacks_fingerprint(folder) == fingerprint:
-        return True
-    volume = study.volume()
+        return None
     try:
+        volume = study.volume()
         labels, grid = _labels(study, volume, masks)
-    except SeriesError:  # the bundle's own rules are stricter than those for training
+    except (SeriesError, OSError) as error:  # files changed or damaged since; or a bundle's rules, which are stricter
         shutil.rmtree(folder, ignore_errors=True)
-        return False
+        return str(error)
     write_stacks(folder, cut_study(study, volume, labels, grid, settings), fingerprint)
-    return True
+    return None
 
 
 def _labels(study: Study, volume: Volume, masks: str | Path) -> tuple[NDArray[np.uint8], Grid]:

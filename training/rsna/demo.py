@@ -38,7 +38,9 @@ class Scanner:
 
 
 FINE = Scanner(slice_mm=(0.8, 1.0, 1.25), pixel_mm=(0.5, 0.75))
+COARSE = Scanner(slice_mm=(1.25, 1.5), pixel_mm=(0.9, 1.1))
 SMALL = Scanner(slice_mm=(3.0,), pixel_mm=(1.6, 1.8))
+SCANNERS = {"fine": FINE, "coarse": COARSE, "small": SMALL}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from model.levels import LEVELS, OUTPUTS
 from training.calibration import fit_platt
 from training.evaluation import weighted_log_loss
 from training.evaluation.loss import best_constants
-from training.files import write_json
+from training.files import replacing_file, write_json
 from training.phantom_measures import choose_operating_point
 from training.rsna import Cache
 from training.steps.regions import read_opinions
-from training.steps.run import StepError, fold_folder, folds_of, mean, rounded
+from training.steps.run import StepError, fingerprint, fold_folder, folds_of, mean, rounded
 from training.steps.study import challenge_weights
 
 MIN_OF_EACH = 5
@@ -83,6 +83,7 @@ def calibrate(
     cache_folder: Path, work: Path, *, level_specificity: float, patient_specificity: float
 ) -> dict[str, Any]:
     """Fits on all finished folds' held-out studies; writes `calibration.json` and crosswise predictions."""
+    made_from = answers_fingerprints(cache_folder, work)
     held_out = read_held_out(work)
     cache = Cache.open(cache_folder)
     first = halve([cache.study(uid).patient for uid in held_out.study_instance_uids], held_out.truths[:, 0])
@@ -120,9 +121,22 @@ def calibrate(
     # On all, to use.
     fitted = fit_all(held_out, *specificity)
     result["region_weight"] = fitted.region_weight
-    write_json(work / "calibrate" / "calibration.json", asdict(fitted))
+    write_json(work / "calibrate" / "calibration.json", {**asdict(fitted), "made_from": made_from})
     write_json(work / "calibrate" / "result.json", result)
     return result
+
+
+def answers_fingerprints(cache: Path, work: Path) -> dict[str, str]:
+    """Of what calibration is fitted to: each finished fold's `study` and `regions`.
+
+    Raises:
+        StepError, CacheError: one of them, or what it was made from, is not finished or has changed since.
+    """
+    return {
+        f"{step} fold{fold}": fingerprint(cache, work, fold, step)
+        for fold in folds_of(work, "study")
+        for step in ("study", "regions")
+    }
 
 
 def read_held_out(work: Path) -> HeldOut:
@@ -257,8 +271,7 @@ def sensitivity_and_specificity(held_out: HeldOut, present: NDArray[np.bool_]) -
 
 def write_predictions(path: Path, study_instance_uids: list[str], probability: NDArray[np.float64]) -> None:
     """A CSV as `cspine-train evaluate` reads it; what was not judged is empty, and named."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with replacing_file(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["StudyInstanceUID", *OUTPUTS, "undetermined"])
         for uid, row in zip(study_instance_uids, probability, strict=True):

@@ -63,7 +63,8 @@ class ClassifyPlan:
 
 def classify(run: Run, plan: ClassifyPlan) -> dict[str, Any]:
     """Trains one fold's network and writes its answers for all studies; what it measured, beside constants."""
-    folder = run.begin("classify", **asdict(plan))
+    drawn = ("regions",) if plan.start == "regions" else ()
+    folder = run.begin("classify", f"cut {plan.cut}", *drawn, **asdict(plan))
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     cache = Cache.open(run.cache)
@@ -193,14 +194,14 @@ class Answers:
 
 @torch.inference_mode()
 def write_answers(study: Study, cut: str, network: FractureNet, folder: Path) -> None:
-    """Asks about all judged vertebrae of a study; what is there already is kept."""
+    """Asks about all judged vertebrae of a study, of which there may be none; what is there already is kept."""
     path = folder / f"{study.study_instance_uid}.npz"
-    stacks = study.stacks(cut)
-    if path.exists() or stacks is None:
+    if path.exists():
         return
+    stacks = study.stacks(cut)
     logits = np.full(len(LEVELS), np.nan, np.float32)
     contexts = np.zeros((len(LEVELS), network.head.in_features), np.float32)
-    if stacks.judged.any():
+    if stacks is not None and stacks.judged.any():
         vertebrae = judged_vertebrae([study], cut)
         samples = [_plain(vertebra) for vertebra in vertebrae]
         device = next(network.parameters()).device

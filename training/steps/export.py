@@ -19,6 +19,7 @@ from model.findings import ModelInfo
 from model.levels import LEVELS
 from training.rsna import Cache, cut_settings
 from training.steps import classify, regions, segment, study
+from training.steps.calibrate import answers_fingerprints
 from training.steps.run import StepError, folds_of, read_options, read_result
 
 
@@ -40,6 +41,11 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
     Vertebra and region network are those of the first fold: an ensemble of them costs more than it gains.
     """
     folds = folds_of(work, "study")
+    fitted = read_calibration(work)
+    if fitted.get("made_from") != answers_fingerprints(cache_folder, work):
+        raise StepError(
+            f"{work / 'calibrate'} was fitted to other networks than there are now. Run `cspine-train calibrate` again."
+        )
     unet, segment_plan = segment.trained_network(work, folds_of(work, "segment")[0])
     classified = [classify.trained_network(work, fold) for fold in folds]
     fracture_nets, classify_plan = tuple(network for network, _ in classified), classified[0][1]
@@ -47,7 +53,6 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
     studied = [study.trained_network(work, fold, num_features) for fold in folds]
     region_fold = folds_of(work, "regions")[0]
     region_options = read_options(work, "regions", region_fold)
-    fitted = read_calibration(work)
     cut = cut_settings(Cache.open(cache_folder), classify_plan.cut)
     level_point = fitted["level_operating_point"]
     bundle = Bundle(

@@ -4,6 +4,7 @@ A run that was killed goes on from its last checkpoint when the same command is 
 how they are changed depends on the seed and the epoch only, not on how many processes draw them.
 """
 
+import hashlib
 import logging
 import math
 import warnings
@@ -164,6 +165,11 @@ def load_weights(network: nn.Module, folder: Path) -> nn.Module:
     """The network with a finished step's weights, in evaluation mode."""
     network.load_state_dict(load_file(folder / WEIGHTS))
     return network.eval()
+
+
+def weights_digest(folder: Path) -> str:
+    """Of a finished step's weights, in a few letters."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:12]
 
 
 def _averaged(kept: Tensor, new: Tensor, num_averaged: Tensor | int) -> Tensor:

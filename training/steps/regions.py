@@ -26,9 +26,9 @@ from training import fractures
 from training.calibration import fit_platt
 from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
-from training.rsna import NUM_FOLDS, Cache
+from training.rsna import NUM_FOLDS, Cache, cut_settings
 from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, save_weights
-from training.steps.run import Run, fold_folder, read_options, rounded
+from training.steps.run import Run, StepError, fold_folder, read_options, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
 MAX_OPINIONS = 1000
@@ -52,10 +52,16 @@ class RegionsPlan:
 
 def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     """Trains one fold's network; what it measured, beside constants."""
-    folder = run.begin("regions", **asdict(plan))
+    folder = run.begin("regions", f"cut {plan.cut}", **asdict(plan))
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     cache = Cache.open(run.cache)
+    side, pixels = plan.patch + 2 * fractures.PATCH_MARGIN, cut_settings(cache, plan.cut).num_pixels
+    if side > pixels:
+        raise StepError(
+            f"--patch {plan.patch} and its margins need slices of {side} pixels; those of the cut {plan.cut!r} have "
+            f"{pixels}. Give at most {pixels - 2 * fractures.PATCH_MARGIN}, or cut with more --pixels."
+        )
     seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
     known = [vertebra for vertebra in seen if vertebra.regions_known]
     unknown = [vertebra for vertebra in seen if not vertebra.regions_known]
@@ -77,10 +83,11 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     device = trainer.strategy.root_device
     network.to(device)
     rng = np.random.default_rng(run.seed)
-    sample = [seen[i] for i in rng.permutation(len(seen))[:MAX_OPINIONS]]
+    asked, weights = opinion_sample(seen, rng)
     fitted = fit_platt(
-        np.array([float(answer(network, vertebra).logits) for vertebra in sample]),
-        np.array([vertebra.fractured for vertebra in sample]),
+        np.array([float(answer(network, vertebra).logits) for vertebra in asked]),
+        np.array([vertebra.fractured for vertebra in asked]),
+        weights,
     )
     with torch.no_grad():
         network.scale.fill_(fitted.scale)
@@ -92,6 +99,19 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
         save_weights(network, folder / WEIGHTS)
         write_json(folder / "result.json", result)
     return result
+
+
+def opinion_sample(
+    vertebrae: Sequence[Vertebra], rng: np.random.Generator
+) -> tuple[list[Vertebra], NDArray[np.float64]]:
+    """At most MAX_OPINIONS vertebrae, up to half of each kind, and how many each stands for: of both some, always."""
+    asked, weights = [], []
+    for fractured in (True, False):
+        kind = [vertebra for vertebra in vertebrae if vertebra.fractured == fractured]
+        chosen = rng.permutation(len(kind))[: MAX_OPINIONS // 2]
+        asked += [kind[i] for i in chosen]
+        weights += [len(kind) / len(chosen)] * len(chosen)
+    return asked, np.array(weights)
 
 
 def trained_network(work: Path, fold: int) -> RegionUNet:

@@ -43,24 +43,29 @@ class Run:
     precision: str
     fresh: bool
 
-    def begin(self, step: str, **settings: Any) -> Path:
-        """The folder of this step and fold; what it was begun with must be what it is called with.
+    def begin(self, step: str, *sources: str, **settings: Any) -> Path:
+        """The folder of this step and fold; what it was begun with and made from must be what there is now.
+
+        sources: what it reads beside the cache, see `fingerprint`.
 
         Raises:
-            StepError: it was begun with other options.
+            StepError: it was begun with other options or made from something else, or a source is not finished.
+            CacheError: there is no cache, or no such cut.
         """
         folder = fold_folder(self.work, step, self.fold)
         kept = {name: value for name, value in asdict(self).items() if name not in WHERE_ONLY}
-        kept["patients_of_folds"] = folds_digest(self.cache)
-        # Through JSON, so that tuples are lists on both sides.
-        options = json.loads(json.dumps(kept | settings))
-        path = folder / "options.json"
         if not is_first_process():
             return folder
+        made_from = {source: fingerprint(self.cache, self.work, self.fold, source) for source in ("cache", *sources)}
+        # Through JSON, so that tuples are lists on both sides.
+        options = json.loads(json.dumps(kept | settings | {"made_from": made_from}))
+        path = folder / "options.json"
         if self.fresh and folder.exists():
             shutil.rmtree(folder)
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
+            if stale := changed_sources(before, made_from):
+                raise StepError(f"{folder} {stale} Give --fresh to train it again, or another --work.")
             changed = sorted(name for name in before.keys() | options.keys() if before.get(name) != options.get(name))
             if changed:
                 listed = ", ".join(f"{name} {before.get(name)!r}, now {options.get(name)!r}" for name in changed)
@@ -72,16 +77,46 @@ class Run:
         return folder
 
 
-def folds_digest(cache: Path) -> str | None:
-    """Which study is in which fold, in a few letters: one more study deals many patients to other folds.
+def fingerprint(cache: Path, work: Path, fold: int, source: str) -> str:
+    """Of what a step reads, as it is now: "cache", "cut NAME", or the name of a finished step of the same fold.
 
-    None where there is no finished cache, which the step will say itself.
+    Raises:
+        StepError: the step is not finished, or what it was made from has changed since.
+        CacheError: there is no finished cache or cut, or the cut is older than its labels.
     """
-    try:
-        folds = json.loads((cache / "cache.json").read_text(encoding="utf-8"))["folds"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return hashlib.sha256(json.dumps(folds, sort_keys=True).encode()).hexdigest()[:12]
+    from training.rsna import Cache, cut_fingerprint  # here, so that --help does not wait for torch
+
+    if source == "cache":
+        return Cache.open(cache).fingerprint
+    if source.startswith("cut "):
+        return cut_fingerprint(Cache.open(cache), source.removeprefix("cut "))
+    require_current(cache, work, fold, source)
+    folder = fold_folder(work, source, fold)
+    found = hashlib.sha256()
+    for path in (folder / "options.json", folder / "result.json", *sorted(folder.rglob("*.safetensors"))):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def require_current(cache: Path, work: Path, fold: int, step: str) -> None:
+    """Refuses a finished step whose sources, or theirs, are no longer what it was made from.
+
+    Raises:
+        StepError, CacheError: see `fingerprint`.
+    """
+    before = read_options(work, step, fold)
+    made_from = {source: fingerprint(cache, work, fold, source) for source in before.get("made_from", ["cache"])}
+    if stale := changed_sources(before, made_from):
+        raise StepError(
+            f"{fold_folder(work, step, fold)} {stale} Run `cspine-train {step} --fold {fold}` as before, with --fresh."
+        )
+
+
+def changed_sources(options: dict[str, Any], made_from: dict[str, str]) -> str | None:
+    """What has changed since a step was begun with these options, as the end of a sentence; None if nothing has."""
+    before = options.get("made_from", {})
+    changed = [source for source, now in made_from.items() if before.get(source) != now]
+    return f"was made from another {' and another '.join(changed)} than there is now." if changed else None
 
 
 def is_first_process() -> bool:

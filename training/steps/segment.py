@@ -29,7 +29,7 @@ from model.segment import LAST_LEVEL, network_input
 from training import vertebrae
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
-from training.steps.fit import StepData, adamw, fit, load_weights
+from training.steps.fit import StepData, adamw, fit, load_weights, weights_digest
 from training.steps.pseudo_labels import VertebraNetwork, dice, predicted_labels, pseudo_label
 from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded
 from training.steps.slices import draw_slice
@@ -103,11 +103,14 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
 
     # 3. What it says of studies it has never seen.
     device = trainer.strategy.root_device
+    mine = f"fold{run.fold} {weights_digest(last_round(folder, plan))}"
     labelled = cache.studies([run.fold]) + (cache.studies(seen) if label_all else [])
     for study in labelled[trainer.global_rank :: trainer.world_size]:
-        if study.fold == run.fold or study.labels(label_set(run.work)) is None:
+        before = study.labels_drawn_by(label_set(run.work))
+        another_folds = before is not None and not before.startswith(f"fold{run.fold} ")
+        if before != mine and (study.fold == run.fold or not another_folds):
             labels = predict(study, network, plan, device)
-            study.write_labels(label_set(run.work), np.where(labels > len(LEVELS), 0, labels))
+            study.write_labels(label_set(run.work), np.where(labels > len(LEVELS), 0, labels), drawn_by=mine)
     trainer.strategy.barrier()
     result = {
         "held_out": measure(held_out, label_set(run.work)),
@@ -132,10 +135,14 @@ def trained_network(work: Path, fold: int) -> tuple[VertebraNetwork, SegmentPlan
     values |= {"channels": tuple(values["channels"]), "crop": tuple(values["crop"])}
     plan = SegmentPlan(**values)
     folder = fold_folder(work, "segment", fold)
-    last = folder / f"round{plan.num_rounds}" if plan.num_rounds else folder
     network = plan.new_network()
-    load_weights(network, last)
+    load_weights(network, last_round(folder, plan))
     return network, plan
+
+
+def last_round(folder: Path, plan: SegmentPlan) -> Path:
+    """Where a fold's final weights lie."""
+    return folder / f"round{plan.num_rounds}" if plan.num_rounds else folder
 
 
 def train(
@@ -166,8 +173,14 @@ def samples(labelled: Sequence[tuple[Study, str]], plan: SegmentPlan, work: Path
 
 
 def neck_path(study: Study, name: str, plan: SegmentPlan, work: Path) -> Path:
-    """Where a study's coarse neck is kept, with labels of this name."""
-    return work / "segment" / f"necks-{plan.spacing_mm:g}mm" / name / f"{study.study_instance_uid}.npz"
+    """Where a study's coarse neck is kept, with labels of this name; elsewhere when the study was prepared anew."""
+    return (
+        work
+        / "segment"
+        / f"necks-{plan.spacing_mm:g}mm"
+        / name
+        / f"{study.study_instance_uid}-{study.fingerprint[:12]}.npz"
+    )
 
 
 def write_neck(path: Path, study: Study, name: str, spacing_mm: float) -> None:

@@ -51,17 +51,16 @@ class Vertebra:
 def judged_vertebrae(studies: Sequence[Study], cut: str) -> list[Vertebra]:
     """The vertebrae of these studies that were found, and of which at least 30 % are in the field of view.
 
+    A study without stacks has none: `cut.json` says why.
+
     Raises:
-        StepError: a study has not been cut, or none has such a vertebra.
+        StepError: none has such a vertebra.
     """
     found = []
     for study in studies:
         stacks = study.stacks(cut)
         if stacks is None:
-            raise StepError(
-                f"Study {study.study_instance_uid} has no stacks in the cut {cut!r}. Run `cspine-train segment` for "
-                f"each fold (or with --label-all), then `cspine-train cut --name {cut}`."
-            )
+            continue
         found += [
             Vertebra(
                 study=study,

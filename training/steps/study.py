@@ -50,11 +50,10 @@ class StudyPlan:
 
 def study(run: Run, plan: StudyPlan) -> dict[str, Any]:
     """Trains one fold's network and keeps its logits for the held-out fold; what it measured, beside constants."""
-    folder = run.begin("study", **asdict(plan))
+    folder = run.begin("study", "classify", **asdict(plan))
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
     cache = Cache.open(run.cache)
-    read_options(run.work, "classify", run.fold)  # refused here if `classify` is not finished
     answers = fold_folder(run.work, "classify", run.fold)
     others = cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold])
     held_out = cache.studies([run.fold])
