@@ -146,7 +146,7 @@ class _Pieces(Response):
         while first is not None:
             following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
             for piece in first:
-                await send({"type": "http.response.body", "body": memoryview(piece), "more_body": True})
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             first = await following
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
