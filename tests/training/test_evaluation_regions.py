@@ -5,9 +5,13 @@ import pytest
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
 from model import Grid
+from model.levels import OUTPUTS
 from training.evaluation.bootstrap import draw_resamples
+from training.evaluation.evaluate import measure_regions
 from training.evaluation.froc import Box, chains, compare, froc_curves, iou, measure_froc, sensitivity_at
 from training.evaluation.masks import attention_alignment, dice, identified, measure_masks, surface_distances_mm
+from training.evaluation.metrics import Settings
+from training.evaluation.tables import Matched
 
 
 def box(x: float, z: int = 0, score: float = 1.0, size: float = 10) -> Box:
@@ -153,3 +157,23 @@ def test_attention_alignment_beside_even_attention() -> None:
     assert attention_alignment(weights, {11, 12, 40}) == pytest.approx((0.9, 0.5))
     assert attention_alignment(weights, {40}) is None
     assert attention_alignment({}, {1}) is None
+
+
+def test_the_intervals_of_an_froc_curve_draw_patients_not_studies() -> None:
+    studies = ("1", "2")
+    matched = Matched(
+        studies=studies,
+        truth=np.ones((2, 8), bool),
+        predicted=np.ones((2, 8)),
+        only_in_predictions=(),
+        only_in_truth=(),
+    )
+    box = Box(x=0, y=0, width=10, height=10, slice_number=1)
+    settings = Settings(operating_points=dict.fromkeys(OUTPUTS, 0.5), num_resamples=50)
+    true = {study: [box] for study in studies}
+
+    alone, _ = measure_regions(matched, {"1": [box]}, true, settings, {})
+    together, _ = measure_regions(matched, {"1": [box]}, true, settings, dict.fromkeys(studies, "the same"))
+
+    assert alone["sensitivity_at_1_fp_ci"] == [0, 1]
+    assert together["sensitivity_at_1_fp_ci"] == [0.5, 0.5]

@@ -141,6 +141,7 @@ def test_the_exported_bundle_runs_with_folds_calibration_and_what_it_was_trained
 
     assert bundle.num_folds == len(FOLDS)
     assert bundle.calibration.keys() == set(OUTPUTS)
+    assert "network at a time; this bundle averages 3" in bundle.metrics["note"]
     assert bundle.training_data[0].licence == "non-commercial research"
     assert bundle.metrics["study"].keys() == {f"fold{fold}" for fold in FOLDS}
     anatomy = Anatomy.random(5)
@@ -154,6 +155,23 @@ def test_predictions_of_held_out_studies_are_evaluated(work: Path, rsna_cache: C
 
     metrics = json.loads((work / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
     assert len(lines) - 1 == len(rsna_cache.studies(FOLDS)) == metrics["num_studies"]
+
+
+def test_the_last_word_of_all_sets_each_step_beside_its_constants(
+    work: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.commands.everything.steps", lambda *_: iter(()))  # all are done
+    where = ["--rsna", str(work), "--cache", str(work), "--work", str(work), "--out", str(work / "bundle")]
+
+    lines = run(config, "all", *where).splitlines()
+
+    assert {line.split()[0] for line in lines} == {"segment", "regions", "classify", "study", "calibrate"}
+    losses = [result(work, "study", fold) for fold in FOLDS]
+    figure = np.mean([each["weighted_log_loss"] for each in losses])
+    constant = np.mean([each["constants"]["best_constants"] for each in losses])
+    (line,) = [line for line in lines if line.startswith("study")]
+    assert f"{figure:.4f}  constants  {constant:.4f}  {'better' if figure < constant else 'NO BETTER'}" in line
+    assert (work / "summary.txt").read_text(encoding="utf-8").splitlines() == lines
 
 
 def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:

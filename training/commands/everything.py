@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from training.commands.run_options import CACHE_AND_WORK, numbers
+from training.steps.summary import summarise
 
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
@@ -28,7 +29,8 @@ def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out:
     """Run prepare, segment, cut, regions, classify, study, calibrate, export and evaluate.
 
     Options of the steps come from --config, which stands before `all`. Each step is a process of its own; after a
-    failure or a kill the same command goes on where it stopped.
+    failure or a kill the same command goes on where it stopped. At the end WORK/summary.txt has each step's figures
+    beside constants.
     """
     config = context.find_root().params["config"]
     program = [sys.executable, "-m", "training.cli", *(["--config", str(config)] if config else [])]
@@ -40,6 +42,7 @@ def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out:
                 f"`{arguments[0]}` ended with {done.returncode}. What is done is kept: mend the cause and give the "
                 "same command."
             )
+    click.echo(summarise(work), nl=False)
 
 
 def _end_with(parent: int) -> Callable[[], None] | None:

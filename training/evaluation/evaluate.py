@@ -17,6 +17,7 @@ from training.evaluation.metrics import Settings, measure_all
 from training.evaluation.report import Report, write_report
 from training.evaluation.tables import (
     OVERALL,
+    PATIENT,
     InputError,
     Matched,
     match,
@@ -105,7 +106,7 @@ def evaluate(inputs: Inputs, settings: Settings, out: Path, more: Mapping[str, A
     if inputs.predicted_regions and inputs.true_boxes:
         predicted = read_boxes(inputs.predicted_regions, scored=True)
         true = read_boxes(inputs.true_boxes, scored=False)
-        metrics["froc"], curves = _measure_regions(matched, predicted, true, settings)
+        metrics["froc"], curves = measure_regions(matched, predicted, true, settings, subgroups.get(PATIENT, {}))
     metrics |= more or {}
     report = write_report(Report(metrics=metrics, matched=matched, froc=curves))
     with replacing(out / "metrics.json", out / "report.html") as (json_path, html_path):
@@ -115,13 +116,17 @@ def evaluate(inputs: Inputs, settings: Settings, out: Path, more: Mapping[str, A
     return metrics
 
 
-def _measure_regions(
-    matched: Matched, predicted: Boxes, true: Boxes, settings: Settings
+def measure_regions(
+    matched: Matched, predicted: Boxes, true: Boxes, settings: Settings, patient_of: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Events]]:
-    """FROC of the Studies whose fractures are known: those with boxes, and those without a fracture."""
+    """FROC of the Studies whose fractures are known: those with boxes, and those without a fracture.
+
+    patient_of: by Study, where it is known; the bootstrap draws patients.
+    """
     fractured = dict(zip(matched.studies, matched.truth.any(axis=1), strict=True))
     studies = [study for study in matched.studies if study in true or not fractured[study]]
-    resamples = draw_resamples(studies, settings.num_resamples, settings.seed)
+    patients = [patient_of.get(study, study) for study in studies]
+    resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
     curves = {
         "boxes": compare(studies, predicted, true, as_chains=False),
         "fractures": compare(studies, predicted, true, as_chains=True),

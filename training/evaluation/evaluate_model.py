@@ -16,6 +16,7 @@ from training.evaluation.loss import weighted_log_loss
 from training.evaluation.metrics import Settings
 from training.evaluation.run import Run, run_model
 from training.evaluation.tables import (
+    PATIENT,
     STUDY,
     UNDETERMINED,
     InputError,
@@ -52,8 +53,8 @@ def evaluate_model(
         source = read_source(data)
     except SourceError as error:
         raise InputError(str(error)) from error
-    if subgroups:
-        read_subgroups(subgroups)  # a fault in it must not show after hours
+    # Read before the model runs: a fault in it must not show after hours.
+    patient_of = read_subgroups(subgroups).get(PATIENT, {}) if subgroups else {}
     only = None if truth is None else read_truth(truth).studies
     run = run_model(bundle, source, out, only=only, device=device)
     write_tables(run, out)
@@ -65,7 +66,7 @@ def evaluate_model(
         predicted_regions=out / "regions.csv" if boxes.exists() else None,
         true_boxes=boxes if boxes.exists() else None,
     )
-    more = measure_run(run, settings)
+    more = measure_run(run, settings, patient_of)
     if (out / METRIC_TABLE).exists():
         submitted = match(read_predictions(out / METRIC_TABLE), read_truth(inputs.truth))
         more["challenge"] = {"weighted_log_loss": weighted_log_loss(submitted.truth, submitted.predicted)}
@@ -103,8 +104,8 @@ def _row(uid: str, values: Mapping[str, float | None]) -> list[str]:
     return [uid, *cells, " ".join(name for name in OUTPUTS if values[name] is None)]
 
 
-def measure_run(run: Run, settings: Settings) -> dict[str, Any]:
-    """The sections `run`, `masks` and `attention`; keys as in README.md."""
+def measure_run(run: Run, settings: Settings, patient_of: Mapping[str, str]) -> dict[str, Any]:
+    """The sections `run`, `masks` and `attention`; keys as in README.md. patient_of: by Study, where it is known."""
     answers = list(run.answers.values())
     seconds = np.array([answer["seconds"]["all"] for answer in answers])
     return {
@@ -123,15 +124,16 @@ def measure_run(run: Run, settings: Settings) -> dict[str, Any]:
             "num_slices_p50": float(np.median([answer["num_slices"] for answer in answers])),
             "peak_memory_bytes": max(answer["peak_memory_bytes"] for answer in answers),
         },
-        "masks": _masks(run, settings),
-        "attention": _attention(answers, settings),
+        "masks": _masks(run, settings, patient_of),
+        "attention": _attention(run, settings, patient_of),
     }
 
 
-def _masks(run: Run, settings: Settings) -> dict[str, Any] | None:
+def _masks(run: Run, settings: Settings, patient_of: Mapping[str, str]) -> dict[str, Any] | None:
     """Over the Studies with a mask; None if there is none."""
     with_mask = {uid: answer["masks"] for uid, answer in run.answers.items() if answer["masks"] is not None}
-    compared = [masks for masks in with_mask.values() if masks.get("dice")]
+    with_dice = {uid: masks for uid, masks in with_mask.items() if masks.get("dice")}
+    compared = list(with_dice.values())
     problems = {uid: masks["problem"] for uid, masks in with_mask.items() if "problem" in masks}
     if not compared:
         return {"num_studies": 0, "problems": problems} if problems else None
@@ -144,7 +146,7 @@ def _masks(run: Run, settings: Settings) -> dict[str, Any] | None:
         "num_studies": len(compared),
         "problems": problems,
         "mean_dice": float(np.mean(mean_dice)),
-        "mean_dice_ci": _interval_of_mean(mean_dice, settings),
+        "mean_dice_ci": _interval_of_mean(mean_dice, [patient_of.get(uid, uid) for uid in with_dice], settings),
         **_of_levels(everywhere),
         "num_invented": sum(len(masks["invented"]) for masks in compared),
         "levels": {
@@ -172,22 +174,23 @@ def _of_levels(values: dict[str, list[Any]]) -> dict[str, Any]:
     }
 
 
-def _attention(answers: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any] | None:
+def _attention(run: Run, settings: Settings, patient_of: Mapping[str, str]) -> dict[str, Any] | None:
     """Mean share of a fractured level's attention on slices with a fracture, beside even attention; None of none."""
-    shares = [pair for answer in answers for pair in answer["alignment"].values()]
+    shares = [pair for answer in run.answers.values() for pair in answer["alignment"].values()]
+    patients = [patient_of.get(uid, uid) for uid, answer in run.answers.items() for _ in answer["alignment"]]
     if not shares:
         return None
     alignment, even = (list(side) for side in zip(*shares, strict=True))
     return {
         "num_levels": len(shares),
         "alignment": float(np.mean(alignment)),
-        "alignment_ci": _interval_of_mean(alignment, settings),
+        "alignment_ci": _interval_of_mean(alignment, patients, settings),
         "even": float(np.mean(even)),
     }
 
 
-def _interval_of_mean(values: Sequence[float], settings: Settings) -> list[float] | None:
-    resamples = draw_resamples(range(len(values)), settings.num_resamples, settings.seed)
+def _interval_of_mean(values: Sequence[float], patients: Sequence[str], settings: Settings) -> list[float] | None:
+    resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
     rows, column = np.arange(len(values)), np.array(values)
     means = over_resamples(resamples, rows, lambda counts: {"mean": counts @ column / counts.sum(axis=1)})
     return percentile_interval(means["mean"])

@@ -117,4 +117,5 @@ def metrics(work: Path, folds: list[int]) -> dict[str, Any]:
         for step in ("segment", "regions", "classify", "study")
     }
     calibrated = json.loads((work / "calibrate" / "result.json").read_text(encoding="utf-8"))
-    return {"held_out": calibrated, "folds": folds, **steps}
+    of_one = "calibration and held_out are of one fold's network at a time; this bundle averages"
+    return {"held_out": calibrated, "folds": folds, "note": f"{of_one} {len(folds)}.", **steps}
