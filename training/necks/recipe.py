@@ -66,7 +66,7 @@ CLASSIFY = ClassifySettings(
     pixel_mm=0.75,
     region_threshold=0.5,
 )
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn bone. It has never seen a real fracture, nor RSNA data: its probabilities "
@@ -100,17 +100,17 @@ class Plan:
     """
 
     num_coarse: int = 500
-    num_fine: int = 500
+    num_fine: int = 1200
     num_phantoms: int = 90
-    num_stacks: int = 210
+    num_stacks: int = 560
     num_phantom_stacks: int = 60
-    num_patients: int = 50
+    num_patients: int = 100
     num_held_out_stacks: int = 60
     num_held_out_series: int = 8
     coarse_steps: tuple[int, ...] = (1800, 1300, 1300)
-    fine_steps: tuple[int, int] = (2000, 1600)
-    patch_steps: int = 2300
-    stack_steps: int = 2050
+    fine_steps: tuple[int, int] = (2000, 6200)
+    patch_steps: int = 4700
+    stack_steps: int = 4950
     batch_size: int = 4
     num_workers: int = 2
 
