@@ -24,6 +24,9 @@ NODE_MM = 12.0
 WRINKLED_MM = 240.0
 """How far from the middle of the neck wrinkles reach, each way."""
 
+SHARE_LEANING, LEAN_DEG = 0.35, (-45.0, 15.0)
+"""Share of necks that lean as a whole, forward below 0: the kyphotic, and who lies on a pillow."""
+
 MAX_LEVEL = 10
 """T3: below it, level numbers count no further."""
 
@@ -156,6 +159,8 @@ class Pose:
         strength = rng.uniform(0.25, 1.0)
         matrix = np.eye(3)
         angles = strength * np.deg2rad(rng.uniform([-18, -12, -15], [18, 12, 15]))
+        if rng.random() < SHARE_LEANING:
+            angles[0] += np.deg2rad(rng.uniform(*LEAN_DEG))
         for (i, j), angle in zip(((1, 2), (0, 2), (0, 1)), angles, strict=True):
             turn = np.eye(3)
             turn[np.ix_((i, j), (i, j))] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
