@@ -20,7 +20,6 @@ from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
 from model.networks import SliceVertebraUNet, VertebraUNet
-from model.pieces import whole_levels
 from model.resample import (
     AIR_HU,
     average_pool,
@@ -111,8 +110,6 @@ def find_vertebrae(
     grid = coarse_grid
     if refiner is not None and refine is not None and found.any():
         scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)
-        whole = torch.from_numpy(whole_levels(scores[0].numpy(), scores[1].numpy(), LAST_LEVEL))
-        scores[1] = torch.where(whole > 0, whole.float(), scores[1])
         scores, found = one_chain(scores, grid)
     labels = np.zeros(volume.grid.shape, np.uint8)
     if not found.any():
