@@ -69,7 +69,7 @@ CLASSIFY = ClassifySettings(
 VERSION = "0.3.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
-    "on fractures that were put into drawn bone. It has never seen a real fracture, nor RSNA data: its probabilities "
+    "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its probabilities "
     "are not validated on patients."
 )
 TRAINING_DATA = (
@@ -99,7 +99,7 @@ class Plan:
     num_patients: real necks whose vertebrae, as they are and broken, the fracture network sees too.
     """
 
-    num_coarse: int = 500
+    num_coarse: int = 800
     num_fine: int = 1200
     num_phantoms: int = 90
     num_stacks: int = 560
@@ -107,7 +107,7 @@ class Plan:
     num_patients: int = 100
     num_held_out_stacks: int = 60
     num_held_out_series: int = 8
-    coarse_steps: tuple[int, ...] = (1800, 1300, 1300)
+    coarse_steps: tuple[int, ...] = (1800, 1300, 3400)
     fine_steps: tuple[int, int] = (2000, 6200)
     patch_steps: int = 4700
     stack_steps: int = 4950
