@@ -69,8 +69,8 @@ CLASSIFY = ClassifySettings(
 VERSION = "0.3.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
-    "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its probabilities "
-    "are not validated on patients."
+    "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
+    "probabilities are not validated on patients."
 )
 TRAINING_DATA = (
     TrainingData(
