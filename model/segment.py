@@ -41,8 +41,7 @@ REFINED_MARGIN_MM = 12.0
 
 NO_BONE_LOGIT = -2.0
 """Where the coarse network is surer than this that there is no vertebra, the refiner is not believed: alone, it takes
-the
-skull base for C1. On drawn necks: Dice of C1 from 0.56 to 0.68, the others unchanged."""
+the skull base for C1. On drawn necks: Dice of C1 from 0.56 to 0.68, the others unchanged."""
 
 NEAR_MM = 3.0
 """Bone this close to a numbered vertebra belongs to it, if it is none of its own."""

@@ -36,14 +36,24 @@ def send_bytes(association: Association, encoded: bytes, context: Context, sop_i
     accepted = {(c.abstract_syntax, c.transfer_syntax[0]): c.context_id for c in association.accepted_contexts}
     if context not in accepted:
         return None
+    return store(association, encoded, accepted[context], context[0], sop_instance_uid)
+
+
+def store(
+    association: Association, encoded: bytes, context_id: int, sop_class_uid: str, sop_instance_uid: str
+) -> Dataset:
+    """Sends bytes as they are, under whatever UIDs; Status and ErrorComment of the answer, empty if none came.
+
+    pynetdicom's own `send_c_store` is too well-behaved for that.
+    """
     request = C_STORE()
-    request.MessageID, request.Priority, request.AffectedSOPClassUID = 1, 2, context[0]
+    request.MessageID, request.Priority, request.AffectedSOPClassUID = 1, 2, sop_class_uid
     request._affected_sop_instance_uid = UID(sop_instance_uid)  # past its own check
     request.DataSet = BytesIO(encoded)
     association._reactor_checkpoint.clear()  # as `send_c_store` does: answers are read here
     while not association._is_paused:
         time.sleep(0.0001)
-    association.dimse.send_msg(request, accepted[context])
+    association.dimse.send_msg(request, context_id)
     _, response = association.dimse.get_msg(block=True)
     association._reactor_checkpoint.set()
     answer = Dataset()

@@ -8,9 +8,16 @@ import pytest
 
 from node.config import Config
 from node.index import Index
+from tests.certificates import Authority
 from tests.node.handed_over import Clock, make_results
 from tests.node.retrieving import Held
 from tests.receiver import listening
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Who signs the certificates of a file's tests."""
+    return Authority(tmp_path_factory.mktemp("ca"))
 
 
 @pytest.fixture

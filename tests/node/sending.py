@@ -2,20 +2,19 @@
 
 import time
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from pydicom.dataset import Dataset
-from pydicom.uid import UID, CTImageStorage, ExplicitVRLittleEndian
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom import AE
 from pynetdicom.association import Association
-from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import split_dataset
 
 from node.config import Config
 from node.index import Index
 from tests.factories import make_ct_series
+from tests.raw_scu import store
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
 
@@ -47,26 +46,9 @@ def c_store(
     sop_class_uid: str = CTImageStorage,
     transfer_syntax: str = ExplicitVRLittleEndian,
 ) -> Dataset:
-    """Sends bytes as they are, under whatever UIDs; the answer, empty if none came.
-
-    pynetdicom's own `send_c_store` is too well-behaved for that.
-    """
-    request = C_STORE()
-    request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID = sop_class_uid
-    request._affected_sop_instance_uid = UID(sop_instance_uid)  # past its own check
-    request.DataSet = BytesIO(encoded)
+    """As `raw_scu.store`, in the context of a transfer syntax."""
     context = next(c for c in association.accepted_contexts if c.transfer_syntax[0] == transfer_syntax)
-    association._reactor_checkpoint.clear()
-    while not association._is_paused:
-        time.sleep(0.0001)
-    association.dimse.send_msg(request, context.context_id)
-    _, response = association.dimse.get_msg(block=True)
-    association._reactor_checkpoint.set()
-    status = Dataset()
-    if response is not None:
-        status.Status, status.ErrorComment = response.Status, response.ErrorComment or ""
-    return status
+    return store(association, encoded, context.context_id, sop_class_uid, sop_instance_uid)
 
 
 def store_one(config: Config, path: Path, **given: Any) -> int:

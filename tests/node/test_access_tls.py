@@ -30,11 +30,6 @@ needs_dcmtk = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
-@pytest.fixture(scope="module")
 def node_files(authority: Authority) -> Files:
     return authority.sign("node")
 

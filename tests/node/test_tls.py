@@ -26,11 +26,6 @@ needs_dcmtk = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    return Authority(tmp_path_factory.mktemp("ca"))
-
-
 @contextmanager
 def storescp(folder: Path, *options: str) -> Iterator[int]:
     """dcmtk as a Storage SCP under TLS; its port."""

@@ -213,29 +213,29 @@ def train_necks_bundle(data: Path, out: Path, work: Path, plan: Plan) -> Bundle:
     data: holds `atlas/HN-Atlas-labels.nrrd` and `openkbp/`. work: folder for what is drawn; a later run uses it again.
     """
     unet, refiner = train_vertebrae(data, work, plan)
+    find = _finder(unet, refiner)
     training, _ = held_out_patients(data / "openkbp")
-    network = train_fractures(work, plan, unet, refiner, training)
+    network = train_fractures(work, plan, unet, find, training)
     seeds = range(FIRST_HELD_OUT_STACK, FIRST_HELD_OUT_STACK + plan.num_held_out_stacks)
     held_out = _all(write_stacks_of_drawn, work / "stacks", seeds, plan.num_workers, work / "atlas.npz", CLASSIFY)
     with torch.inference_mode():
-        drawn = measure_drawn(
-            _finder(unet, refiner), load_atlas(data, work / "atlas.npz"), range(plan.num_held_out_series)
-        )
+        drawn = measure_drawn(find, work / "atlas.npz", range(plan.num_held_out_series))
     return export(out, unet, refiner, network, held_out, drawn)
 
 
 def train_fractures(
-    work: Path, plan: Plan, unet: VertebraUNet, refiner: VertebraUNet, patients: list[Path]
+    work: Path, plan: Plan, unet: VertebraUNet, find: FindVertebrae, patients: list[Path]
 ) -> FractureNet:
     """The fracture network, from fractures inserted into drawn necks, phantoms, and real necks.
 
-    Of drawn necks alone it said 0.5 to 0.6 of every real vertebra (`training/LOG.md`). patients: of OpenKBP.
+    Of drawn necks alone it said 0.5 to 0.6 of every real vertebra (`training/LOG.md`). find: as `_finder` gives it.
+    patients: of OpenKBP.
     """
     workers, seeds, phantom_seeds = plan.num_workers, range(plan.num_stacks), range(plan.num_phantom_stacks)
     stacks = _all(write_stacks_of_drawn, work / "stacks", seeds, workers, work / "atlas.npz", CLASSIFY)
     stacks += _all(write_stacks, work / "phantom-stacks", phantom_seeds, workers, SEGMENT, CLASSIFY, unet)
     for path in patients[: plan.num_patients]:
-        write_patient_stacks(work / "patients" / path.name, path, _finder(unet, refiner), CLASSIFY)
+        write_patient_stacks(work / "patients" / path.name, path, find, CLASSIFY)
     stacks += sorted((work / "patients").glob("*.npz"))
     network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads)
     torch.set_num_threads(plan.num_workers)

@@ -46,9 +46,7 @@ def write_neck_stacks(path: Path, seed: int, atlas: Atlas, classify: ClassifySet
     )
     scan = _break_and_scan if rng.random() < 0.4 else _scan_and_break
     inserted, labels, grid = scan(*neck, look, rng)
-    voxels_hu = inserted.voxels_hu.copy()
-    disturb(voxels_hu, grid, rng)
-    inserted = replace(inserted, voxels_hu=voxels_hu)
+    disturb(inserted.voxels_hu, grid, rng)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
         np.savez(file, **inserted_stacks(inserted, drawn_by_a_network(labels, grid, rng), grid, classify))
