@@ -83,11 +83,6 @@ class Guard:
             (evt.EVT_ASYNC_OPS, lambda _: (1, 1)),  # is answered: one operation at a time
         ]
 
-    @property
-    def num_connections(self) -> int:
-        """How many there are."""
-        return len(self._connections)
-
     def stop(self) -> None:
         """Looks after those that are there, then ends."""
         self._stopping.set()
@@ -269,20 +264,20 @@ class GuardedServer(ThreadedAssociationServer):  # type: ignore[misc]
     """pynetdicom's server with a guard at its door."""
 
     def __init__(self, *args: Any, guard: Guard, **values: Any) -> None:
-        self.guard = guard
+        self._guard = guard
         super().__init__(*args, **values)
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Called with each accepted connection; what is False is closed."""
-        return self.guard.admit(request, client_address)
+        return self._guard.admit(request, client_address)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Called in a thread of the connection: a slow peer holds up nobody else."""
-        greeted = self.guard.greet(request)
+        greeted = self._guard.greet(request)
         if greeted is not None:
             super().finish_request(greeted.socket, client_address)
             greeted.was_started = True
 
     def shutdown(self) -> None:
         super().shutdown()
-        self.guard.stop()
+        self._guard.stop()

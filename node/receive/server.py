@@ -30,7 +30,6 @@ from node.tls import TlsError
 log = logging.getLogger(__name__)
 
 _ACCEPT_POLL_S = 0.2
-_LEAVE_S, _FEW = 0.002, 4  # how long a connection is left to others, for each of a few that are here
 
 
 class Server(GuardedServer):
@@ -51,16 +50,6 @@ class Server(GuardedServer):
 
     def server_activate(self) -> None:
         """It listens."""
-
-    def get_request(self) -> Any:
-        """Accepts, and the later the more are served here already, so that the processes get as many each.
-
-        The kernel wakes all of them and the first one takes it: of four senders three met in one process, often, and
-        had to share its GIL. With many it evens out, and a flood of connections is to keep nobody out.
-        """
-        if self.guard.num_connections <= _FEW:
-            time.sleep(_LEAVE_S * self.guard.num_connections)
-        return super().get_request()
 
     def server_close(self) -> None:
         """Lets go of the socket; a shutdown of it would end the listening of the others too."""
