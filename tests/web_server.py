@@ -1,11 +1,11 @@
 """The node's HTTP side in a thread of the test, on a port of its own."""
 
+import socket
 import threading
 import time
 from pathlib import Path
 
 import requests
-import uvicorn
 from pydicom import dcmread
 
 from model import slice_headers
@@ -14,25 +14,24 @@ from node.index import Index, NewInstance
 from node.receive.store import Store
 from node.web.app import make_app
 from node.web.catalog import Catalog
+from node.web.server import make_server
 from node.web.tokens import Tokens
-from tests.ports import free_port
 
 
 class WebServer:
     """Serves from construction to `stop`; `get` asks it. url: of the DICOMweb service."""
 
     def __init__(self, config: Config, index: Index) -> None:
-        self.port = free_port()
-        self.root = f"http://127.0.0.1:{self.port}"
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
+        self.root = f"{'https' if config.web.tls else 'http'}://127.0.0.1:{self.port}"
         self.url = f"{self.root}/dicom-web"
         self.catalog = Catalog(index)
         self.tokens = Tokens(index.data_dir)
         self._store = Store(config, index, f"test-{self.port}")
         app = make_app(config, self.catalog, self._store, self.tokens)
-        self._server = uvicorn.Server(
-            uvicorn.Config(app, port=self.port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        )
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._server = make_server(app, config.web)
+        self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
         deadline = time.monotonic() + 20
         while not self._server.started:

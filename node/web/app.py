@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -28,6 +29,7 @@ from node.web import case_list, qido, rendered, viewer, wado
 from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
+from node.web.kernel_files import SendFile, send_file_of
 from node.web.matching import QueryError
 from node.web.multipart import MultipartError, MultipartReader, boundary_of
 from node.web.settings import WebConfig
@@ -131,10 +133,15 @@ def _choose(request: Request, offers: list[Offer]) -> Choice:
 
 
 class _Pieces(Response):
-    """A body that is made while it is sent: in a thread, some pieces at a time, each sent as it is."""
+    """A body that is made while it is sent: in a thread, some pieces at a time, each sent as it is.
 
-    def __init__(self, pieces: Iterator[list[bytes]], media_type: str, length: int | None) -> None:
-        self._pieces = pieces
+    send_file: sends those that are files.
+    """
+
+    def __init__(
+        self, pieces: Iterator[list[bytes | FileIO]], media_type: str, length: int | None, send_file: SendFile | None
+    ) -> None:
+        self._pieces, self._send_file = pieces, send_file
         headers = {"Content-Type": media_type} | ({} if length is None else {"Content-Length": str(length)})
         super().__init__(headers=headers)
         if length is None:
@@ -146,7 +153,11 @@ class _Pieces(Response):
         while first is not None:
             following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
             for piece in first:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                if isinstance(piece, FileIO):
+                    assert self._send_file is not None
+                    await self._send_file(piece)
+                else:
+                    await send({"type": "http.response.body", "body": piece, "more_body": True})
             first = await following
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -213,8 +224,11 @@ def _retrieve_router() -> APIRouter:
         if not choice.offer.part:
             return Response(wado.instance_bytes(instances[0], choice.transfer_syntax), media_type=wado.DICOM)
         boundary = _boundary()
-        pieces, length = wado.multipart_of_instances(instances, choice.transfer_syntax, boundary)
-        return _Pieces(pieces, _related(wado.DICOM, boundary), length)
+        send_file = send_file_of(request.scope)
+        pieces, length = wado.multipart_of_instances(
+            instances, choice.transfer_syntax, boundary, as_files=send_file is not None
+        )
+        return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_file)
 
     def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
         _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])

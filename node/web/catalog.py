@@ -11,8 +11,9 @@ import fcntl
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,19 @@ _cases = Table(
 )
 _TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
 _READ_TAGS = [Tag(keyword) for level in Level for keyword in level.keywords] + [Tag("SpecificCharacterSet")]
+
+
+# What an Instance of a Series has for itself: keyword, tag, VR, and what the index calls it.
+_OWN = tuple(
+    (keyword, f"{Tag(keyword):08X}", vr, of_index)
+    for keyword, vr, of_index in (
+        ("SOPClassUID", "UI", "sop_class_uid"),
+        ("SOPInstanceUID", "UI", "sop_instance_uid"),
+        ("InstanceNumber", "IS", "instance_number"),
+        ("Rows", "US", "rows"),
+        ("Columns", "US", "columns"),
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +261,9 @@ class Catalog:
 
     def matching_files(self, conditions: Sequence[Condition]) -> list[StoredInstance]:
         """Instances that match, by Series and in the order of their numbers."""
+        columns = [column for column in _instances.c if column is not _instances.c.attributes]
         query = (
-            select(_instances, _series.c.StudyInstanceUID)
+            select(*columns, _series.c.StudyInstanceUID)
             .join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID)
             .join(_studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID)
             .where(*map(_where, conditions))
@@ -302,27 +317,23 @@ class _Read:
 
         What it does not keep, such as the bits of a pixel, is the same in all slices of a CT.
         """
-        texts, attributes = dict(self.texts), dict(self.attributes)
-        own: dict[str, tuple[str, Any]] = {
-            "SOPClassUID": ("UI", header["sop_class_uid"]),
-            "SOPInstanceUID": ("UI", header["sop_instance_uid"]),
-            "InstanceNumber": ("IS", header["instance_number"]),
-            "Rows": ("US", header["rows"]),
-            "Columns": ("US", header["columns"]),
-        }
-        texts[Level.INSTANCE] = self.texts[Level.INSTANCE] | {
-            keyword: "" if value is None else str(value) for keyword, (_, value) in own.items()
-        }
-        attributes[Level.INSTANCE] = self.attributes[Level.INSTANCE] | {
-            f"{Tag(keyword):08X}": {"vr": vr} | ({} if value is None else {"Value": [value]})
-            for keyword, (vr, value) in own.items()
+        own = {keyword: header[of_index] for keyword, _, _, of_index in _OWN}
+        texts = {keyword: "" if value is None else str(value) for keyword, value in own.items()}
+        attributes = {
+            tag: {"vr": vr} if own[keyword] is None else {"vr": vr, "Value": [own[keyword]]}
+            for keyword, tag, vr, _ in _OWN
         }
         try:
-            with Path(path).open("rb") as file:
+            with FileIO(path) as file:
                 syntax = _transfer_syntax_of(file.read(1024))
         except OSError:  # it has just gone
             return None
-        return replace(self, texts=texts, attributes=attributes, path=path, transfer_syntax=syntax)
+        return _Read(
+            texts=self.texts | {Level.INSTANCE: self.texts[Level.INSTANCE] | texts},
+            attributes=self.attributes | {Level.INSTANCE: self.attributes[Level.INSTANCE] | attributes},
+            path=path,
+            transfer_syntax=syntax,
+        )
 
 
 def _transfer_syntax_of(meta: bytes) -> str:

@@ -7,6 +7,7 @@ from multiprocessing.connection import Connection
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
 import uvicorn
+from fastapi import FastAPI
 
 from node.config import Config
 from node.index import Index
@@ -14,6 +15,8 @@ from node.process import be_child, spare_the_collector
 from node.receive.store import Store
 from node.web.app import make_app
 from node.web.catalog import Catalog
+from node.web.kernel_files import KernelFilesProtocol
+from node.web.settings import WebConfig
 from node.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -32,18 +35,7 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
         listening = _listen(web.host, web.port)
         index = Index(config.data_dir, config.database)
         catalog, store = Catalog(index), Store(config, index, run_name)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(config, catalog, store, Tokens(config.data_dir)),
-                log_config=None,
-                access_log=False,  # addresses name studies
-                server_header=False,
-                timeout_graceful_shutdown=_STOP_S,
-                ssl_certfile=web.tls.certificate if web.tls else None,
-                ssl_keyfile=web.tls.key if web.tls else None,
-            )
-        )
-        server.config.load()
+        server = make_server(make_app(config, catalog, store, Tokens(config.data_dir)), web)
     except (OSError, ssl.SSLError) as error:
         ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {error.strerror or error}")
         return
@@ -56,6 +48,26 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
     store.close()
     catalog.close()
     index.close()
+
+
+def make_server(app: FastAPI, web: WebConfig) -> uvicorn.Server:
+    """Serves the application on the socket that its `run` is given.
+
+    Raises:
+        OSError, ssl.SSLError: certificate or key cannot be read.
+    """
+    config = uvicorn.Config(
+        app,
+        http=KernelFilesProtocol,
+        log_config=None,
+        access_log=False,  # addresses name studies
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_S,
+        ssl_certfile=web.tls.certificate if web.tls else None,
+        ssl_keyfile=web.tls.key if web.tls else None,
+    )
+    config.load()
+    return uvicorn.Server(config)
 
 
 def _listen(host: str, port: int) -> socket:

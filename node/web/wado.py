@@ -3,8 +3,10 @@
 Reference: PS3.18 10.4 (Retrieve), 8.7.3 (media types), F (DICOM JSON).
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from io import BytesIO
+from io import BytesIO, FileIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,7 @@ DICOM, OCTETS = "application/dicom", "application/octet-stream"
 _PIXEL_TAGS = {Tag("PixelData"), Tag("FloatPixelData"), Tag("DoubleFloatPixelData")}
 _INLINE_BYTES = 1024  # longer values are bulk data
 _BULK_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
-_NUM_AT_A_TIME = 8  # files that are read before the first of them is sent
+_NUM_READ, _NUM_OPEN = 8, 32  # files that are read, or only opened, before the first of them is sent
 # Media types of compressed frames (PS3.18 table 8.7.3-5).
 _IMAGE_TYPES = {
     "1.2.840.10008.1.2.4.50": "image/jpeg",
@@ -89,24 +91,40 @@ def instance_bytes(instance: StoredInstance, transfer_syntax: str) -> bytes:
 
 
 def multipart_of_instances(
-    instances: Sequence[StoredInstance], transfer_syntax: str, boundary: str
-) -> tuple[Iterator[list[bytes]], int | None]:
-    """multipart/related of DICOM files, some pieces at a time, and its length in bytes if that is known beforehand."""
+    instances: Sequence[StoredInstance], transfer_syntax: str, boundary: str, *, as_files: bool
+) -> tuple[Iterator[list[bytes | FileIO]], int | None]:
+    """multipart/related of DICOM files, some pieces at a time, and its length in bytes if that is known beforehand.
+
+    as_files: Instances that are given as they are stored come as open files, if all are.
+    """
+    is_as_stored = all(transfer_syntax in ("", instance.transfer_syntax_uid) for instance in instances)
+    as_files = as_files and is_as_stored
 
     def head(instance: StoredInstance) -> bytes:
         syntax = transfer_syntax or instance.transfer_syntax_uid
         return part_head(boundary, f"{DICOM}; transfer-syntax={syntax}")
 
-    def pieces() -> Iterator[list[bytes]]:
-        for start in range(0, len(instances), _NUM_AT_A_TIME):
-            some = instances[start : start + _NUM_AT_A_TIME]
-            yield [piece for one in some for piece in (head(one), instance_bytes(one, transfer_syntax))]
+    def body(instance: StoredInstance) -> bytes | FileIO:
+        return _open(instance.path) if as_files else instance_bytes(instance, transfer_syntax)
+
+    def pieces() -> Iterator[list[bytes | FileIO]]:
+        num_at_a_time = _NUM_OPEN if as_files else _NUM_READ
+        for start in range(0, len(instances), num_at_a_time):
+            some = instances[start : start + num_at_a_time]
+            yield [piece for one in some for piece in (head(one), body(one))]
         yield [end_of(boundary)]
 
-    if any(transfer_syntax not in ("", instance.transfer_syntax_uid) for instance in instances):
+    if not is_as_stored:
         return pieces(), None
     length = sum(len(head(instance)) + instance.path.stat().st_size for instance in instances)
     return pieces(), length + len(end_of(boundary))
+
+
+def _open(path: Path) -> FileIO:
+    """A file that is about to be sent: the kernel is told to read it, so that nobody waits for the disk then."""
+    file = FileIO(path)
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return file
 
 
 # ---- metadata ----
