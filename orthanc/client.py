@@ -19,11 +19,20 @@ _CHUNK_BYTES = 256 * 1024
 
 
 class OrthancError(Exception):
-    """A question was not answered. status: of HTTP, if there was an answer. cause: why there was none, where known."""
+    """A question was not answered. status: of HTTP, if there was an answer. cause: why there was none, where known.
 
-    def __init__(self, message: str, status: int | None = None, cause: requests.RequestException | None = None) -> None:
+    retry_after: the header in which a proxy before it may ask for a pause, "" for none.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        cause: requests.RequestException | None = None,
+        retry_after: str = "",
+    ) -> None:
         super().__init__(message)
-        self.status, self.cause = status, cause
+        self.status, self.cause, self.retry_after = status, cause, retry_after
 
     @property
     def reason(self) -> str:
@@ -184,7 +193,12 @@ class Orthanc:
         except ResourceNotFound as error:
             raise GoneError("has no such thing", status=404) from error
         except HttpError as error:
-            raise OrthancError(f"answered {error.http_status_code}", status=error.http_status_code) from error
+            headers = error.request_response.headers if error.request_response is not None else {}
+            raise OrthancError(
+                f"answered {error.http_status_code}",
+                status=error.http_status_code,
+                retry_after=headers.get("Retry-After", ""),
+            ) from error
         except OrthancApiException as error:
             cause = error.__context__
             is_cause = isinstance(cause, requests.RequestException)

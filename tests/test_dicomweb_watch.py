@@ -228,6 +228,7 @@ def test_a_busy_archive_is_left_alone_for_as_long_as_it_asks(
         watched.look()
         assert archive.asked == []
         monkeypatch.setattr("node.watch.following.time.monotonic", lambda: monotonic() + 125)
+        monkeypatch.setattr(index, "now", lambda: time.time() + 125)
         watched.look()
     assert held(index) == {series_of(paths): 8}
 

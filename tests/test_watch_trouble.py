@@ -54,7 +54,14 @@ def ahead(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.mark.parametrize("counts", ["always", "never"])
 @pytest.mark.parametrize(
-    ("fault", "reason"), [(500, "answered 500"), (503, "answered 503"), (0, "broke the connection")]
+    ("fault", "reason"),
+    [
+        (500, "answered 500"),
+        (503, "answered 503"),
+        (410, "answered 410"),
+        (403, "answered 403"),
+        (0, "broke the connection"),
+    ],
 )
 def test_a_series_that_an_archive_does_not_give_out_waits_alone_and_is_set_aside(
     fault: int,
@@ -136,22 +143,78 @@ def test_a_series_that_can_be_given_out_later_is_fetched_then(
     assert index.troubled_series("pacs") == {}
 
 
-def test_a_series_at_which_an_archive_always_asks_for_a_pause_comes_after_the_others(
-    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("counts", ["always", "never"])
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_series_at_which_an_archive_always_asks_for_a_pause_holds_up_no_other_and_is_set_aside(
+    status: int, counts: Any, watch: Watch, index: Index, ahead: Clock, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("node.watch.following.retry_wait_s", lambda *_: 0.0)
-    large, sound = make_ct_series(tmp_path / "large"), make_ct_series(tmp_path / "sound")
-    with StandIn().serving() as archive:
+    large = make_ct_series(tmp_path / "large", num_slices=2)
+    uid, path = series_of(large), f"{series_of(large)}/instances?"
+    with StandIn(Shape(counts=counts)).serving() as archive:
         archive.hold(large)
+        archive.faults += [(path, status, {"Retry-After": "0"})] * 100
+        watched = watch(archive.url)
+        look(watched)
+        assert f"answered {status}" in index.watched_source("pacs").error
+
+        for attempts in range(1, _MAX_ATTEMPTS + 1):
+            assert index.troubled_series("pacs")[uid].attempts == attempts
+            archive.asked.clear()
+            archive.hold(sound := make_ct_series(tmp_path / f"{attempts}", num_slices=1))
+            look(watched)
+            assert held(index)[series_of(sound)] == 1
+            assert not any(path in asked for asked in archive.asked)
+            assert not index.watched_source("pacs").is_failing
+            ahead.ahead_s += 1800
+            look(watched, 1)
+        assert index.troubled_series("pacs")[uid].is_set_aside
+
+
+def test_a_pause_that_an_archive_asks_of_everybody_counts_for_no_series(
+    watch: Watch, index: Index, ahead: Clock, tmp_path: Path
+) -> None:
+    with StandIn().serving() as archive:
+        archive.hold(paths := make_ct_series(tmp_path / "ct"))
+        archive.faults += [("/series/", 429, {"Retry-After": "0"})] * _MAX_ATTEMPTS
         watched = watch(archive.url)
         look(watched, 1)
-        archive.faults += [(f"{series_of(large)}/instances?", 503, {"Retry-After": "0"})] * 20
+        while archive.faults:
+            ahead.ahead_s += 1800
+            watched._not_before = 0.0
+            look(watched, 1)
+        assert index.troubled_series("pacs")[series_of(paths)].attempts == 1
+        ahead.ahead_s += 1800
+        watched._not_before = 0.0
         look(watched, 1)
-        assert index.watched_source("pacs").is_failing
-        archive.hold(sound)
+    assert held(index) == {series_of(paths): 8}
+
+
+def test_a_series_that_was_set_aside_is_asked_for_again_on_command_however_old(
+    watch: Watch, index: Index, cspine: Callable[..., Any], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    paths, gone = make_ct_series(tmp_path / "ct"), "1.2.3"
+    with StandIn().serving() as archive:
+        config.write_text(f"data_dir: {index.data_dir}\nsources:\n  dicomweb: [{{name: pacs, url: '{archive.url}'}}]\n")
+        archive.hold(paths)
+        watched = watch(archive.url, begin=date(2026, 1, 2))
+        for uid in (series_of(paths), gone):
+            index.note_trouble("pacs", uid, "answered 500", attempts=_MAX_ATTEMPTS, next_attempt_at=None)
         look(watched)
-    assert held(index) == {series_of(sound): 8}
-    assert index.troubled_series("pacs") == {}
+        assert held(index) == {}  # the Study is too old to be listed
+
+        unknown = cspine("sources", "retry", "1.9", "--config", config)
+        assert (unknown.exit_code, "1.9" in unknown.output) == (2, True)
+        assert cspine("sources", "retry", "--config", config).exit_code == 2
+        assert cspine("sources", "retry", "--all", "--source", "other", "--config", config).exit_code == 2
+        assert "2 Series are asked for again" in cspine("sources", "--config", config, "retry", "--all").output
+        look(watched)
+        assert held(index) == {series_of(paths): 8}
+        trouble = index.troubled_series("pacs")
+    assert list(trouble) == [gone]
+    assert f"lists no CT Series {gone}" in trouble[gone].reason
+    assert not trouble[gone].is_set_aside
+    assert f"Series {gone} in 1 attempt:" in cspine("sources", "--config", config).output
 
 
 def test_an_archive_that_falls_silent_as_a_whole_is_not_taken_for_series_in_trouble(
@@ -322,6 +385,8 @@ class OrthancStandIn:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status or 200)
                 self.send_header("Content-Length", str(len(data)))
+                if status == 429:
+                    self.send_header("Retry-After", "30")
                 self.end_headers()
                 self.wfile.write(data if status else data[:100])
 
@@ -392,6 +457,35 @@ def test_a_series_that_orthanc_does_not_give_out_holds_up_neither_the_others_nor
         assert held(index)[series_of(broken)] == 8
     assert index.troubled_series("orthanc") == {}
     assert index.watched_source("orthanc").num_series == 3
+
+
+def test_a_pause_that_a_proxy_before_orthanc_asks_for_is_kept_and_the_series_then_waits_alone(
+    watch_orthanc: Callable[[str], OrthancWatch], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy, sound = make_ct_series(tmp_path / "busy", num_slices=40), make_ct_series(tmp_path / "sound")
+    orthanc = OrthancStandIn({"busy": busy, "sound": sound}, changes=["busy", "sound"], faults={"busy": 429})
+    monotonic = time.monotonic
+    with orthanc.serving():
+        watched = watch_orthanc(orthanc.url)
+        watched.look()
+        known = index.watched_source("orthanc")
+        assert (known.position, known.is_failing, "answered 429" in known.error) == (1, True, True)
+        assert sum("/file" in path for path in orthanc.asked) < 20  # those that were under way
+        orthanc.asked.clear()
+        monkeypatch.setattr("node.watch.following.time.monotonic", lambda: monotonic() + 25)
+        watched.look()
+        assert orthanc.asked == []
+        monkeypatch.setattr("node.watch.following.time.monotonic", lambda: monotonic() + 35)
+        watched.look()
+        assert held(index) == {series_of(sound): 8}
+        assert not any("busy" in path for path in orthanc.asked)
+        assert not index.watched_source("orthanc").is_failing
+
+        orthanc.faults.clear()
+        assert index.retry_series("orthanc", ["busy"]) == 1
+        watched.look()
+    assert held(index) == {series_of(sound): 8, series_of(busy): 40}
+    assert index.troubled_series("orthanc") == {}
 
 
 def test_a_file_that_breaks_off_once_is_fetched_some_seconds_later(

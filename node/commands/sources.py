@@ -1,4 +1,4 @@
-"""`cspine sources`: how far each watched archive has been followed, and what it did not give out.
+"""`cspine sources`: how far each watched archive has been followed; what it did not give out, and to ask it again.
 
 With and without a running node.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from node.commands import EXIT_FAILED, config_option, load_config, open_index
+from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 if TYPE_CHECKING:
     from node.index import TroubledSeries, WatchedSource
@@ -21,15 +21,19 @@ if TYPE_CHECKING:
 _MAX_SHOWN = 20  # Series that one archive did not give out
 
 
-@click.command()
+@click.group(invoke_without_command=True)
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, one source per line.")
-def sources(config_path: Path | None, as_json: bool) -> None:
+@click.pass_context
+def sources(context: click.Context, config_path: Path | None, as_json: bool) -> None:
     """See the archives that are watched: state, last success, last error, and the Series that they did not give out.
 
-    Such a Series is tried again with growing waits for an hour and then set aside; it holds up no other. Exit status 1
-    while an archive fails.
+    Such a Series is tried again with growing waits for an hour and then set aside, until `cspine sources retry`; it
+    holds up no other. Exit status 1 while an archive fails.
     """
+    context.obj = config_path
+    if context.invoked_subcommand is not None:
+        return
     config = load_config(config_path)
     if not config.sources.each:
         click.echo("No archive is watched; the lists under sources in the configuration are empty.", err=True)
@@ -48,6 +52,39 @@ def sources(config_path: Path | None, as_json: bool) -> None:
             _print_troubled(name, series)
     if any(known.is_failing for _, known in found):
         sys.exit(EXIT_FAILED)
+
+
+@sources.command()
+@config_option
+@click.argument("series_ids", metavar="SERIES...", nargs=-1)
+@click.option("--all", "is_all", is_flag=True, help="All that were not given out, instead of SERIES.")
+@click.option("--source", "source_name", metavar="NAME", help="Only those of this archive.")
+@click.pass_obj
+def retry(
+    config_before: Path | None,
+    config_path: Path | None,
+    series_ids: tuple[str, ...],
+    is_all: bool,
+    source_name: str | None,
+) -> None:
+    """Ask again for Series that an archive did not give out, as `cspine sources` names them, set aside or not.
+
+    They are asked for at the archive's next look, however old their Study is, and have all their attempts again.
+    """
+    if bool(series_ids) == is_all:
+        fail("Name Series as `cspine sources` does, or give --all, with or without --source.", EXIT_USAGE)
+    config = load_config(config_path or config_before)
+    names = [source.name for source in config.sources.each if source_name in (None, source.name)]
+    if not names:
+        fail(f"No archive {source_name or ''} is watched; see sources in the configuration.", EXIT_USAGE)
+    with open_index(config) as index:
+        wanted = {name: set(index.troubled_series(name)) for name in names}
+        if series_ids:
+            wanted = {name: known & set(series_ids) for name, known in wanted.items()}
+            if missing := set(series_ids).difference(*wanted.values()):
+                fail(f"No archive failed to give out {', '.join(sorted(missing))}; see `cspine sources`.", EXIT_USAGE)
+        num = sum(index.retry_series(name, ids) for name, ids in wanted.items())
+    click.echo(f"{num} Series {'is' if num == 1 else 'are'} asked for again at the next look.")
 
 
 def _state(known: "WatchedSource") -> str:
@@ -82,10 +119,11 @@ def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSourc
 def _print_troubled(name: str, troubled: "list[TroubledSeries]") -> None:
     for series in troubled[:_MAX_SHOWN]:
         if series.next_attempt_at is None:
-            becomes = f"set aside {_when(series.failed_at)}; send it to the node once {name} can give it out"
+            again = f"cspine sources retry {series.series_id}"
+            becomes = f"set aside {_when(series.failed_at)}; once {name} can give it out: {again}"
         else:
             becomes = f"to be tried again {_when(series.next_attempt_at)}"
-        times = f"{series.attempts} attempt{'s' * (series.attempts > 1)}"
+        times = f"{series.attempts} attempt{'s' * (series.attempts != 1)}"
         click.echo(f"{name} did not give out Series {series.series_id} in {times}: {series.reason}\n  {becomes}")
     if len(troubled) > _MAX_SHOWN:
         click.echo(f"{name}: {len(troubled) - _MAX_SHOWN} more Series; see --json")

@@ -1,6 +1,6 @@
 """How far each watched archive has been followed, how the last looks went, and what is known of its Series."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +157,16 @@ class Watching(Database):
         with self._writing() as connection:
             connection.execute(row.on_conflict_do_update(index_elements=["source", "series_id"], set_=values))
             connection.execute(delete(_troubled).where(_troubled.c.failed_at < now - _FORGET_S))
+
+    def retry_series(self, source: str, series_ids: Collection[str]) -> int:
+        """Has Series that an archive did not give out tried at its next look, with all attempts; says how many."""
+        trouble = (_troubled.c.source == source) & _troubled.c.series_id.in_(series_ids)
+        done = (_series.c.source == source) & _series.c.series_instance_uid.in_(series_ids)
+        with self._writing() as connection:
+            again = update(_troubled).where(trouble).values(attempts=0, next_attempt_at=self.now())
+            num: int = connection.execute(again).rowcount
+            connection.execute(update(_series).where(done).values(num_done=None))
+        return num
 
     def forget_trouble(self, source: str, series_id: str) -> None:
         """An archive gave out a Series after all, or it is none for us."""

@@ -43,7 +43,6 @@ class DicomWebWatch(Watch):
     def __init__(self, config: Config, source: DicomWebSource, index: Index, store: Store) -> None:
         super().__init__(config, source, index, store)
         self._source = source
-        self._busy_at: set[str] = set()  # Series at which the archive asked for a pause: the others come before them
 
     def _follow(self) -> None:
         counted_before = self._index.now() - _SAME_FOR * self.poll_s
@@ -52,6 +51,7 @@ class DicomWebWatch(Watch):
             listed = {series.series_instance_uid: series for series in archive.series(self._since(position))}
             if position is None:
                 position = self._begin(listed)
+            listed |= self._look_up(archive, listed)
             counts = self._count(archive, listed)
             known = self._index.watched_series(self.name)
             waiting = [row for uid, row in known.items() if counts.get(uid, 0) > (row.num_done or 0)]
@@ -90,6 +90,26 @@ class DicomWebWatch(Watch):
         self._index.note_position(self.name, position)
         return position
 
+    def _look_up(self, archive: WebArchive, listed: Mapping[str, ListedSeries]) -> dict[str, ListedSeries]:
+        """The Series in trouble that are to be tried now and are not listed: their Studies may be too old for that."""
+        found: dict[str, ListedSeries] = {}
+        now = self._index.now()
+        for uid, trouble in self._index.troubled_series(self.name).items():
+            if uid in listed or trouble.is_set_aside or trouble.rests_at(now):
+                continue
+            try:
+                series = next((one for one in archive.series(None, uid) if one.series_instance_uid == uid), None)
+                if series is None:
+                    raise NotGivenError(f"{self.where} lists no CT Series {uid}", HTTPStatus.OK)
+                found[uid] = series
+            except BusyError as error:
+                self._is_set_aside(uid, error)
+                raise
+            except SendError as error:
+                _blame_series(archive, error)
+                self._is_set_aside(uid, error)
+        return found
+
     def _count(self, archive: WebArchive, listed: Mapping[str, ListedSeries]) -> dict[str, int]:
         """How many Instances the archive has of each Series, as it is noted, too.
 
@@ -108,7 +128,9 @@ class DicomWebWatch(Watch):
             else:
                 try:
                     counts[uid] = len(archive.instances(series))
-                except BusyError:
+                except BusyError as error:
+                    self._index.note_listed(self.name, {uid: 1})
+                    self._is_set_aside(uid, error)  # so the next look does not begin with it
                     raise
                 except SendError as error:
                     _blame_series(archive, error)
@@ -124,8 +146,7 @@ class DicomWebWatch(Watch):
         """Fetches Series, the newest first, and last those in trouble; what is left for another look."""
         until, left = time.monotonic() + _LONGEST_LOOK_S, []
         troubled = self._index.troubled_series(self.name)
-        last = troubled.keys() | self._busy_at
-        for row in sorted(rows, key=lambda row: (row.series_instance_uid in last, -row.counted_at)):
+        for row in sorted(rows, key=lambda row: (row.series_instance_uid in troubled, -row.counted_at)):
             uid = row.series_instance_uid
             trouble, is_fetched = troubled.get(uid), False
             if time.monotonic() > until or (trouble and trouble.rests_at(self._index.now())):
@@ -135,17 +156,20 @@ class DicomWebWatch(Watch):
                 is_fetched = self._take(archive, listed[uid])
                 if trouble:
                     self._index.forget_trouble(self.name, uid)
-            except BusyError:
-                self._busy_at.add(uid)
-                raise
             except NotStoredError:
                 raise
             except SendError as error:
-                _blame_series(archive, error)
-                if not self._is_set_aside(uid, error):
+                is_busy = isinstance(error, BusyError)
+                if not is_busy:
+                    _blame_series(archive, error)
+                is_set_aside = self._is_set_aside(uid, error)
+                if is_set_aside:
+                    self._index.note_series_done(self.name, uid, row.num_instances, is_fetched=False)
+                if is_busy:
+                    raise
+                if not is_set_aside:
                     left.append(row)
-                    continue
-            self._busy_at.discard(uid)
+                continue
             self._index.note_series_done(self.name, uid, row.num_instances, is_fetched=is_fetched)
         return left
 

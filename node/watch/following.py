@@ -1,7 +1,8 @@
 """What every watch of an archive does: looks now and then, never twice at once, and waits longer while that fails.
 
 A Series that the archive does not give out, though it answers otherwise, has waits of its own, so that it holds up no
-other; after some attempts it is set aside, for people to see (`cspine sources`).
+other; after some attempts it is set aside, for people to see (`cspine sources`). A pause that the archive asks for is
+kept, for all of it.
 
 How an archive tells what is new, and how it gives that out, the watch of its kind knows.
 """
@@ -12,6 +13,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST_WAIT_S = 300.0
 _MAX_ATTEMPTS = 10  # at one Series; with these waits they take an hour, in which an archive may come to itself
+_LONGEST_PAUSE_S = 3600.0  # that an archive may ask for
 _FIRST_SERIES_WAIT_S, _LONGEST_SERIES_WAIT_S = 10.0, 1800.0
 
 
@@ -40,6 +45,26 @@ class BusyError(SendError):
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+def busy_error(message: str, status: int | None, retry_after: str) -> BusyError | None:
+    """The error of an answer of this status, if it asks for a pause. retry_after: its header, "" for none."""
+    # A 503 that names no time may be about what was asked for alone: a proxy that gave up on a large Series.
+    if status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and retry_after):
+        return BusyError(message, _pause_s(retry_after))
+    return None
+
+
+def _pause_s(retry_after: str) -> float:
+    """The pause that a Retry-After header asks for, in s or as a date (RFC 9110 10.2.3), up to an hour; 0 for none."""
+    if retry_after.strip().isdecimal():
+        wait_s = float(retry_after)
+    else:
+        try:
+            wait_s = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError):
+            return 0.0
+    return min(max(wait_s, 0.0), _LONGEST_PAUSE_S)
 
 
 class Watch(ABC):
@@ -52,6 +77,7 @@ class Watch(ABC):
         self._stopping, self._looking = threading.Event(), threading.Lock()
         self._not_before = 0.0  # monotonic, s
         self._num_failures, self._reason = 0, ""
+        self._gave_at = 0.0  # when it gave out a Series last, s since 1970
 
     def stop(self) -> None:
         """Has a look that is going on end soon."""
@@ -108,6 +134,7 @@ class Watch(ABC):
             is_whole = True
         finally:
             taking.end(is_whole=is_whole)
+        self._gave_at = self._index.now()
         log.info(
             "action=fetched source=%r series=%s instances=%d total_s=%.1f",
             self.name,
@@ -119,8 +146,11 @@ class Watch(ABC):
     def _is_set_aside(self, series_id: str, error: SendError) -> bool:
         """Notes that an archive that answers otherwise did not give out a Series; whether that was once too often."""
         known = self._index.troubled_series(self.name).get(series_id)
-        # One that was set aside before has come up again: it is begun anew.
-        attempts = 1 + (known.attempts if known and not known.is_set_aside else 0)
+        attempts = 1
+        if known and not known.is_set_aside:  # one that was has come up again: it is begun anew
+            # Who asks for a pause may ask it of everybody, unless others were given out in the meantime.
+            is_about_all = isinstance(error, BusyError) and self._gave_at <= known.failed_at
+            attempts = max(1, known.attempts + (not is_about_all))
         next_attempt_at = None
         if attempts < _MAX_ATTEMPTS:
             wait_s = retry_wait_s(attempts, _FIRST_SERIES_WAIT_S, _LONGEST_SERIES_WAIT_S)

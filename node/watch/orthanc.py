@@ -14,7 +14,7 @@ from node.index import Index
 from node.peers import ClientTls, OrthancSource
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import Watch
+from node.watch.following import BusyError, Watch, busy_error
 from node.watch.taking import Taking
 from orthanc.client import GoneError, Instance, Orthanc, OrthancError
 
@@ -49,30 +49,38 @@ class OrthancWatch(Watch):
         while position < last:
             changes = orthanc.changes(position)
             for change in changes.stable:
-                is_fetched = self._take(orthanc, change.series_id, change.series_id in troubled)
-                self._index.note_position(self.name, change.number, num_fetched=int(is_fetched))
+                self._take(orthanc, change.series_id, change.number, was_troubled=change.series_id in troubled)
             if changes.last <= position:
                 break
             position = changes.last
             self._index.note_position(self.name, position)
         for series_id, trouble in self._index.troubled_series(self.name).items():
             if not trouble.is_set_aside and not trouble.rests_at(self._index.now()):
-                is_fetched = self._take(orthanc, series_id, True)
-                self._index.note_position(self.name, position, num_fetched=int(is_fetched))
+                self._take(orthanc, series_id, position, was_troubled=True)
 
-    def _take(self, orthanc: Orthanc, series_id: str, was_troubled: bool) -> bool:
-        """Fetches a Series unless it is none for us; False also when Orthanc does not give it out, which is noted."""
+    def _take(self, orthanc: Orthanc, series_id: str, position: int, *, was_troubled: bool) -> None:
+        """Fetches a Series unless it is none for us, or notes that Orthanc does not give it out; then the position.
+
+        Raises:
+            OrthancError, BusyError: it is not about this Series alone; BusyError when all that is noted.
+        """
+        trouble: SendError | None = None
+        is_fetched = False
         try:
             is_fetched = self._fetch_wanted(orthanc, series_id)
         except GoneError:
-            is_fetched = False
+            pass
         except OrthancError as error:
-            orthanc.last_change()  # raises if it does not answer at all: then it is not about this Series
-            self._is_set_aside(series_id, _explain(self._source, error))
-            return False
-        if was_troubled:
+            trouble = _explain(self._source, error)
+            if not isinstance(trouble, BusyError):
+                orthanc.last_change()  # raises if it does not answer at all: then it is not about this Series
+        if trouble:
+            self._is_set_aside(series_id, trouble)
+        elif was_troubled:
             self._index.forget_trouble(self.name, series_id)
-        return is_fetched
+        self._index.note_position(self.name, position, num_fetched=int(is_fetched))
+        if isinstance(trouble, BusyError):
+            raise trouble
 
     def _fetch_wanted(self, orthanc: Orthanc, series_id: str) -> bool:
         series = orthanc.series_tags(series_id)
@@ -100,6 +108,8 @@ def _fetch_one(orthanc: Orthanc, instance: Instance, taking: Taking) -> OrthancE
     except GoneError:
         return None
     except OrthancError as error:
+        if busy_error("", error.status, error.retry_after):  # no more is asked for
+            raise
         return error
     return None
 
@@ -139,5 +149,6 @@ def _explain(source: OrthancSource, error: OrthancError | SendError) -> SendErro
     if error.cause is not None:
         return failure(source.where, error.cause, source.timeout_s)
     if error.status is not None and error.status != 200:
-        return refusal(source.where, error.status, error.reason)
+        refused = refusal(source.where, error.status, error.reason)
+        return busy_error(str(refused), error.status, error.retry_after) or refused
     return SendError(f"{source.where} {error}")

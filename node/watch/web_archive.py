@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
-from email.utils import parsedate_to_datetime
+from datetime import date, datetime
 from http import HTTPStatus
 
 import requests
@@ -21,7 +20,7 @@ from node.dicom_json import datasets_in, first_value, texts_of
 from node.peers import DicomWebSource
 from node.receive.headers import is_uid
 from node.send import SendError
-from node.watch.following import BusyError
+from node.watch.following import busy_error
 from node.watch.taking import StoppingError
 from node.web.multipart import (
     Event,
@@ -43,7 +42,6 @@ _PLAIN = 'multipart/related; type="application/dicom"'
 _LIMIT = 200  # the most that Azure gives at a time; it refuses to be asked for more
 _MAX_PARTS = 100_000
 _CHUNK_BYTES = 256 * 1024
-_LONGEST_PAUSE_S = 3600.0
 _ERRORS = range(400, 600)
 Query = Mapping[str, str | Sequence[str]]
 _IN_URL = re.compile(r"/studies/([0-9.]+)/series/([0-9.]+)$")
@@ -103,9 +101,11 @@ class WebArchive:
         self._search("series", {"Modality": "CT", "limit": "1"})
         return "answers QIDO-RS"
 
-    def series(self, since: date | None) -> Iterator[ListedSeries]:
-        """The CT Series of Studies of that day and later, or all (None), each once."""
+    def series(self, since: date | None, series_instance_uid: str = "") -> Iterator[ListedSeries]:
+        """The CT Series of Studies of that day and later, or all (None), each once; or the one with that UID."""
         query: dict[str, str | Sequence[str]] = {"Modality": "CT"}
+        if series_instance_uid:
+            query["SeriesInstanceUID"] = series_instance_uid
         if since is not None:
             query["StudyDate"] = f"{since:%Y%m%d}-"
         try:
@@ -228,11 +228,8 @@ class WebArchive:
         refusal = self._peer.refusal(response)
         response.close()
         retry_after = response.headers.get("Retry-After", "")
-        # A 503 that names no time may be about what was asked for alone: a proxy that gave up on a large Series.
-        if response.status_code == HTTPStatus.TOO_MANY_REQUESTS or (
-            response.status_code == HTTPStatus.SERVICE_UNAVAILABLE and retry_after
-        ):
-            raise BusyError(str(refusal), _pause_s(retry_after))
+        if busy := busy_error(str(refusal), response.status_code, retry_after):
+            raise busy
         if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise refusal
         raise NotGivenError(str(refusal), response.status_code)
@@ -253,15 +250,3 @@ def _day(text: str) -> date | None:
         return datetime.strptime(text, "%Y%m%d").date()
     except ValueError:
         return None
-
-
-def _pause_s(retry_after: str) -> float:
-    """The pause that a Retry-After header asks for, in s or as a date (RFC 9110 10.2.3), up to an hour; 0 for none."""
-    if retry_after.strip().isdecimal():
-        wait_s = float(retry_after)
-    else:
-        try:
-            wait_s = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
-        except (TypeError, ValueError):
-            return 0.0
-    return min(max(wait_s, 0.0), _LONGEST_PAUSE_S)
