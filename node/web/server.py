@@ -62,6 +62,7 @@ def make_server(app: FastAPI, web: WebConfig) -> uvicorn.Server:
         log_config=None,
         access_log=False,  # addresses name studies
         server_header=False,
+        proxy_headers=False,  # the address that `access.py` looks at is that of the proxy, whoever it speaks for
         timeout_graceful_shutdown=_STOP_S,
         ssl_certfile=web.tls.certificate if web.tls else None,
         ssl_keyfile=web.tls.key if web.tls else None,

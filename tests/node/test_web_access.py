@@ -79,6 +79,16 @@ def test_a_proxy_is_believed_and_nobody_else(serve: Serve) -> None:
     assert requests.get(f"{other.url}/studies", headers={"X-User": "eva"}).status_code == 401
 
 
+def test_a_header_that_names_another_address_changes_nothing(serve: Serve) -> None:
+    """Proxies set X-Forwarded-For to their client's address; anyone may set it to the proxy's."""
+    believed = serve(trusted_proxy=TrustedProxy(addresses=("127.0.0.1",)))
+    named = {"X-Remote-User": "eva", "X-Forwarded-For": "192.0.2.7"}
+    assert requests.get(f"{believed.url}/studies", headers=named).status_code == 200
+    other = serve(trusted_proxy=TrustedProxy(addresses=("10.0.0.1",)))
+    named["X-Forwarded-For"] = "10.0.0.1"
+    assert requests.get(f"{other.url}/studies", headers=named).status_code == 401
+
+
 def test_pages_of_other_origins_get_nothing_unless_named(serve: Serve) -> None:
     closed = requests.get(f"{serve().url}/studies", headers={"Origin": "https://evil.example"})
     assert "Access-Control-Allow-Origin" not in closed.headers
