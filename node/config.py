@@ -246,6 +246,7 @@ class OrthancDestination(_HttpDestination):
 
     type: Literal["orthanc"]
     source_metadata: int | None = Field(default=None, ge=1024, le=65535)
+    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     replace: bool = False
 
 

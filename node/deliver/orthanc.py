@@ -59,23 +59,33 @@ class OrthancCourier:
         if answer.get("Status") == "FilteredOut":
             reason = f"{self._peer.name} filtered out {file.path.name}; let it pass ReceivedInstanceFilter there"
             return ObjectProgress(state=ObjectState.REFUSED, reason=reason)
-        return ObjectProgress(state=ObjectState.TAKEN, reason=self._link_to_source(answer.get("ParentSeries")))
+        notes = (self._link_to_source(answer.get("ParentSeries")), self._label(answer.get("ParentStudy")))
+        return ObjectProgress(state=ObjectState.TAKEN, reason="; ".join(filter(None, notes)))
+
+    # A delivery does not fail by the following: restricted users may not write either.
 
     def _link_to_source(self, orthanc_series_id: Any) -> str:
-        """Notes the source Series in the metadata of the result's Series; returns why that was not possible.
-
-        A delivery does not fail by it: older versions and restricted users may not write metadata.
-        """
+        """Notes the source Series in the metadata of the result's Series; returns why that was not possible."""
         number = self._destination.source_metadata
         if number is None or not orthanc_series_id:
             return ""
-        path = f"series/{orthanc_series_id}/metadata/{number}"
+        source = self._source_series_instance_uid.encode()
+        return self._put(f"series/{orthanc_series_id}/metadata/{number}", source, f"metadata {number}")
+
+    def _label(self, orthanc_study_id: Any) -> str:
+        """Labels the Study, which has results now; returns why that was not possible."""
+        label = self._destination.label
+        if label is None or not orthanc_study_id:
+            return ""
+        return self._put(f"studies/{orthanc_study_id}/labels/{label}", b"", f"label {label}, which needs Orthanc 1.12,")
+
+    def _put(self, path: str, body: bytes, what: str) -> str:
         try:
-            self._peer.request("PUT", path, body=self._source_series_instance_uid.encode())
+            self._peer.request("PUT", path, body=body)
         except SendError as error:
             if not error.permanent:
                 raise
-            return f"metadata {number} was not set: {error}"
+            return f"{what} was not set: {error}"
         return ""
 
     def _look_up(self, sop_instance_uid: str) -> str:

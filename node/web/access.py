@@ -66,13 +66,15 @@ class AccessMiddleware:
 
     def _rights(self, scope: Scope, headers: Headers) -> tuple[Right, ...] | None:
         """What the client may do; None if it has not said who it is."""
+        if self._config.open_to_all:  # some clients send credentials that they were not given: Bearer None, say
+            return RIGHTS
         proxy = self._config.trusted_proxy
         if proxy is not None and _peer(scope) in proxy.addresses and headers.get(proxy.user_header):
             return proxy.rights
         if (secret := _secret(headers.get("authorization", ""))) is not None:
             token = self._tokens.find(secret)
             return token.rights if token else None
-        return RIGHTS if self._config.open_to_all else None
+        return None
 
     def _extra_headers(self, origin: str) -> list[tuple[bytes, bytes]]:
         extra = [

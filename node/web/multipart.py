@@ -18,6 +18,10 @@ class MultipartError(ValueError):
     """The body is not what its Content-Type says; the message says why."""
 
 
+class TooManyPartsError(MultipartError):
+    """The body has more parts than are taken."""
+
+
 @dataclass(frozen=True)
 class PartBegins:
     """A part's headers, names in lower case."""
@@ -87,7 +91,8 @@ class MultipartReader:
         """What the bytes bring.
 
         Raises:
-            MultipartError: a part has no end to its headers, or there are too many parts.
+            MultipartError: a part has no end to its headers.
+            TooManyPartsError: there are too many parts.
         """
         self._buffer += data
         while not self._is_over:
@@ -142,7 +147,7 @@ class MultipartReader:
             return [], False
         self._num_parts += 1
         if self._num_parts > self._max_parts:
-            raise MultipartError(f"there are more than {self._max_parts} parts; send fewer at a time")
+            raise TooManyPartsError(f"there are more than {self._max_parts} parts; send fewer at a time")
         begins = PartBegins(_parse_headers(bytes(self._buffer[:end])))
         # The empty line's end stays: a delimiter may follow it at once.
         del self._buffer[: end + 2]

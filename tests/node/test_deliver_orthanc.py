@@ -1,14 +1,17 @@
 """Delivery to a real Orthanc over its REST API and by STOW-RS."""
 
 import json
+import threading
 from collections.abc import Callable
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from node.case import CaseState, ObjectProgress
+from node.case import CaseState, ObjectProgress, ObjectState
 from node.cli import main
 from node.config import Config, DicomWebDestination, OrthancDestination
 from node.deliver.files import ResultFile
@@ -36,7 +39,9 @@ def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
     hand_over(index, results, "orthanc")
     orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
     settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": orthanc.url, "source_metadata": 4100}
-    kept, replaced = (OrthancDestination(**settings, replace=replace) for replace in (False, True))
+    kept = OrthancDestination(**settings)
+    # Debian's Orthanc knows no labels, and takes the results all the same.
+    replaced = OrthancDestination(**settings, replace=True, label="cspine")
     try:
         case = deliver(index, make_config(), kept)
         assert (case.state, case.reason) == (CaseState.DONE, "")
@@ -58,6 +63,43 @@ def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
         assert orthanc.instances() == set(uids_of(newest).values())  # what `kept` left there goes too
     finally:
         orthanc.stop()
+
+
+@pytest.mark.parametrize("status", [200, 403, 404])
+def test_studies_with_results_are_labelled_where_orthanc_can(results: Path, status: int) -> None:
+    """As Orthanc 1.12 answers; 404 is an older one, 403 a user who may not."""
+    put: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(200, b'{"ID": "i", "ParentSeries": "r", "ParentStudy": "s", "Status": "Success"}')
+
+        def do_PUT(self) -> None:
+            put.append(self.path)
+            self.answer(status, b"")
+
+        def answer(self, status: int, body: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    (file, *_) = (ResultFile(path=results / name, key=uid) for name, uid in uids_of(results).items())
+    noted: list[ObjectProgress] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        courier = OrthancCourier(OrthancDestination(type="orthanc", name="o", url=url, label="cspine"), SERIES)
+        with closing(courier):
+            courier.send([file], lambda _file, progress: noted.append(progress))
+        server.shutdown()
+    assert put == ["/studies/s/labels/cspine"]
+    assert [progress.state for progress in noted] == [ObjectState.TAKEN]
+    assert ("label cspine, which needs Orthanc 1.12, was not set" in noted[0].reason) == (status != 200)
 
 
 def test_orthanc_takes_the_results_by_stow_and_finds_them_by_qido(

@@ -31,7 +31,10 @@ def serve(index: Index) -> Iterator[Serve]:
 
 
 def test_on_loopback_nobody_needs_a_token(serve: Serve) -> None:
-    assert serve().get("/studies").status_code == 200
+    server = serve()
+    assert server.get("/studies").status_code == 200
+    nobody = {"Authorization": "Bearer None"}  # as the command line of dicomweb-client sends
+    assert requests.get(f"{server.url}/studies", headers=nobody).status_code == 200
 
 
 def test_with_tokens_everybody_needs_one(serve: Serve) -> None:

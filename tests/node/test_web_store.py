@@ -1,6 +1,11 @@
 """STOW-RS: what is acknowledged is on disk and in the index; what is not leaves nothing behind."""
 
+import json
+import os
+import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,7 +197,7 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(
 
 def test_too_many_parts_are_refused(serve: Callable[..., WebServer], index: Index) -> None:
     answer = stow(serve(max_parts=2), [b"a", b"b", b"c"])
-    assert answer.status_code == 400
+    assert answer.status_code == 413
     assert "more than 2 parts" in answer.json()["error"]
 
 
@@ -232,6 +237,43 @@ def test_the_dicomweb_client_of_others_can_store(web: WebServer, index: Index, t
     answer = DICOMwebClient(web.url).store_instances(datasets)
     assert len(answer.ReferencedSOPSequence) == 3
     assert index.cases()[0].num_instances == 3
+
+
+def test_the_command_line_of_the_dicomweb_client_stores_finds_and_retrieves(web: WebServer, tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path / "in", num_slices=3)
+    ds = dcmread(paths[0])
+    command = [Path(sys.executable).with_name("dicomweb_client"), "--url", web.url]
+    named = ["--study", ds.StudyInstanceUID, "--series", ds.SeriesInstanceUID]
+    run([*command, "store", "instances", *paths])
+    assert ds.SeriesInstanceUID in run([*command, "search", "series", "--study", ds.StudyInstanceUID])
+    run([*command, "retrieve", "series", *named, "full", "--save", "--output-dir", tmp_path])
+    for path in paths:
+        stored = dcmread(path)
+        assert dcmread(tmp_path / f"{stored.SOPInstanceUID}.dcm").PixelData == stored.PixelData
+
+
+def test_curl_stores_and_retrieves(web: WebServer, index: Index, tmp_path: Path) -> None:
+    if shutil.which("curl") is None and not os.environ.get("CSPINE_REQUIRE_SERVERS"):
+        pytest.skip("curl is not installed")
+    paths = make_ct_series(tmp_path / "in", num_slices=3, rows=512, columns=512)  # large: curl asks whether to go on
+    ds = dcmread(paths[0])
+    (tmp_path / "body").write_bytes(body_of(read(paths)))
+    curl = ["curl", "--silent", "--show-error", "--fail", "--max-time", "30"]
+    told = run(
+        [*curl, "--header", f"Content-Type: {KIND}", "--data-binary", f"@{tmp_path / 'body'}", f"{web.url}/studies"]
+    )
+    assert len(json.loads(told)["00081199"]["Value"]) == 3
+    address = f"{web.url}/studies/{ds.StudyInstanceUID}/series/{ds.SeriesInstanceUID}"
+    run([*curl, "--header", "Accept: multipart/related; type=application/dicom", "--output", tmp_path / "got", address])
+    got = (tmp_path / "got").read_bytes()
+    assert [got.count(data) for data in read(files(index))] == [1, 1, 1]
+
+
+def run(command: list[Any]) -> str:
+    """What a program prints; it must succeed."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_series_can_be_removed_and_is_gone(web: WebServer, index: Index, tmp_path: Path) -> None:
