@@ -3,10 +3,10 @@
 ASGI's `http.response.pathsend` is a body of one file, and uvicorn has not got it. This one sends a file as the next
 piece of a body, so that the Instances of a multipart answer do not pass through Python. It is there only where the
 kernel can do it: without TLS, which has to encrypt, and with a uvicorn that is built as the tests know it. Where it is
-not, the file is read and sent like anything else.
+not, or an event loop has no `sendfile` (uvloop), the file is read and sent like anything else.
 """
 
-from asyncio import AbstractEventLoop, SendfileNotAvailableError, sleep, to_thread
+from asyncio import AbstractEventLoop, sleep, to_thread
 from collections.abc import Awaitable, Callable
 from functools import partial
 from io import FileIO
@@ -48,7 +48,7 @@ async def _send_file(loop: AbstractEventLoop, cycle: RequestResponseCycle, file:
             return
         try:  # waits until what was written before has gone out, then as long as the client does not read
             cycle.expected_content_length -= await loop.sendfile(cycle.transport, file, fallback=False)
-        except SendfileNotAvailableError:  # nothing was sent: its file system cannot do it, or the client has gone
+        except RuntimeError:  # nothing was sent: this loop or file system cannot do it, or the client has gone
             data = await to_thread(file.readall)
             await cycle.send({"type": "http.response.body", "body": data, "more_body": True})
         except OSError:  # the client has gone in the middle
