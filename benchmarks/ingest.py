@@ -5,8 +5,10 @@
 The sender is dcmtk's `storescu`, one process and one association a Series. The receivers are the real node
 (`cspine serve`; success means fsynced file and committed index row), Orthanc with SyncStorageArea, and dcmtk's
 `storescp --fork`, which writes without fsync. They take turns within every repeat, so that a machine that is busy with
-something else slows all of them; the ratios of medians are what to read. Every repeat has new UIDs. The node analyses
-nothing here: the rule on slices refuses every Series.
+something else slows all of them; the ratios of medians are what to read. `--receivers floor` is a script that does only
+what must be done (`ingest_floor.py`): what Python can do here is at most that. `--beside` adds other checkouts of the
+node, to compare versions in one run. Every repeat has new UIDs, in the same files: when ext4 without a journal makes a
+file it walks past every inode deleted a moment ago. The node analyses nothing: the rule on slices refuses every Series.
 """
 
 import argparse
@@ -52,9 +54,9 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=300)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--senders", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--receivers", nargs="+", default=_RECEIVERS, choices=_RECEIVERS)
+    parser.add_argument("--receivers", nargs="+", default=_RECEIVERS, choices=_START)
     parser.add_argument("--processes", type=int, help="receive.processes of the node; its default if not given")
-    parser.add_argument("--node-dir", type=Path, help="another checkout of the node to measure")
+    parser.add_argument("--beside", type=Path, nargs="+", default=(), help="other checkouts of the node to measure too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cspine-ingest-") as name:
         run(Path(name), arguments)
@@ -112,10 +114,12 @@ class Receiver:
         self.peak_mb = self.peak_receiving_mb = 0.0
         stored.mkdir(parents=True, exist_ok=True)
         self._log = (stored.parent / f"{name}.log").open("w")
-        self._process = subprocess.Popen(command, env=_ENVIRONMENT, cwd=cwd, stdout=self._log, stderr=self._log)
+        environment = _ENVIRONMENT if cwd is None else _ENVIRONMENT | {"PYTHONPATH": str(cwd)}
+        self._process = subprocess.Popen(command, env=environment, cwd=cwd, stdout=self._log, stderr=self._log)
         self._stopping = threading.Event()
+        self._listens: dict[int, bool] = {}  # by process
         self._wait_until_listening()
-        while name == "node" and "is ready" not in Path(self._log.name).read_text():
+        while name.startswith("node") and "is ready" not in Path(self._log.name).read_text():
             time.sleep(0.5)  # its worker loads the model
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -145,17 +149,19 @@ class Receiver:
         return total
 
     def _watch(self) -> None:
-        while not self._stopping.wait(0.2):
+        while not self._stopping.wait(0.5):
             everything, receiving = 0, 0
             parent = psutil.Process(self._process.pid)
             for process in (parent, *parent.children(recursive=True)):
                 try:
                     rss = process.memory_info().rss
-                    listens = any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
+                    if process.pid not in self._listens:  # once: it was 15 % of a core to ask each time
+                        connections = process.net_connections("tcp")
+                        self._listens[process.pid] = any(c.status == psutil.CONN_LISTEN for c in connections)
                 except psutil.NoSuchProcess:
                     continue
                 everything += rss
-                receiving += rss if listens else 0
+                receiving += rss if self._listens[process.pid] else 0
             self.peak_mb = max(self.peak_mb, everything / 2**20)
             self.peak_receiving_mb = max(self.peak_receiving_mb, receiving / 2**20)
 
@@ -176,26 +182,31 @@ def _receivers(folder: Path, arguments: argparse.Namespace) -> Iterator[list[Rec
     try:
         for name in arguments.receivers:
             running.append(_START[name](folder, arguments))
+        for number, checkout in enumerate(arguments.beside, 2):
+            running.append(_start_node(folder, arguments, f"node-{number}", checkout))
         yield running
     finally:
         for receiver in running:
             receiver.stop()
 
 
-def _start_node(folder: Path, arguments: argparse.Namespace) -> Receiver:
+def _start_node(
+    folder: Path, arguments: argparse.Namespace, name: str = "node", checkout: Path | None = None
+) -> Receiver:
     port = _free_port()
     receive = {"port": port, "min_free_disk_mb": 0}
     if arguments.processes:
         receive["processes"] = arguments.processes
     config = {
-        "data_dir": str(folder / "node" / "data"),
+        "data_dir": str(folder / name / "data"),
         "receive": receive,
         "complete": {"min_slices": 100_000},  # nothing is analysed
-        "deliver": {"destinations": []},
+        "deliver": {"destinations": [], "report_not_analysed": False},  # or a worker writes reports in later bursts
     }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "node", "serve", "--config", str(folder / "config.yaml")]
-    return Receiver("node", port, command, folder / "node" / "data", cwd=arguments.node_dir)
+    config_path = folder / f"{name}.yaml"
+    config_path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "node", "serve", "--config", str(config_path)]
+    return Receiver(name, port, command, folder / name / "data", cwd=checkout)
 
 
 def _start_orthanc(folder: Path, _: argparse.Namespace) -> Receiver:
@@ -224,14 +235,20 @@ def _start_storescp(folder: Path, _: argparse.Namespace) -> Receiver:
     return Receiver("storescp", port, command, stored)
 
 
-_START = {"node": _start_node, "orthanc": _start_orthanc, "storescp": _start_storescp}
+def _start_floor(folder: Path, _: argparse.Namespace) -> Receiver:
+    port, stored = _free_port(), folder / "floor" / "stored"
+    command = [sys.executable, "-m", "benchmarks.ingest_floor", str(port), str(stored)]
+    return Receiver("floor", port, command, stored, cwd=Path(__file__).parents[1])
+
+
+_START = {"node": _start_node, "orthanc": _start_orthanc, "storescp": _start_storescp, "floor": _start_floor}
 
 
 # ---- senders ----
 
 
 def _burst(receiver: Receiver, series: list[Path], num_slices: int) -> Measured:
-    """Sends every Series at the same moment and waits for all; removes them."""
+    """Sends every Series at the same moment and waits for all."""
     os.sync()  # what earlier bursts left to be written is not to slow this one
     cpu_s = receiver.cpu_s()
     started = time.perf_counter()
@@ -250,8 +267,6 @@ def _burst(receiver: Receiver, series: list[Path], num_slices: int) -> Measured:
     num_bytes = sum(path.stat().st_size for folder in series for path in folder.iterdir())
     time.sleep(0.5)  # the children of `storescp --fork` end
     cpu_s = receiver.cpu_s() - cpu_s
-    for folder in series:
-        shutil.rmtree(folder)
     return Measured(
         images_per_s=num_images / took_s,
         mb_per_s=num_bytes / took_s / 1e6,
@@ -264,8 +279,8 @@ _uid_number = iter(range(10**9, 10**10))
 
 
 def _make_series(folder: Path, num_slices: int, pixels: np.ndarray) -> Path:
-    """Writes a CT Series with UIDs of its own, by putting them into the bytes of a template."""
-    folder.mkdir(parents=True)
+    """Writes a CT Series with UIDs of its own, by putting them into the bytes of a template; over an earlier one."""
+    folder.mkdir(parents=True, exist_ok=True)
     places = {name: f"1.2.826.0.1.3680043.8.498.{number}{'0' * 20}" for number, name in enumerate(("7", "8", "9"), 7)}
     template = _template(*places.values())
     study, series = (_new_uid() for _ in range(2))
@@ -274,7 +289,9 @@ def _make_series(folder: Path, num_slices: int, pixels: np.ndarray) -> Path:
         for place, uid in zip(places.values(), (study, series, _new_uid()), strict=True):
             encoded = encoded.replace(place.encode(), uid.encode())
         encoded = encoded.replace(b"-1000.25", f"{-100 - number * 0.5:8.2f}".encode())
-        with (folder / f"{number:04d}.dcm").open("wb") as file:
+        path = folder / f"{number:04d}.dcm"
+        path.touch()
+        with path.open("r+b") as file:
             file.write(encoded)
             file.write(pixels[number % len(pixels)])
     return folder
