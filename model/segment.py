@@ -6,7 +6,7 @@ networks need the thoracic levels to number, the findings do not.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ REFINED_MARGIN_MM = 12.0
 NO_BONE_LOGIT = -2.0
 """Where the coarse network is surer than this that there is no vertebra, the refiner is not believed: alone, it takes
 the skull base for C1. On drawn necks: Dice of C1 from 0.56 to 0.68, the others unchanged."""
+
+LEAN_DEG = 25.0
+"""A neck that leans forward or back by more than this is stood upright, in which pose the networks number best, and
+looked at again."""
 
 NEAR_MM = 3.0
 """Bone this close to a numbered vertebra belongs to it, if it is none of its own."""
@@ -103,9 +107,12 @@ def find_vertebrae(
     refine: RefineSettings | None = None,
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
-    coarse_hu, coarse_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
-    scores = answer(network, network_input(coarse_hu)[None], device)[-1][0]
-    scores, found = one_chain(scores, coarse_grid)
+    grid_in_patient = volume.grid
+    scores, coarse_grid, found = _coarse(volume, network, settings, device)
+    lean_deg = _lean_deg(scores, coarse_grid, found)
+    if abs(lean_deg) > LEAN_DEG:
+        volume = replace(volume, grid=_pitched(volume.grid, -lean_deg))
+        scores, coarse_grid, found = _coarse(volume, network, settings, device)
     grid = coarse_grid
     if refiner is not None and refine is not None and found.any():
         scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)
@@ -115,7 +122,35 @@ def find_vertebrae(
         return labels, []
     bone_weight = BONE_WEIGHT if grid is coarse_grid else REFINED_BONE_WEIGHT
     part = _draw(labels, volume, scores, grid, found, bone_weight)
-    return labels, _describe(labels, volume.grid, part)
+    return labels, _describe(labels, grid_in_patient, part)
+
+
+def _coarse(
+    volume: Volume, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
+) -> tuple[Tensor, Grid, NDArray[np.bool_]]:
+    """Scores `(2, Z, Y, X)` of the whole body, their grid, and the voxels of the chain in them."""
+    hu, grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
+    scores, found = one_chain(answer(network, network_input(hu)[None], device)[-1][0], grid)
+    return scores, grid, found
+
+
+def _lean_deg(scores: Tensor, grid: Grid, found: NDArray[np.bool_]) -> float:
+    """By how much the cervical spine leans forward (positive) or back in the sagittal plane; 0 if little is found."""
+    level = scores[1].numpy()
+    upper, lower = (found & (level >= low) & (level < low + 3) for low in (1.5, 5.5))
+    if not upper.any() or not lower.any():
+        return 0.0
+    ends = [grid.to_lps_mm(np.argwhere(part).mean(axis=0)) for part in (upper, lower)]
+    _, y, z = ends[0] - ends[1]
+    return float(np.rad2deg(np.arctan2(-y, z)))
+
+
+def _pitched(grid: Grid, deg: float) -> Grid:
+    """The same voxels in a patient who was turned about the left-right axis; positive brings the head forward."""
+    sine, cosine = np.sin(np.deg2rad(deg)), np.cos(np.deg2rad(deg))
+    turn = np.eye(4)
+    turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
+    return Grid(shape=grid.shape, affine=turn @ grid.affine)
 
 
 def _refined(

@@ -91,11 +91,17 @@ def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
     return total
 
 
-def turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator) -> FloatArray:
-    """Affine of a crop around `centre`, turned by up to 12 degrees an axis, scaled, mirrored half the time."""
+TURN_DEG = 12.0
+
+
+def turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator, pitch_deg: float = TURN_DEG) -> FloatArray:
+    """Affine of a crop around `centre`, turned by up to TURN_DEG an axis, scaled, mirrored half the time.
+
+    pitch_deg: how far it may lean forward or back instead.
+    """
     matrix = np.eye(3)
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        angle = np.deg2rad(rng.uniform(-12, 12))
+    for first, second, most in ((0, 1, pitch_deg), (0, 2, TURN_DEG), (1, 2, TURN_DEG)):
+        angle = np.deg2rad(rng.uniform(-most, most))
         turn = np.eye(3)
         turn[np.ix_((first, second), (first, second))] = [
             [np.cos(angle), -np.sin(angle)],

@@ -80,10 +80,30 @@ def test_the_mean_of_what_slices_say_by_attention_is_what_the_vertebra_is_said_t
 
 
 @torch.inference_mode()
+def test_what_the_regions_show_counts_inside_the_vertebra_and_not_beside_it() -> None:
+    network = make_fracture_net()
+    x = torch.zeros(1, 3, 6, 32, 32)
+    x[..., -1, :, :16] = 1  # the mask: the left half
+    regions = torch.full((3, 1, 32, 32), -4.0)
+    network.decoder.forward = lambda features: regions  # type: ignore[method-assign]
+    network.gru.forward = lambda features: (torch.zeros(1, 3, 16), None)  # type: ignore[assignment]
+
+    nothing = network(x).logits
+    regions[:, :, 8:24, 20:28] = 4
+    beside = network(x).logits
+    regions[:, :, 8:24, 4:12] = 4
+    inside = network(x).logits
+
+    torch.testing.assert_close(beside, nothing)
+    torch.testing.assert_close(inside, nothing + 8 * network.evidence_weight)
+
+
+@torch.inference_mode()
 def test_each_level_is_judged_by_its_own_head() -> None:
     network = FractureNet("residual-4-8", num_hidden=4, num_heads=7, num_layers=2).eval()
     network.head.weight.zero_()
     network.head.bias.copy_(torch.arange(7.0))
+    network.evidence_weight.zero_()
 
     answer = network(torch.randn(3, 5, 6, 16, 16), torch.tensor([6, 0, 3]))
 

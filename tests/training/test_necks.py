@@ -20,7 +20,8 @@ from training.necks.rounds import is_believed
 from training.necks.samples import write_phantom
 from training.necks.stacks import write_neck_stacks
 from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_series, draw_spine
-from training.necks.train import AuxiliaryUNet, guess_path, read_crop, real_guess, train_necks, write_guess
+from training.necks.train import AuxiliaryUNet, guess_path, read_crop, real_guess, shifted, train_necks, write_guess
+from training.vertebrae import TURN_DEG, turned
 
 BODY_MM, DISC_MM = 12.0, 4.0
 
@@ -215,6 +216,26 @@ def test_a_crop_keeps_image_and_truth_together(tmp_path: Path) -> None:
         if bone.sum() > 20:
             contrasts.append(float(crop.inputs[0][bone].mean() - crop.inputs[0][rest].mean()))
     assert min(contrasts) > 0.2
+
+
+def test_a_crop_leans_as_far_as_it_may_and_turns_little_else() -> None:
+    rng = np.random.default_rng(0)
+    for pitch_deg in (TURN_DEG, 40.0):
+        matrices = np.stack([turned(np.zeros(3), np.ones(3), rng, pitch_deg)[:3, :3] for _ in range(100)])
+        up = matrices[:, :, 0] / np.linalg.norm(matrices[:, :, 0], axis=1, keepdims=True)
+        lean, tilt = np.rad2deg(np.arcsin(np.abs(up[:, 1]))), np.rad2deg(np.arcsin(np.abs(up[:, 2])))
+        assert 0.7 * pitch_deg < lean.max() < pitch_deg + 5
+        assert tilt.max() < TURN_DEG + 5
+
+
+def test_a_guess_cut_in_other_places_still_counts_the_same() -> None:
+    rng = np.random.default_rng(0)
+    moved = torch.stack([shifted(torch.full((20, 4, 4), 4.0), rng) - 4 for _ in range(100)])
+
+    assert 0.4 < float(moved.abs().max()) < 0.7
+    assert 0.1 < float((moved == 0).float().mean()) < 0.5, "some guesses stay as they are"
+    assert float((moved - moved[:, :, :1, :1]).abs().max()) < 1e-6, "a level moves as a whole"
+    assert float((moved[:, 0] - moved[:, -1]).abs().max()) > 0.2, "one end by more than the other"
 
 
 def test_both_networks_learn_and_the_refiner_reads_what_the_coarse_one_said(tmp_path: Path, atlas: Atlas) -> None:

@@ -66,7 +66,7 @@ CLASSIFY = ClassifySettings(
     pixel_mm=0.75,
     region_threshold=0.5,
 )
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -107,10 +107,10 @@ class Plan:
     num_patients: int = 100
     num_held_out_stacks: int = 60
     num_held_out_series: int = 8
-    coarse_steps: tuple[int, ...] = (1800, 1300, 3400)
-    fine_steps: tuple[int, int] = (2000, 6200)
-    patch_steps: int = 4700
-    stack_steps: int = 4950
+    coarse_steps: tuple[int, ...] = (1800, 1300, 11400)
+    fine_steps: tuple[int, int] = (2000, 8900)
+    patch_steps: int = 6200
+    stack_steps: int = 6050
     batch_size: int = 4
     num_workers: int = 2
 
@@ -176,6 +176,7 @@ def train_vertebrae(data: Path, work: Path, plan: Plan) -> tuple[VertebraUNet, V
             num_steps=num_steps,
             learning_rate=2e-3 if number else 3e-3,
             norm_share=0.3 if number else 0.5,
+            level_weight=1.5 if number else 0.75,
             shape=COARSE_CROP,
             seed=number,
         )
@@ -237,7 +238,7 @@ def train_fractures(
     for path in patients[: plan.num_patients]:
         write_patient_stacks(work / "patients" / path.name, path, find, CLASSIFY)
     stacks += sorted((work / "patients").glob("*.npz"))
-    network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads)
+    network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads, dropout=0.3)
     torch.set_num_threads(plan.num_workers)
     steps = train_fracture_net(
         network,

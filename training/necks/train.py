@@ -18,15 +18,21 @@ from model.segment import network_input, refiner_input
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE
 from training.necks.synthetic import AUX_BRAINSTEM, AUX_SKULL, AUX_UNKNOWN, MAX_LEVEL
 from training.schedule import train
-from training.vertebrae import cut_field_of_view, degraded, freeze_norms, turned
+from training.vertebrae import TURN_DEG, cut_field_of_view, degraded, freeze_norms, turned
 
 NUM_AUX = 4
 """None, cord, skull, mandible."""
 
 SHARE_ANYWHERE = 0.08
 
+SHARE_PITCHED, PITCH_DEG = 0.5, 40.0
+"""Share of the crops that lean forward or back by up to PITCH_DEG, as patients on a wedge or with a stiff neck do. It
+is real texture that leans, which drawn necks do not have."""
+
 SHARE_REAL_GUESS = 0.75
 """Share of the refiner's crops that come with a coarse network's own answer, where one is kept beside the sample."""
+
+SHARE_SHIFTED = 0.7
 
 COARSE_FACTOR = 3
 """Voxels of the fine grid along one of the coarse."""
@@ -79,7 +85,8 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
     )
     if rng.random() < SHARE_ANYWHERE:
         centre = rng.uniform(0, hu.shape)
-    target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng))
+    pitch_deg = PITCH_DEG if rng.random() < SHARE_PITCHED else TURN_DEG
+    target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng, pitch_deg))
     hu, share = sample(torch.stack([hu - AIR_HU, share / 255]), source, target)
     # Beyond the sample nothing is known but that it is air.
     stacked = torch.from_numpy(np.stack(labels)).float()
@@ -100,7 +107,8 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
             guess = real_guess(known_guess, target, hu)
         else:
             guess = coarse_guess(share, level.float(), rng)
-        inputs = refiner_input(degraded(hu, rng), *guess)
+        logit, guessed_level = guess
+        inputs = refiner_input(degraded(hu, rng), logit, shifted(guessed_level, rng))
     else:
         inputs = network_input(degraded(hu, rng))
     return Crop(inputs=inputs, share=share, level=level, aux=aux, certainty=certainty)
@@ -112,6 +120,18 @@ def thick_slices(hu: Tensor, factor: int) -> Tensor:
         return hu
     thick = F.avg_pool3d(hu[None, None], (factor, 1, 1), ceil_mode=True, count_include_pad=False)
     return F.interpolate(thick, size=hu.shape, mode="trilinear", align_corners=False)[0, 0]
+
+
+def shifted(level: Tensor, rng: np.random.Generator) -> Tensor:
+    """The guess with its borders elsewhere: up to half a vertebra off, by more at one end than at the other.
+
+    So is what a coarse network says of real necks, which it counts rightly and cuts in the wrong places; of drawn
+    necks, which it knows, it says nothing so wrong. The refiner is to look for the discs itself.
+    """
+    if rng.random() >= SHARE_SHIFTED:
+        return level
+    along = torch.linspace(-1, 1, level.shape[0])[:, None, None]
+    return level + rng.uniform(-0.45, 0.45) + rng.uniform(-0.2, 0.2) * along
 
 
 def guess_path(path: Path) -> Path:

@@ -1,0 +1,63 @@
+"""How a neck is looked at: with a network that reads the level from the brightness, so that only the looking counts."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.bundle import SegmentSettings
+from model.geometry import Grid
+from model.networks import VertebraUNet
+from model.segment import find_vertebrae
+from model.volume import Volume
+
+SETTINGS = SegmentSettings(channels=(4, 8, 16), spacing_mm=3.0)
+
+
+class Reader(VertebraUNet):
+    """Vertebra C`n` is what has 280 + 40 n HU. Remembers what it was shown, HU `(Z, Y, X)`."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.shown: list[Tensor] = []
+
+    stride = 4  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        hu = x[:, 0] * 400 + 200
+        self.shown.append(hu[0])
+        return [torch.stack([(hu - 280).clamp(-5, 5), (hu - 280) / 40], dim=1)]
+
+
+def neck(lean_deg: float) -> tuple[Volume, np.ndarray]:
+    """A column of eight blocks, C1 on top, that leans forward; and its labels, with T1."""
+    z, y, x = np.indices((140, 140, 60)).astype(np.float32) * np.float32(1.5)
+    sine, cosine = np.sin(np.deg2rad(lean_deg)), np.cos(np.deg2rad(lean_deg))
+    up = (z - 105) * cosine - (y - 105) * sine
+    front = (z - 105) * sine + (y - 105) * cosine
+    level = np.floor((72 - up) / 18 + 1)
+    inside = (level >= 1) & (level <= 8) & (np.abs(front) < 12) & (np.abs(x - 45) < 12)
+    labels = np.where(inside, level, 0).astype(np.uint8)
+    voxels_hu = np.where(inside, 280 + 40 * level, 0).astype(np.int16)
+    grid = Grid.axial(shape=(140, 140, 60), spacing_mm=(1.5, 1.5, 1.5))
+    return Volume(study_instance_uid="1", series_instance_uid="2", voxels_hu=voxels_hu, grid=grid, slices=()), labels
+
+
+@pytest.mark.parametrize("lean_deg", [0.0, 15.0, 45.0, -40.0])
+def test_a_neck_that_leans_is_stood_upright_for_the_network_and_labelled_where_it_lies(lean_deg: float) -> None:
+    volume, truth = neck(lean_deg)
+    reader = Reader()
+
+    labels, vertebrae = find_vertebrae(volume, reader, SETTINGS, torch.device("cpu"))
+
+    assert len(reader.shown) == (2 if abs(lean_deg) > 25 else 1)
+    bone = torch.nonzero(reader.shown[-1] > 290).float()
+    ends = [bone[bone[:, 0] >= bone[:, 0].quantile(0.8)], bone[bone[:, 0] <= bone[:, 0].quantile(0.2)]]
+    apart = ends[0].mean(dim=0) - ends[1].mean(dim=0)
+    assert abs(float(apart[1] / apart[0])) < np.tan(np.deg2rad(5 if abs(lean_deg) > 25 else abs(lean_deg) + 5))
+    cervical = (truth > 0) & (truth < 8)
+    assert (labels[cervical] == truth[cervical]).mean() > 0.8
+    assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4, 5, 6, 7]
+    for vertebra in vertebrae:
+        centre = volume.grid.to_lps_mm(np.argwhere(truth == vertebra.label).mean(axis=0))
+        assert np.linalg.norm(vertebra.centroid_lps_mm - centre) < 3, "in the patient as scanned, not as turned"
