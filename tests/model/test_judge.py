@@ -113,6 +113,7 @@ def test_each_vertebra_is_judged_by_the_head_of_its_level() -> None:
     networks = make_networks(bundle)
     (network,) = networks.fracture_nets
     nn.init.zeros_(network.head.weight)
+    nn.init.zeros_(network.evidence_weight)
     network.head.bias.data = torch.arange(7.0)
 
     np.testing.assert_allclose(logits(judged(bundle, networks)), [1, 2, 3])
@@ -179,6 +180,7 @@ def make_certain(logit: float) -> Networks:
     networks = make_networks(BUNDLE)
     (network,) = networks.fracture_nets
     nn.init.zeros_(network.head.weight)
+    nn.init.zeros_(network.evidence_weight)
     nn.init.constant_(network.head.bias, logit)
     return networks
 
