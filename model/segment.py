@@ -111,8 +111,10 @@ def find_vertebrae(
     scores, coarse_grid, found = _coarse(volume, network, settings, device)
     lean_deg = _lean_deg(scores, coarse_grid, found)
     if abs(lean_deg) > LEAN_DEG:
-        volume = replace(volume, grid=_pitched(volume.grid, -lean_deg))
-        scores, coarse_grid, found = _coarse(volume, network, settings, device)
+        upright = replace(volume, grid=_pitched(volume.grid, -lean_deg))
+        again = _coarse(upright, network, settings, device)
+        if again[2].any():  # or what leaned was no neck: then the first look counts
+            volume, (scores, coarse_grid, found) = upright, again
     grid = coarse_grid
     if refiner is not None and refine is not None and found.any():
         scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)

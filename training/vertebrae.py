@@ -92,6 +92,7 @@ def loss(scores: list[Tensor], share: Tensor, level: Tensor) -> Tensor:
 
 
 TURN_DEG = 12.0
+"""How far a crop is turned about each axis."""
 
 
 def turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator, pitch_deg: float = TURN_DEG) -> FloatArray:

@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from model.networks.encoders import make_encoder
 
 NUM_EVIDENCE_PIXELS = 50
-"""How many of a vertebra's most suspect pixels are its evidence: 28 mm2 at 0.75 mm, a few slices of a cleft."""
+"""28 mm2 at 0.75 mm, a few slices of a cleft."""
+
+
+def evidence(regions: Tensor, masks: Tensor) -> Tensor:
+    """Mean logit `(B,)` of the most suspect pixels of the vertebra itself; a neighbour's fracture is none of its own.
+
+    regions: logits, `(B, S, Y, X)`. masks: of the same shape, 0..1.
+    """
+    own = regions.where(masks > 0.2, -9.0).flatten(1)
+    return own.topk(NUM_EVIDENCE_PIXELS, dim=1).values.mean(1)
 
 
 class RegionDecoder(nn.Module):
@@ -117,11 +126,11 @@ class FractureNet(nn.Module):
         deepest = features[-1].flatten(2)
         strongest = regions.flatten(2).topk(24, dim=2).values / 4
         pooled = torch.cat([deepest.mean(2), deepest.amax(2)], dim=1).reshape(num_vertebrae, num_slices, -1)
-        evidence = torch.stack([strongest[..., 0], strongest.mean(2)], dim=2)
-        hidden, _ = self.gru(torch.cat([pooled, evidence], dim=2))
+        peaks = torch.stack([strongest[..., 0], strongest.mean(2)], dim=2)
+        hidden, _ = self.gru(torch.cat([pooled, peaks], dim=2))
         hidden = self.dropout(hidden)
         context, weights = self.attention(hidden)
-        believed = self.evidence_weight * _evidence(regions, x[:, :, -1])
+        believed = self.evidence_weight * evidence(regions, x[:, :, -1])
         return FractureAnswer(
             logits=self._of_level(self.head(context), levels) + believed,
             attention=weights,
@@ -137,9 +146,3 @@ class FractureNet(nn.Module):
         if levels is None:
             raise ValueError("This fracture network has a head for each level: say which levels these are.")
         return logits[torch.arange(len(logits), device=logits.device), ..., levels]
-
-
-def _evidence(regions: Tensor, masks: Tensor) -> Tensor:
-    """Mean logit `(B,)` of the most suspect pixels of the vertebra itself; both `(B, S, Y, X)`, masks 0..1."""
-    own = regions.where(masks > 0.2, -9.0).flatten(1)
-    return own.topk(min(NUM_EVIDENCE_PIXELS, own.shape[1]), dim=1).values.mean(1)

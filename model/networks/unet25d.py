@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documenta
 from torch import Tensor, nn
 
 from model.networks.encoders import make_encoder
+from model.networks.fracture import evidence
 
 DECODER_CHANNELS = (16, 32, 64, 128, 256)
 """Of the decoder at strides 1, 2, 4, 8 and 16."""
@@ -101,12 +102,8 @@ class RegionUNet(nn.Module):
     """Fracture voxels inside one vertebra's stack of slices, and what they say of the vertebra.
 
     It shares nothing with `FractureNet`, learns from voxels alone, and so errs elsewhere: a second opinion. That
-    opinion is the mean of the NUM_STRONGEST strongest voxel logits within the vertebra, scaled and shifted.
+    opinion is the vertebra's `evidence`, scaled and shifted.
     """
-
-    NUM_STRONGEST = 64
-    NOT_HERE = -30.0
-    """Logit of voxels that are no part of the vertebra."""
 
     def __init__(self, encoder: str = "efficientnet-b0", in_channels: int = 6) -> None:
         super().__init__()
@@ -120,6 +117,4 @@ class RegionUNet(nn.Module):
         num_vertebrae, num_slices = x.shape[:2]
         slices = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         regions = self.unet(slices).reshape(num_vertebrae, num_slices, *x.shape[-2:])
-        inside = regions.masked_fill(x[:, :, -1] < 0.25, self.NOT_HERE)
-        strongest = inside.flatten(1).topk(self.NUM_STRONGEST, dim=1).values.mean(1)
-        return RegionAnswer(self.scale * strongest + self.offset, regions)
+        return RegionAnswer(self.scale * evidence(regions, x[:, :, -1]) + self.offset, regions)

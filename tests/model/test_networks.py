@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from model.networks import FractureNet, RegionUNet, SliceUNet, SliceVertebraUNet, StudyNet, VertebraUNet, make_encoder
+from model.networks.fracture import NUM_EVIDENCE_PIXELS
 
 
 def make_unet() -> VertebraUNet:
@@ -247,7 +248,7 @@ def test_the_second_opinion_rests_on_voxels_of_the_vertebra_alone() -> None:
     stack[:, :, -1] = 0
     stack[:, :, -1, :16] = 1
     answer = network(stack)
-    inside = answer.regions[:, :, :16].flatten().topk(network.NUM_STRONGEST).values
+    inside = answer.regions[:, :, :16].flatten().topk(NUM_EVIDENCE_PIXELS).values
 
     assert answer.regions.shape == (1, 5, 32, 32)
     torch.testing.assert_close(answer.logits, inside.mean()[None])

@@ -15,17 +15,23 @@ SETTINGS = SegmentSettings(channels=(4, 8, 16), spacing_mm=3.0)
 
 
 class Reader(VertebraUNet):
-    """Vertebra C`n` is what has 280 + 40 n HU. Remembers what it was shown, HU `(Z, Y, X)`."""
+    """Vertebra C`n` is what has 280 + 40 n HU. Remembers what it was shown, HU `(Z, Y, X)`.
 
-    def __init__(self) -> None:
+    num_looks: how often it sees anything.
+    """
+
+    def __init__(self, num_looks: int = 9) -> None:
         nn.Module.__init__(self)
         self.shown: list[Tensor] = []
+        self.num_looks = num_looks
 
     stride = 4  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         hu = x[:, 0] * 400 + 200
         self.shown.append(hu[0])
+        if len(self.shown) > self.num_looks:
+            hu = torch.zeros_like(hu)
         return [torch.stack([(hu - 280).clamp(-5, 5), (hu - 280) / 40], dim=1)]
 
 
@@ -61,3 +67,15 @@ def test_a_neck_that_leans_is_stood_upright_for_the_network_and_labelled_where_i
     for vertebra in vertebrae:
         centre = volume.grid.to_lps_mm(np.argwhere(truth == vertebra.label).mean(axis=0))
         assert np.linalg.norm(vertebra.centroid_lps_mm - centre) < 3, "in the patient as scanned, not as turned"
+
+
+def test_what_is_not_seen_upright_stays_as_it_was_seen_first() -> None:
+    volume, truth = neck(45.0)
+    reader = Reader(num_looks=1)
+
+    labels, vertebrae = find_vertebrae(volume, reader, SETTINGS, torch.device("cpu"))
+
+    assert len(reader.shown) == 2
+    assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4, 5, 6, 7]
+    cervical = (truth > 0) & (truth < 8)
+    assert (labels[cervical] == truth[cervical]).mean() > 0.8

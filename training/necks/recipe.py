@@ -107,7 +107,7 @@ class Plan:
     num_patients: int = 100
     num_held_out_stacks: int = 60
     num_held_out_series: int = 8
-    coarse_steps: tuple[int, ...] = (1800, 1300, 11400)
+    coarse_steps: tuple[int, ...] = (1800, 1300, 12500)
     fine_steps: tuple[int, int] = (2000, 8900)
     patch_steps: int = 6200
     stack_steps: int = 6050

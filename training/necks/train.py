@@ -33,6 +33,7 @@ SHARE_REAL_GUESS = 0.75
 """Share of the refiner's crops that come with a coarse network's own answer, where one is kept beside the sample."""
 
 SHARE_SHIFTED = 0.7
+"""Share of the refiner's guesses whose borders between levels are put elsewhere (`shifted`)."""
 
 COARSE_FACTOR = 3
 """Voxels of the fine grid along one of the coarse."""
