@@ -76,7 +76,8 @@ def retry(
     config = load_config(config_path or config_before)
     names = [source.name for source in config.sources.each if source_name in (None, source.name)]
     if not names:
-        fail(f"No archive {source_name or ''} is watched; see sources in the configuration.", EXIT_USAGE)
+        named = f"No archive {source_name}" if source_name else "No archive"
+        fail(f"{named} is watched; see sources in the configuration.", EXIT_USAGE)
     with open_index(config) as index:
         wanted = {name: set(index.troubled_series(name)) for name in names}
         if series_ids:
