@@ -151,16 +151,28 @@ class _Pieces(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         first = await asyncio.to_thread(next, self._pieces, None)  # what cannot be had is an error, not a broken body
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        while first is not None:
-            following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
-            for piece in first:
+        gone = asyncio.create_task(_until_gone(receive))
+        try:
+            while first is not None and not gone.done():  # for a client that has gone no more is read
+                following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
+                for piece in first:
+                    if isinstance(piece, FileIO):
+                        assert self._send_file is not None
+                        await self._send_file(piece)
+                    else:
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                first = await following
+        finally:
+            gone.cancel()
+            for piece in first or ():
                 if isinstance(piece, FileIO):
-                    assert self._send_file is not None
-                    await self._send_file(piece)
-                else:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            first = await following
+                    piece.close()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _related(part_type: str, boundary: str) -> str:

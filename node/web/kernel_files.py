@@ -45,6 +45,7 @@ class KernelFilesProtocol(HttpToolsProtocol):
 async def _send_file(loop: AbstractEventLoop, cycle: RequestResponseCycle, file: FileIO) -> None:
     with file:
         if cycle.transport.is_closing():
+            await sleep(0)  # then uvicorn knows, and takes no more
             return
         try:  # waits until what was written before has gone out, then as long as the client does not read
             cycle.expected_content_length -= await loop.sendfile(cycle.transport, file, fallback=False)
@@ -53,4 +54,4 @@ async def _send_file(loop: AbstractEventLoop, cycle: RequestResponseCycle, file:
             await cycle.send({"type": "http.response.body", "body": data, "more_body": True})
         except OSError:  # the client has gone in the middle
             cycle.transport.abort()
-            await sleep(0)  # then uvicorn knows, and takes no more
+            await sleep(0)

@@ -15,7 +15,7 @@ from pydicom import Dataset, dcmread
 
 from node.config import Config
 from node.index import Index
-from node.web import kernel_files
+from node.web import kernel_files, wado
 from node.web.settings import WebConfig, WebTls
 from tests.certificates import Authority
 from tests.factories import make_ct_series
@@ -170,6 +170,22 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_open(
     assert num_open_files() <= before
     assert by_kernel
     assert caplog.text == ""
+
+
+def test_for_a_client_that_has_left_no_more_is_opened(
+    web: WebServer, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    open_file = wado._open
+    monkeypatch.setattr(wado, "_NUM_OPEN", 1)
+    monkeypatch.setattr(wado, "_open", lambda path: opened.append(path) or open_file(path))
+    with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
+        client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+        client.recv(1000)
+    until = time.monotonic() + 2
+    while len(opened) < 10 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert 0 < len(opened) < 10
 
 
 def num_open_files() -> int:
