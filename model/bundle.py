@@ -85,6 +85,7 @@ class ClassifySettings:
     encoder: see `model.networks.make_encoder`. num_hidden: GRU units per direction. num_heads: 1 for all levels, or 7.
     num_layers: of the GRU. num_slices: slices over the vertebra's extent. num_pixels, pixel_mm: side and pixel size of
     a slice. window_hu: what is told apart in it. region_threshold: probability from which a pixel is shown as fracture.
+    mirrored: the answer is the mean of the one to the vertebra and the one to its mirror image, at twice the cost.
     """
 
     encoder: str
@@ -96,6 +97,7 @@ class ClassifySettings:
     pixel_mm: float
     window_hu: tuple[float, float] = (-700.0, 1800.0)
     region_threshold: float
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         if not self.window_hu[0] < self.window_hu[1]:

@@ -18,7 +18,7 @@ from model.findings import Region, SliceWeight
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
-from model.networks import FractureAnswer, RegionAnswer, StudyAnswer
+from model.networks import FractureAnswer, FractureNet, RegionAnswer, StudyAnswer
 from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
@@ -136,16 +136,16 @@ def judge(
     )
     stacks = network_input(planes_hu, masks, settings.window_hu)
     levels = torch.tensor([vertebra.label - 1 for vertebra in vertebrae])
-    folds = [FractureAnswer(*answer(network, stacks, device, levels)) for network in networks.fracture_nets]
+    folds = [ask(network, stacks, levels, device, mirrored=settings.mirrored) for network in networks.fracture_nets]
     logits, patient_logit = _as_study(folds, levels, networks, device)
     if networks.region_net is None or bundle.regions is None:
-        regions = _mean([fold.regions.float().sigmoid() for fold in folds])
+        regions = _mean([fold.regions.sigmoid() for fold in folds])
     else:
         opinion = RegionAnswer(*answer(networks.region_net, stacks, device))
         logits = torch.lerp(logits, opinion.logits.float(), bundle.regions.weight)
         regions = opinion.regions.float().sigmoid()
     regions = regions * _dilated(masks, settings.pixel_mm)
-    attention = _mean([fold.attention.float() for fold in folds])
+    attention = _mean([fold.attention for fold in folds])
     verdicts = {
         vertebra.label: Verdict(
             logit=float(logits[i]), attention=attention[i].numpy(), regions=regions[i], grid=slices[i]
@@ -157,6 +157,18 @@ def judge(
     )
 
 
+def ask(
+    network: FractureNet, stacks: Tensor, levels: Tensor, device: torch.device, *, mirrored: bool
+) -> FractureAnswer:
+    """One network's answer to `network_input`, float32. levels: `(B,)`, 0..6. mirrored: see `ClassifySettings`."""
+    said = FractureAnswer(*answer(network, stacks, device, levels))
+    if not mirrored:
+        return said
+    image = FractureAnswer(*answer(network, stacks.flip(-1), device, levels))
+    image = image._replace(regions=image.regions.flip(-1))
+    return FractureAnswer(*(torch.lerp(one, other, 0.5) for one, other in zip(said, image, strict=True)))
+
+
 def _as_study(
     folds: list[FractureAnswer], levels: Tensor, networks: Networks, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
@@ -165,13 +177,13 @@ def _as_study(
     levels: which of C1..C7 the vertebrae are, 0..6.
     """
     if not networks.study_nets:
-        return _mean([fold.logits.float() for fold in folds]), None
+        return _mean([fold.logits for fold in folds]), None
     present = torch.zeros(1, len(LEVELS), dtype=torch.bool)
     present[0, levels] = True
     studies = []
     for fold, network in zip(folds, networks.study_nets, strict=True):
         contexts, logits = torch.zeros(1, len(LEVELS), fold.context.shape[1]), torch.zeros(1, len(LEVELS))
-        contexts[0, levels], logits[0, levels] = fold.context.float(), fold.logits.float()
+        contexts[0, levels], logits[0, levels] = fold.context, fold.logits
         studies.append(StudyAnswer(*answer(network, contexts, device, logits, present)))
     return _mean([study.logits[0, levels] for study in studies]), _mean([study.patient[0] for study in studies])
 

@@ -6,7 +6,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 
 def from_json(kind: Any, content: object, where: str = "it") -> Any:
-    """The JSON value as a `kind`: a dataclass, `tuple[X, ...]`, `dict[str, X]`, `X | None`, str, int, float or Any.
+    """The JSON value as a `kind`: a dataclass, `tuple[X, ...]`, `dict[str, X]`, `X | None`, str, int, float, bool
+    or Any.
 
     where: what the value is called in messages.
 
@@ -28,7 +29,7 @@ def from_json(kind: Any, content: object, where: str = "it") -> Any:
         return {name: from_json(arguments[1], part, f"{where}.{name}") for name, part in content.items()}
     if kind is float and type(content) is int:
         return float(content)
-    if origin is None and isinstance(content, kind) and not isinstance(content, bool):
+    if origin is None and isinstance(content, kind) and (kind is bool or not isinstance(content, bool)):
         return content
     raise ValueError(f"{where} is {content!r}, which is not of type {getattr(kind, '__name__', kind)}")
 

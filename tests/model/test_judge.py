@@ -22,6 +22,7 @@ from model.classify import Judgement, judge, network_input
 from model.findings import Analysis, Finding, ModelInfo
 from model.geometry import Grid
 from model.levels import OUTPUTS
+from model.networks import FractureAnswer
 from model.pipeline import Pipeline, load_pipeline
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
@@ -106,6 +107,28 @@ def test_folds_are_averaged() -> None:
     np.testing.assert_allclose(together.verdicts[3].attention.sum(), 1, rtol=1e-5)
     regions = [judgement.verdicts[3].regions for judgement in alone]
     torch.testing.assert_close(together.verdicts[3].regions, (regions[0] + regions[1]) / 2)
+
+
+class LeftSide(nn.Module):
+    """Calls fractured what is bright on the left side of the image, and takes every slice for a region."""
+
+    def forward(self, x: torch.Tensor, levels: torch.Tensor) -> FractureAnswer:
+        left = x[:, :, 2, :, :4].mean(dim=(2, 3))
+        return FractureAnswer(left.mean(1), left.softmax(1), x[:, :, 2], left, left)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mirrored_bundle_looks_at_both_sides(mirrored: bool) -> None:
+    bundle = replace(BUNDLE, classify=replace(BUNDLE.classify, mirrored=mirrored))
+    networks = replace(make_networks(BUNDLE), fracture_nets=(LeftSide(),))
+    volume, (labels, vertebrae) = make_volume(), make_vertebrae()
+    volume.voxels_hu[..., :10] = 1500
+
+    image = replace(volume, voxels_hu=np.ascontiguousarray(volume.voxels_hu[..., ::-1]))
+    one, other = (judge(each, labels, vertebrae, networks, bundle, CPU) for each in (volume, image))
+
+    assert np.allclose(logits(one), logits(other), atol=0.01) == mirrored
+    torch.testing.assert_close(one.verdicts[3].regions, other.verdicts[3].regions.flip(-1), atol=0.01, rtol=0)
 
 
 def test_each_vertebra_is_judged_by_the_head_of_its_level() -> None:

@@ -26,6 +26,12 @@ from training.steps.run import Run
     show_default=True,
     help="Begin with the encoder of `regions`, which must be the same, or with none.",
 )
+@click.option(
+    "--mirrored/--not-mirrored",
+    default=True,
+    show_default=True,
+    help="Ask about each vertebra and its mirror image, here and in the bundle.",
+)
 def classify(
     run: Run,
     cut: str,
@@ -36,6 +42,7 @@ def classify(
     dropout: float,
     mixup: float,
     start: str,
+    mirrored: bool,
 ) -> dict[str, Any]:
     """Train the fracture network of one fold: CNN, BiGRU and attention over each vertebra's slices."""
     from training.steps.classify import ClassifyPlan
@@ -50,5 +57,6 @@ def classify(
         dropout=dropout,
         mixup=mixup,
         start=start,
+        mirrored=mirrored,
     )
     return train(run, plan)

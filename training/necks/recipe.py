@@ -25,7 +25,7 @@ from model.bundle import (
     TrainingData,
     write_bundle,
 )
-from model.classify import network_input
+from model.classify import ask, network_input
 from model.findings import ModelInfo
 from model.levels import OUTPUTS
 from model.networks import FractureNet, VertebraUNet
@@ -65,6 +65,7 @@ CLASSIFY = ClassifySettings(
     num_pixels=112,
     pixel_mm=0.75,
     region_threshold=0.5,
+    mirrored=True,
 )
 VERSION = "0.4.0"
 TRAINED_ON = (
@@ -311,7 +312,9 @@ def vertebra_logits(network: FractureNet, paths: list[Path]) -> tuple[NDArray[np
         with np.load(path) as arrays:
             truth = arrays["fractured"]
         batch = collate([read_stack(path, index) for index in range(len(truth))])
-        logits.append(network(network_input(batch.planes_hu, batch.masks)).logits.double().numpy())
+        inputs, levels = network_input(batch.planes_hu, batch.masks), torch.zeros(len(truth), dtype=torch.int64)
+        said = ask(network, inputs, levels, torch.device("cpu"), mirrored=CLASSIFY.mirrored)
+        logits.append(said.logits.double().numpy())
         truths.append(truth)
     return np.concatenate(logits), np.concatenate(truths)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchmetrics.classification import BinaryAUROC
 
+from model.classify import ask
 from model.levels import LEVELS
 from model.networks import FractureNet
 from training import fractures
@@ -39,7 +40,8 @@ FRACTURED_WEIGHT = 2.0
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPlan:
     """cut: name of the stacks. The network's arguments are those of `model.networks.FractureNet`. mixup: share of
-    samples that are mixtures. start: "regions" begins with the encoder that `regions` trained, "random" without."""
+    samples that are mixtures. start: "regions" begins with the encoder that `regions` trained, "random" without.
+    mirrored: the network is asked about mirror images, too (`ClassifySettings`)."""
 
     cut: str
     encoder: str
@@ -49,6 +51,7 @@ class ClassifyPlan:
     dropout: float
     mixup: float
     start: str
+    mirrored: bool
 
     def new_network(self) -> FractureNet:
         """Untrained."""
@@ -87,7 +90,7 @@ def classify(run: Run, plan: ClassifyPlan) -> dict[str, Any]:
     (folder / "answers").mkdir(exist_ok=True)
     network.to(trainer.strategy.root_device)
     for study in cache.studies()[trainer.global_rank :: trainer.world_size]:
-        write_answers(study, plan.cut, network, folder / "answers")
+        write_answers(study, plan, network, folder / "answers")
     trainer.strategy.barrier()
     answers = [read_answers(folder, study) for study in cache.studies([run.fold])]
     seen_share = np.mean([vertebra.fractured for vertebra in seen])
@@ -193,25 +196,23 @@ class Answers:
 
 
 @torch.inference_mode()
-def write_answers(study: Study, cut: str, network: FractureNet, folder: Path) -> None:
+def write_answers(study: Study, plan: ClassifyPlan, network: FractureNet, folder: Path) -> None:
     """Asks about all judged vertebrae of a study, of which there may be none; what is there already is kept."""
     path = folder / f"{study.study_instance_uid}.npz"
     if path.exists():
         return
-    stacks = study.stacks(cut)
+    stacks = study.stacks(plan.cut)
     logits = np.full(len(LEVELS), np.nan, np.float32)
     contexts = np.zeros((len(LEVELS), network.head.in_features), np.float32)
     if stacks is not None and stacks.judged.any():
-        vertebrae = judged_vertebrae([study], cut)
+        vertebrae = judged_vertebrae([study], plan.cut)
         samples = [_plain(vertebra) for vertebra in vertebrae]
         device = next(network.parameters()).device
-        said = network(
-            torch.stack([sample.inputs for sample in samples]).to(device),
-            torch.stack([sample.level for sample in samples]).to(device),
-        )
+        inputs, levels = (torch.stack([getattr(s, name) for s in samples]) for name in ("inputs", "level"))
+        said = ask(network, inputs, levels, device, mirrored=plan.mirrored)
         places = [vertebra.level for vertebra in vertebrae]
-        logits[places] = said.logits.float().cpu().numpy()
-        contexts[places] = said.context.float().cpu().numpy()
+        logits[places] = said.logits.numpy()
+        contexts[places] = said.context.numpy()
     with replacing_file(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, logits=logits, contexts=contexts)
 

@@ -74,6 +74,7 @@ def export(cache_folder: Path, work: Path, out: Path, plan: ExportPlan) -> Bundl
             num_pixels=cut.num_pixels,
             pixel_mm=cut.pixel_mm,
             region_threshold=region_options["threshold"],
+            mirrored=classify_plan.mirrored,
         ),
         num_folds=len(folds),
         study=StudySettings(num_hidden=studied[0][1].num_hidden),
