@@ -241,6 +241,10 @@ class Bundle:
         except (ValueError, ModuleNotFoundError) as error:
             raise BundleError(f"The model bundle {self.folder} cannot be used here: {error}") from error
 
+    def digest(self) -> str:
+        """The sha256 of `bundle.json`, which names that of every other file."""
+        return hashlib.sha256((_files(self.folder) / DESCRIPTION).read_bytes()).hexdigest()
+
     def load_networks(self) -> Networks:
         """All networks on the CPU in evaluation mode.
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from training.evaluation.evaluate import operating_points, points_of
 from training.evaluation.evaluate_model import evaluate_model, measure_run, write_tables
 from training.evaluation.froc import Box, read_boxes
 from training.evaluation.metrics import Settings, measure_all
-from training.evaluation.run import Run, run_model
+from training.evaluation.run import Run, describe, run_model
 from training.evaluation.tables import InputError, match, read_predictions, read_truth
 from training.rsna import read_source
 
@@ -110,6 +111,13 @@ def test_answers_of_another_model_are_not_mixed_in(
     bundle = write_untrained_bundle(tmp_path / "bundle")
     with pytest.raises(InputError, match=r"holds an answer of .* and the model to run is untrained 0\.0\.1"):
         evaluate_model(bundle, rsna_folder, evaluated[0], SETTINGS)
+
+
+def test_a_bundle_in_a_zip_is_the_same_model_as_its_folder(tmp_path: Path) -> None:
+    bundle = write_untrained_bundle(tmp_path / "bundle")
+    zipped = Path(shutil.make_archive(str(tmp_path / "zipped"), "zip", bundle))
+
+    assert describe(zipped) == describe(bundle)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ What a Study gave is a file of its own, written at once, so that a run that was 
 single Studies only: overlap of masks, alignment of attention, seconds. `training.rsna` reads the folder.
 """
 
-import hashlib
 import json
 import logging
 import resource
@@ -79,12 +78,11 @@ def run_model(
 def describe(bundle: Path | None) -> dict[str, str]:
     """Which model it is: name, version, what it was trained on, and the sha256 of its bundle.json, which names all."""
     read = read_bundle(bundle)
-    digest = hashlib.sha256((read.folder / "bundle.json").read_bytes()).hexdigest()
     return {
         "name": read.info.name,
         "version": read.info.version,
         "trained_on": read.info.trained_on,
-        "sha256": digest,
+        "sha256": read.digest(),
     }
 
 
