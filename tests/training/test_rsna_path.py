@@ -320,6 +320,11 @@ def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_
         refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
         assert refused.exit_code == 1
         assert sentence in refused.output
+    for start in ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}):
+        fresh = ["--config", str(config), "study", *where, "--fold", "0", "--fresh"]
+        refused = CliRunner(env=start).invoke(main, fresh)  # one process would remove what another reads
+        assert "Remove " + str(changed / "study" / "fold0") in refused.output
+        assert (changed / "study" / "fold0" / "result.json").exists()
     run(config, "study", *where, "--fold", "0", "--fresh")
     refused = CliRunner().invoke(main, ["--config", str(config), "export", *where, "--out", str(tmp_path / "bundle")])
     assert "was fitted to other networks than there are now. Run `cspine-train calibrate` again" in refused.output

@@ -53,6 +53,11 @@ class Run:
             CacheError: there is no cache, or no such cut.
         """
         folder = fold_folder(self.work, step, self.fold)
+        if self.fresh and folder.exists() and is_started_with_others():
+            raise StepError(
+                "--fresh cannot be given to processes that start together (torchrun, srun): one would remove what "
+                f"another is reading. Remove {folder} and give the command without it."
+            )
         kept = {name: value for name, value in asdict(self).items() if name not in WHERE_ONLY}
         if not is_first_process():
             return folder
@@ -126,6 +131,14 @@ def is_first_process() -> bool:
     """
     names = ("RANK", "SLURM_PROCID", "NODE_RANK", "LOCAL_RANK")
     return all(int(os.environ.get(name, "0")) == 0 for name in names)
+
+
+def is_started_with_others() -> bool:
+    """Whether torchrun or SLURM started several of this process at the same time; Lightning starts the others later."""
+    environment = os.environ
+    together = "TORCHELASTIC_RUN_ID" in environment, "SLURM_PROCID" in environment
+    counts = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
+    return any(here and count > 1 for here, count in zip(together, counts, strict=True))
 
 
 def fold_folder(work: Path, step: str, fold: int) -> Path:
