@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sqlalchemy import Select
 from sqlalchemy.dialects.sqlite import dialect
 from sqlalchemy.sql.dml import UpdateBase
 
@@ -17,7 +18,7 @@ from sqlalchemy.sql.dml import UpdateBase
 class Prepared:
     """A statement of `names`, its parameters."""
 
-    def __init__(self, statement: UpdateBase, names: Sequence[str]) -> None:
+    def __init__(self, statement: UpdateBase | Select[Any], names: Sequence[str]) -> None:
         compiled = statement.compile(dialect=dialect(), column_keys=list(names))
         self._text = str(compiled)
         self._order = tuple(compiled.positiontup or ())

@@ -82,16 +82,16 @@ class Receiving(Cases):
 
     def is_result(self, sop_instance_uid: str) -> bool:
         """Whether this node made that Instance."""
-        made = select(_results.c.case_id).where(_results.c.sop_instance_uid == sop_instance_uid)
         with self._engine.connect() as connection:
-            return connection.scalar(made) is not None
+            return connection.scalar(_MADE, {"uid": sop_instance_uid}) is not None
 
     def add_instance(self, *, quiet_time_s: float, **values: Any) -> bool:
         """`add_instances` for one Instance, its values as `NewInstance` has them."""
         return self.add_instances([NewInstance(**values)], quiet_time_s=quiet_time_s)[0]
 
     def add_instances(self, batch: Sequence[NewInstance], *, quiet_time_s: float) -> list[bool]:
-        """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not.
+        """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not,
+        nor is one of a result that this node made.
 
         The first Instance of a Series opens its case; one that comes when the case has moved on reopens it.
         """
@@ -132,12 +132,16 @@ class Receiving(Cases):
         if self._turn is not None:
             with self._writing_to_sqlite(self._turn) as sqlite:
                 for row in rows:
-                    new.update(uid for (uid,) in _ADD_INSTANCE_SQLITE.execute(sqlite, row))
+                    if not _MADE_SQLITE.execute(sqlite, {"uid": row["sop_instance_uid"]}):
+                        new.update(uid for (uid,) in _ADD_INSTANCE_SQLITE.execute(sqlite, row))
                 for arrival in arrivals(new):
                     _ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
         elif rows:
             with self._writing() as connection:
-                new.update(connection.scalars(_ADD_INSTANCE, rows))
+                uid_of_result = _results.c.sop_instance_uid
+                made = set(connection.scalars(select(uid_of_result).where(uid_of_result.in_(first_with))))
+                if rows := [row for row in rows if row["sop_instance_uid"] not in made]:
+                    new.update(connection.scalars(_ADD_INSTANCE, rows))
                 if new:
                     connection.execute(_ADD_TO_CASE, arrivals(new))
         return [
@@ -197,6 +201,9 @@ def _needed(column: Column[int]) -> Select[Any]:
         .where(_cases.c.state.in_(needed))
     )
 
+
+_MADE = select(_results.c.case_id).where(_results.c.sop_instance_uid == bindparam("uid"))
+_MADE_SQLITE = Prepared(_MADE, ["uid"])
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
 _ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])

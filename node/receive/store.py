@@ -25,7 +25,6 @@ from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RE
 
 _COMPARED_BYTES = 2**20
 _NUM_SYNCS = 16  # at the same time; with more associations some wait a little
-_OUR_UIDS = "2.25."  # what all UIDs begin with that this node makes (node/encode/identity.py)
 
 
 class Store:
@@ -114,6 +113,8 @@ class Arriving:
                     self._store.index.forget_instances([instance.sop_instance_uid])
                 raise
             if not is_new:
+                if self._store.index.is_result(instance.sop_instance_uid):
+                    raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
                 _check_same(self._store.index.find_instance(instance.sop_instance_uid), self._path)
                 self.abandon()
             self._file.close()
@@ -132,11 +133,9 @@ class Arriving:
         """What the index is to know of it, if it is taken."""
         encoded = Encoded(prefix=bytes(self._prefix), num_bytes=self._num_bytes, path=self._path, start=self._start)
         read = self._store.headers.read(encoded, self._announced)
-        uid, study_uid = self._announced.sop_instance_uid, self._announced.study_instance_uid
+        study_uid = self._announced.study_instance_uid
         if study_uid and study_uid != read.headers[0]["study_instance_uid"]:
             raise RefusedError(MISMATCH, "StudyInstanceUID in the dataset is not the announced one")
-        if uid.startswith(_OUR_UIDS) and self._store.index.is_result(uid):
-            raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
         if not os.fstat(self._file.fileno()).st_nlink:
             raise FileNotFoundError(errno.ENOENT, "somebody removed the file", str(self._path))
         return NewInstance(

@@ -293,6 +293,12 @@ def test_what_this_node_made_is_known(index: Index) -> None:
     assert not index.is_result("9.8.7")
     assert finish(index, claimed(index))
     assert index.is_result("9.8.7")
+    headers = [header(2, "1.2.9") | {"sop_instance_uid": "9.8.7"}]
+    path, association_id = index.data_dir / "instances" / "2.dcm", index.open_association("SCANNER")
+    assert not index.add_instance(
+        association_id=association_id, calling_ae_title="S", path=path, headers=headers, quiet_time_s=0.0
+    )
+    assert index.case("1.2.9") is None
 
 
 def test_cases_are_listed_latest_first(index: Index) -> None:

@@ -175,13 +175,18 @@ def test_a_database_that_fails_is_answered_with_0xa700_so_that_the_sender_tries_
         assert refused(receiver, index, make_instance(tmp_path / "sent")) == OUT_OF_RESOURCES
 
 
-def test_what_this_node_made_is_refused_with_0xa900(
-    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_this_node_made_is_refused_with_0xa900(receiver: Config, index: Index, tmp_path: Path) -> None:
     uid = derive_uid("a result")
-    sent = make_instance(tmp_path / "sent", lambda ds: setattr(ds, "SOPInstanceUID", uid))
-    monkeypatch.setattr(index, "is_result", lambda asked: asked == uid)
-    assert refused(receiver, index, sent) == MISMATCH
+    assert store_one(receiver, make_instance(tmp_path / "analysed")) == SUCCESS
+    assert index.queue(index.cases()[0])
+    case = index.claim_next()
+    assert case is not None
+    assert index.finish(case, index.data_dir / "cases" / "1", summary="", sop_instance_uids=(uid,), destinations=())
+    before = files_under(index.data_dir)
+
+    made = make_instance(tmp_path / "made", lambda ds: setattr(ds, "SOPInstanceUID", uid), series_instance_uid="1.2.9")
+    assert store_one(receiver, made) == MISMATCH
+    assert (files_under(index.data_dir), len(index.cases())) == (before, 1)
 
 
 def test_a_refusal_says_why_in_64_characters_and_names_no_patient(
