@@ -13,14 +13,24 @@ from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.networks import VertebraUNet
 from training.necks import atlas as body
+from training.necks import train
 from training.necks.atlas import Atlas, build_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE, RealNeck, read_contours, weak_labels
 from training.necks.pseudo import STEP_MM, Profile, cut_profile, profile, relabelled
 from training.necks.rounds import is_believed
 from training.necks.samples import write_phantom
 from training.necks.stacks import write_neck_stacks
-from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_series, draw_spine
-from training.necks.train import AuxiliaryUNet, guess_path, read_crop, real_guess, shifted, train_necks, write_guess
+from training.necks.synthetic import AUX_CORD, MAX_LEVEL, Pose, draw_neck, draw_series, draw_spine, straighten
+from training.necks.train import (
+    AuxiliaryUNet,
+    crop_places,
+    guess_path,
+    read_crop,
+    real_guess,
+    shifted,
+    train_necks,
+    write_guess,
+)
 from training.vertebrae import TURN_DEG, turned
 
 BODY_MM, DISC_MM = 12.0, 4.0
@@ -228,6 +238,38 @@ def test_a_crop_leans_as_far_as_it_may_and_turns_little_else() -> None:
         assert tilt.max() < TURN_DEG + 5
 
 
+@pytest.mark.parametrize(("axis", "side"), [(1, 1), (1, -1), (0, 1)])
+def test_a_straightened_neck_has_its_discs_across_it(axis: int, side: int) -> None:
+    """The edges of three discs on an arc of 100 mm, and a place in the head, beyond the arc."""
+    angle = np.array([-0.3, 0.3, 0.7])
+    outward, upward = (np.stack([-np.cos(angle), np.sin(angle)]), np.stack([np.sin(angle), np.cos(angle)]))
+    middle = np.array([[100.0], [0.0]])
+    bent = np.hstack([middle + 110 * outward, middle + 90 * outward, (middle + 95 * outward + 20 * upward)[:, 2:]])
+    points = np.zeros((7, 3))
+    points[:, axis], points[:, 2] = side * bent[0], bent[1]
+
+    straighten(points, axis, side / 100, 70.0)
+
+    np.testing.assert_allclose(side * points[:, axis], [-10, -10, -10, 10, 10, 10, 5], atol=1e-6)
+    np.testing.assert_allclose(points[:, 2], [-30, 30, 70, -30, 30, 70, 90], atol=1e-6)
+
+
+def test_crops_are_bent_about_their_middle_some_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, rng = Grid(shape=(81, 41, 41), affine=np.eye(4)), np.random.default_rng(0)
+    monkeypatch.setattr(train, "SHARE_CURVED", 0.0)
+    plain = crop_places(crop, 3.0, rng).numpy()
+    np.testing.assert_array_equal(plain, np.stack(np.indices(crop.shape), axis=-1))
+    monkeypatch.setattr(train, "SHARE_CURVED", 1.0)
+    ends_deg = []
+    for _ in range(100):
+        bent = crop_places(crop, 3.0, rng).numpy()
+        np.testing.assert_allclose(bent[40, 20, 20], [40, 20, 20], atol=1e-3)
+        up = bent[80, 20, 20] - bent[79, 20, 20]
+        ends_deg.append(np.rad2deg(np.arctan2(up[1:], up[0])))
+    assert 15 < np.abs(ends_deg)[:, 0].max() <= 21, "half of it at either end"
+    assert 5 < np.abs(ends_deg)[:, 1].max() <= 8
+
+
 def test_a_guess_cut_in_other_places_still_counts_the_same() -> None:
     rng = np.random.default_rng(0)
     moved = torch.stack([shifted(torch.full((20, 4, 4), 4.0), rng) - 4 for _ in range(100)])
@@ -247,8 +289,8 @@ def test_both_networks_learn_and_the_refiner_reads_what_the_coarse_one_said(tmp_
     first, last = _trained(coarse, path, refine=False, num_steps=30)
     assert last < first
     write_guess(coarse.unet, path)
-    here = Grid(shape=(64, 48, 48), affine=np.eye(4))
-    logit, level = real_guess(guess_path(path), here, torch.from_numpy(neck.hu).float())
+    everywhere = torch.from_numpy(np.stack(np.indices(neck.hu.shape), axis=-1)).float()
+    logit, level = real_guess(guess_path(path), everywhere, torch.from_numpy(neck.hu).float())
     assert logit.shape == level.shape == (64, 48, 48)
     bone = (neck.share > 200) & (neck.level <= 8)
     assert abs(float(np.median(level.numpy()[bone] - neck.level[bone]))) <= 1  # whole levels were taken away

@@ -24,6 +24,12 @@ NODE_MM = 12.0
 WRINKLED_MM = 240.0
 """How far from the middle of the neck wrinkles reach, each way."""
 
+CURVE_DEG = ((-35.0, -20.0), (45.0, 20.0))
+"""Most that a neck is bent from end to end: to kyphosis, to lordosis beyond the atlas's own, and to the sides."""
+
+ARC_MM = 70.0
+"""The bend reaches this far up and down from the middle of C4; head and chest beyond it are straight."""
+
 SHARE_LEANING, LEAN_DEG = 0.35, (-45.0, 15.0)
 """Share of necks that lean as a whole, forward below 0: the kyphotic, and who lies on a pillow."""
 
@@ -145,7 +151,8 @@ class Pose:
     atlas: Atlas
     matrix: FloatArray
     scale: FloatArray
-    bend: FloatArray
+    curves_per_mm: FloatArray
+    sway_mm: float
     wave_size: FloatArray
     wave_phase: FloatArray
     wrinkles: tuple[tuple[float, FloatArray], ...]
@@ -176,7 +183,8 @@ class Pose:
             atlas=atlas,
             matrix=matrix,
             scale=scale,
-            bend=strength * rng.uniform([-18, -8, -8], [18, 8, 8]),
+            curves_per_mm=strength * np.deg2rad(rng.uniform(*CURVE_DEG)) / (2 * ARC_MM),
+            sway_mm=strength * rng.uniform(-8, 8),
             wave_size=strength * rng.normal(0, 2.2, size=6) / np.arange(1, 7) ** 0.5,
             wave_phase=rng.uniform(0, 2 * np.pi, size=6),
             wrinkles=tuple(wrinkles),
@@ -186,9 +194,9 @@ class Pose:
         """LPS mm `(n, 3)` of the neck to LPS mm of the atlas."""
         middle = self.atlas.centres_lps_mm[3]
         moved = (points_lps_mm - middle) @ self.matrix.T / self.scale
-        height = moved[:, 2] / 70.0
-        moved[:, 1] += self.bend[0] * (height**2).clip(max=3) + self.bend[2] * np.sin(2.2 * height)
-        moved[:, 0] += self.bend[1] * (height**2).clip(max=3)
+        for axis, curve in zip((1, 0), self.curves_per_mm, strict=True):
+            straighten(moved, axis, curve, ARC_MM)
+        moved[:, 1] += self.sway_mm * np.sin(2.2 * moved[:, 2] / 70.0)
         waves = np.arange(1, 7)
         moved[:, 2] += (self.wave_size * np.sin(waves * moved[:, 2:3] / 32.0 + self.wave_phase)).sum(axis=1)
         for reach_mm, nodes in self.wrinkles:
@@ -205,6 +213,19 @@ class Pose:
         unit = 2 * index / (np.asarray(self.atlas.bones.shape) - 1) - 1
         coarse = torch.from_numpy(unit[:, ::-1].copy().reshape(*shape, 3)).float().permute(3, 0, 1, 2)[None]
         return F.interpolate(coarse, size=grid.shape, mode="trilinear", align_corners=True)[0].permute(1, 2, 3, 0)
+
+
+def straighten(points: FloatArray, axis: int, curve: float, reach: float) -> None:
+    """Undoes, in place, a bend that turns discs with the neck, which shearing it would not do.
+
+    points: `(n, 3)`, x, y and z from the middle. axis: towards which it is bent, 0 or 1. curve: of an arc that reaches
+    so far up and down; beyond it all is straight. All in one unit of length.
+    """
+    radius, side = 1 / max(abs(curve), 1e-6), np.sign(curve)
+    inward, up = radius - side * points[:, axis], points[:, 2].copy()
+    angle = np.arctan2(up, inward).clip(-reach / radius, reach / radius)
+    points[:, axis] = side * (radius - inward * np.cos(angle) - up * np.sin(angle))
+    points[:, 2] = radius * angle + up * np.cos(angle) - inward * np.sin(angle)
 
 
 def _look_up(voxels: NDArray[np.uint8], places: Tensor) -> Tensor:

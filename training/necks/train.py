@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from model.geometry import Grid
 from model.levels import LEVELS
 from model.networks import VertebraUNet
-from model.resample import AIR_HU, sample
+from model.resample import AIR_HU
 from model.segment import network_input, refiner_input
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE
-from training.necks.synthetic import AUX_BRAINSTEM, AUX_SKULL, AUX_UNKNOWN, MAX_LEVEL
+from training.necks.samples import COARSE_MM, FINE_MM
+from training.necks.synthetic import ARC_MM, AUX_BRAINSTEM, AUX_SKULL, AUX_UNKNOWN, MAX_LEVEL, straighten
 from training.schedule import train
 from training.vertebrae import TURN_DEG, cut_field_of_view, degraded, freeze_norms, turned
 
@@ -28,6 +29,9 @@ SHARE_ANYWHERE = 0.08
 SHARE_PITCHED, PITCH_DEG = 0.5, 40.0
 """Share of the crops that lean forward or back by up to PITCH_DEG, as patients on a wedge or with a stiff neck do. It
 is real texture that leans, which drawn necks do not have."""
+
+SHARE_CURVED, CURVED_DEG = 0.5, (40.0, 15.0)
+"""Share of the crops that are bent, by up to so much from end to end: forward or back, and to a side."""
 
 SHARE_REAL_GUESS = 0.75
 """Share of the refiner's crops that come with a coarse network's own answer, where one is kept beside the sample."""
@@ -78,7 +82,6 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
         labels.append(arrays["certainty"] if "certainty" in arrays else np.full(hu.shape, OUTLINE_KNOWN, np.uint8))
         where = arrays["spine"] if "spine" in arrays else np.argwhere(labels[0][::2, ::2, ::2] > 0) * 2.0
     z, y, x = hu.shape
-    source = Grid(shape=(z, y, x), affine=np.eye(4))
     centre = where[rng.integers(len(where))] + rng.uniform(-8, 8, size=3) - np.array([0, 6, 0])
     reach = 0.35 * np.asarray(shape)
     centre = np.clip(
@@ -88,11 +91,12 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
         centre = rng.uniform(0, hu.shape)
     pitch_deg = PITCH_DEG if rng.random() < SHARE_PITCHED else TURN_DEG
     target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng, pitch_deg))
-    hu, share = sample(torch.stack([hu - AIR_HU, share / 255]), source, target)
+    places = crop_places(target, FINE_MM if refine else COARSE_MM, rng)
+    hu, share = look_up(torch.stack([hu - AIR_HU, share / 255]), places)
     # Beyond the sample nothing is known but that it is air.
-    stacked = torch.from_numpy(np.stack(labels)).float()
-    level, aux, certainty = sample(stacked, source, target, nearest=True).to(torch.uint8)
-    outside = sample(torch.ones(1, z, y, x), source, target, nearest=True)[0] == 0
+    stacked = torch.from_numpy(np.stack([*labels, np.ones((z, y, x), np.uint8)])).float()
+    level, aux, certainty, inside = look_up(stacked, places, nearest=True).to(torch.uint8)
+    outside = inside == 0
     certainty[outside] = OUTLINE_KNOWN
     hu = hu + AIR_HU
     if rng.random() < 0.4:
@@ -105,7 +109,7 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
         hu = thick_slices(hu, int(rng.choice([1, 1, 1, 2, 3, 4])))
         known_guess = guess_path(path)
         if known_guess.exists() and rng.random() < SHARE_REAL_GUESS:
-            guess = real_guess(known_guess, target, hu)
+            guess = real_guess(known_guess, places, hu)
         else:
             guess = coarse_guess(share, level.float(), rng)
         logit, guessed_level = guess
@@ -113,6 +117,30 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
     else:
         inputs = network_input(degraded(hu, rng))
     return Crop(inputs=inputs, share=share, level=level, aux=aux, certainty=certainty)
+
+
+def crop_places(crop: Grid, spacing_mm: float, rng: np.random.Generator) -> Tensor:
+    """Where in a sample, in its voxels, the voxels of a crop lie, `(Z, Y, X, 3)`, z first; some crops are bent.
+
+    crop: in voxels of the sample. Real texture is bent with the neck so, as no patient's head can be asked to be.
+    """
+    points = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in crop.shape), indexing="ij"), axis=-1)
+    points = points.reshape(-1, 3)
+    if rng.random() < SHARE_CURVED:
+        reach = ARC_MM / spacing_mm
+        upside = points[:, ::-1].copy()
+        for axis, most_deg in zip((1, 0), CURVED_DEG, strict=True):
+            straighten(upside, axis, np.deg2rad(rng.uniform(-most_deg, most_deg)) / (2 * reach), reach)
+        points = upside[:, ::-1]
+    places = (points + (np.asarray(crop.shape) - 1) / 2) @ crop.affine[:3, :3].T + crop.affine[:3, 3]
+    return torch.from_numpy(places.reshape(*crop.shape, 3).astype(np.float32))
+
+
+def look_up(voxels: Tensor, places: Tensor, *, nearest: bool = False) -> Tensor:
+    """`voxels`, float32 `(C, Z, Y, X)`, at places in their indices, as `crop_places` gives them; 0 outside."""
+    unit = places * 2 / (torch.tensor(voxels.shape[1:]) - 1) - 1
+    mode = "nearest" if nearest else "bilinear"
+    return F.grid_sample(voxels[None], unit.flip(-1)[None], mode=mode, align_corners=True)[0]
 
 
 def thick_slices(hu: Tensor, factor: int) -> Tensor:
@@ -166,14 +194,12 @@ def write_guess(unet: VertebraUNet, path: Path) -> None:
     unfinished.replace(guess)
 
 
-def real_guess(path: Path, target: Grid, hu: Tensor) -> tuple[Tensor, Tensor]:
-    """What `write_guess` kept, on the grid of a crop (in voxels of its sample): logit and level."""
+def real_guess(path: Path, places: Tensor, hu: Tensor) -> tuple[Tensor, Tensor]:
+    """What `write_guess` kept, at the places of a crop (`crop_places`): logit and level."""
     scores = torch.from_numpy(np.load(path).astype(np.float32))
-    affine = np.diag([COARSE_FACTOR, COARSE_FACTOR, COARSE_FACTOR, 1.0])
-    affine[:3, 3] = (COARSE_FACTOR - 1) / 2
-    source = Grid(shape=(scores.shape[1], scores.shape[2], scores.shape[3]), affine=affine)
     outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
-    logit, level = sample(scores - outside, source, target) + outside
+    coarse_places = (places - (COARSE_FACTOR - 1) / 2) / COARSE_FACTOR
+    logit, level = look_up(scores - outside, coarse_places) + outside
     return torch.where(hu <= AIR_HU, -8.0, logit), level
 
 
