@@ -17,6 +17,7 @@ from training.necks import train
 from training.necks.atlas import Atlas, build_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE, RealNeck, read_contours, weak_labels
 from training.necks.pseudo import STEP_MM, Profile, cut_profile, profile, relabelled
+from training.necks.recipe import mean_weights
 from training.necks.rounds import is_believed
 from training.necks.samples import write_phantom
 from training.necks.stacks import write_neck_stacks
@@ -268,6 +269,17 @@ def test_crops_are_bent_about_their_middle_some_more_than_others(monkeypatch: py
         ends_deg.append(np.rad2deg(np.arctan2(up[1:], up[0])))
     assert 15 < np.abs(ends_deg)[:, 0].max() <= 21, "half of it at either end"
     assert 5 < np.abs(ends_deg)[:, 1].max() <= 8
+
+
+def test_the_mean_of_two_networks_is_that_of_their_weights_and_counts_as_the_last() -> None:
+    first, second = (torch.nn.BatchNorm1d(2).state_dict() for _ in range(2))
+    second["weight"], second["num_batches_tracked"] = torch.tensor([3.0, 1.0]), torch.tensor(7)
+
+    mean = mean_weights([first, second])
+
+    assert mean["weight"].tolist() == [2.0, 1.0]
+    assert mean["num_batches_tracked"] == 7
+    torch.nn.BatchNorm1d(2).load_state_dict(mean)
 
 
 def test_a_guess_cut_in_other_places_still_counts_the_same() -> None:
