@@ -62,6 +62,9 @@ CUT_AREA_MM2 = 12.0
 SPECK_SHARE = 0.1
 """Parts smaller than this share of a level's largest part are not drawn."""
 
+PIECE_SHARE = 0.35
+"""A second piece at least this large beside the largest is of the vertebra too: the ring of C1 may well be in two."""
+
 SLAB = 16
 """Slices drawn on the source grid at a time."""
 
@@ -188,8 +191,9 @@ def _refined(
 def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
     """Scores `(2, Z, Y, X)` with everything outside one chain of neighbouring vertebrae erased, and its voxels.
 
-    A level is its largest component. The chain grows from the largest level up and down while the next level lies at a
-    plausible distance on the right side; levels beyond a gap are dropped, since their numbers cannot be trusted.
+    A level is its largest component, and others nearly as large. The chain grows from the largest level up and down
+    while the next level lies at a plausible distance on the right side; levels beyond a gap are dropped, since their
+    numbers cannot be trusted.
     The level coordinate is continued outward from the bone, so that interpolation at its surface means something.
     """
     bone = (scores[0] > 0).numpy()
@@ -211,7 +215,7 @@ def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Part:
-    """The largest component of a label: `mask` in `box`. centroid: its index in the whole grid."""
+    """The largest component of a label, and others nearly as large: `mask` in `box`. centroid: in the whole grid."""
 
     label: int
     box: tuple[slice, ...]
@@ -223,7 +227,7 @@ class _Part:
 def _parts(labels: NDArray[np.uint8]) -> Iterator[_Part]:
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
-            mask = _largest_component(labels[box] == label)
+            mask = _large_components(labels[box] == label, PIECE_SHARE)
             size = int(mask.sum())
             start = np.array([side.start for side in box], float)
             yield _Part(label=label, box=box, mask=mask, size=size, centroid=start + _mean_index(mask, size))
@@ -249,21 +253,12 @@ def _chain(parts: dict[int, _Part], grid: Grid) -> list[int]:
     return chain
 
 
-def _largest_component(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The largest face-connected part of a mask that is not empty."""
+def _large_components(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
+    """The face-connected parts of a mask that have at least this share of the largest one's voxels."""
     components, _ = ndimage.label(mask)
     sizes = np.bincount(components.ravel())
     sizes[0] = 0
-    largest: NDArray[np.bool_] = components == sizes.argmax()
-    return largest
-
-
-def _without_specks(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The mask without parts much smaller than the largest; a fractured vertebra may well be in two pieces."""
-    components, _ = ndimage.label(mask)
-    sizes = np.bincount(components.ravel())
-    sizes[0] = 0
-    kept: NDArray[np.bool_] = (sizes >= SPECK_SHARE * sizes.max())[components]
+    kept: NDArray[np.bool_] = (sizes >= share * sizes.max())[components]
     return kept
 
 
@@ -308,7 +303,7 @@ def _draw(
     for label, box in _boxes(labels, drawn_in):
         part_labels = labels[box]
         mine = part_labels == label
-        part_labels[mine & ~_without_specks(mine)] = 0
+        part_labels[mine & ~_large_components(mine, SPECK_SHARE)] = 0
     return drawn_in
 
 
