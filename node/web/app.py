@@ -29,7 +29,7 @@ from node.web import case_list, qido, rendered, viewer, wado
 from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
-from node.web.kernel_files import SendFile, send_file_of
+from node.web.kernel_files import SendPieces, close_files, send_pieces_of
 from node.web.matching import QueryError
 from node.web.multipart import MultipartError, MultipartReader, TooManyPartsError, boundary_of
 from node.web.settings import WebConfig
@@ -136,13 +136,17 @@ def _choose(request: Request, offers: list[Offer]) -> Choice:
 class _Pieces(Response):
     """A body that is made while it is sent: in a thread, some pieces at a time, each sent as it is.
 
-    send_file: sends those that are files.
+    send_pieces: sends all of them, if there are files among them.
     """
 
     def __init__(
-        self, pieces: Iterator[list[bytes | FileIO]], media_type: str, length: int | None, send_file: SendFile | None
+        self,
+        pieces: Iterator[list[bytes | FileIO]],
+        media_type: str,
+        length: int | None,
+        send_pieces: SendPieces | None,
     ) -> None:
-        self._pieces, self._send_file = pieces, send_file
+        self._pieces, self._send_pieces = pieces, send_pieces
         headers = {"Content-Type": media_type} | ({} if length is None else {"Content-Length": str(length)})
         super().__init__(headers=headers)
         if length is None:
@@ -155,18 +159,15 @@ class _Pieces(Response):
         try:
             while first is not None and not gone.done():  # for a client that has gone no more is read
                 following = asyncio.create_task(asyncio.to_thread(next, self._pieces, None))
-                for piece in first:
-                    if isinstance(piece, FileIO):
-                        assert self._send_file is not None
-                        await self._send_file(piece)
-                    else:
+                if self._send_pieces is not None:
+                    await self._send_pieces(first)
+                else:
+                    for piece in first:
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
                 first = await following
         finally:
             gone.cancel()
-            for piece in first or ():
-                if isinstance(piece, FileIO):
-                    piece.close()
+            close_files(first or ())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -237,11 +238,11 @@ def _retrieve_router() -> APIRouter:
         if not choice.offer.part:
             return Response(wado.instance_bytes(instances[0], choice.transfer_syntax), media_type=wado.DICOM)
         boundary = _boundary()
-        send_file = send_file_of(request.scope)
+        send_pieces = send_pieces_of(request.scope)
         pieces, length = wado.multipart_of_instances(
-            instances, choice.transfer_syntax, boundary, as_files=send_file is not None
+            instances, choice.transfer_syntax, boundary, as_files=send_pieces is not None
         )
-        return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_file)
+        return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
 
     def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
         _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])

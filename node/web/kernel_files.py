@@ -1,31 +1,41 @@
 """Files that the kernel sends: an ASGI extension, and uvicorn's HTTP protocol with it.
 
-ASGI's `http.response.pathsend` is a body of one file, and uvicorn has not got it. This one sends a file as the next
-piece of a body, so that the Instances of a multipart answer do not pass through Python. It is there only where the
+ASGI's `http.response.pathsend` is a body of one file, and uvicorn has not got it. This one sends files as the next
+pieces of a body, so that the Instances of a multipart answer do not pass through Python. It is there only where the
 kernel can do it: without TLS, which has to encrypt, and with a uvicorn that is built as the tests know it. Where it is
-not, or an event loop has no `sendfile` (uvloop), the file is read and sent like anything else.
+not, or a file system cannot, a file is read and sent like anything else.
+
+`loop.sendfile` does the same for one file, at some ten system calls and 0.1 ms of Python; of a Series of 300 files
+that was a third of the time.
 """
 
-from asyncio import AbstractEventLoop, sleep, to_thread
-from collections.abc import Awaitable, Callable
+import errno
+import os
+import socket
+from asyncio import AbstractEventLoop, Event, sleep, to_thread
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from io import FileIO
 
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-SendFile = Callable[[FileIO], Awaitable[None]]
+Pieces = Sequence[bytes | FileIO]
+SendPieces = Callable[[Pieces], Awaitable[None]]
 
-_EXTENSION = "cspine.http.response.file"
-_NEEDED = ("expected_content_length", "send", "transport")
+_EXTENSION = "cspine.http.response.pieces"
+_NEEDED = ("expected_content_length", "transport")
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without sendfile
+_MORE = getattr(socket, "MSG_MORE", 0)  # the head of a part waits for the file that follows
 
 
-def send_file_of(scope: Scope) -> SendFile | None:
-    """What sends a whole file, and closes it, as the next piece of an answer whose Content-Length has been sent.
+def send_pieces_of(scope: Scope) -> SendPieces | None:
+    """What sends bytes and whole files, and closes these, as the next pieces of an answer whose Content-Length has been
+    sent.
 
     It returns when the kernel has taken all, or the client has gone. None: this connection has no such thing.
     """
-    found: SendFile | None = scope.get("extensions", {}).get(_EXTENSION, {}).get("send")
+    found: SendPieces | None = scope.get("extensions", {}).get(_EXTENSION, {}).get("send")
     return found
 
 
@@ -39,19 +49,79 @@ class KernelFilesProtocol(HttpToolsProtocol):
         if cycle is None or cycle.scope is not self.scope or not all(hasattr(cycle, name) for name in _NEEDED):
             return
         if (self.scheme, self.scope["method"]) == ("http", "GET"):
-            self.scope["extensions"] = {_EXTENSION: {"send": partial(_send_file, self.loop, cycle)}}
+            self.scope["extensions"] = {_EXTENSION: {"send": partial(_send_pieces, self.loop, cycle)}}
 
 
-async def _send_file(loop: AbstractEventLoop, cycle: RequestResponseCycle, file: FileIO) -> None:
-    with file:
-        if cycle.transport.is_closing():
-            await sleep(0)  # then uvicorn knows, and takes no more
-            return
-        try:  # waits until what was written before has gone out, then as long as the client does not read
-            cycle.expected_content_length -= await loop.sendfile(cycle.transport, file, fallback=False)
-        except RuntimeError:  # nothing was sent: this loop or file system cannot do it, or the client has gone
-            data = await to_thread(file.readall)
-            await cycle.send({"type": "http.response.body", "body": data, "more_body": True})
-        except OSError:  # the client has gone in the middle
-            cycle.transport.abort()
+def close_files(pieces: Pieces) -> None:
+    """Closes the files among these pieces, sent or not."""
+    for piece in pieces:
+        if isinstance(piece, FileIO):
+            piece.close()
+
+
+async def _send_pieces(loop: AbstractEventLoop, cycle: RequestResponseCycle, pieces: Pieces) -> None:
+    try:
+        await _send(loop, cycle, pieces)
+    finally:
+        close_files(pieces)
+
+
+async def _send(loop: AbstractEventLoop, cycle: RequestResponseCycle, pieces: Pieces) -> None:
+    transport = cycle.transport
+    while transport.get_write_buffer_size() and not transport.is_closing():  # what was written before goes out first
+        await sleep(0.001)
+    if transport.is_closing():
+        await sleep(0)  # then uvicorn knows, and takes no more
+        return
+    # A descriptor of its own, since a loop lets nobody wait for that of a transport.
+    with socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno())) as connection:
+        connection.setblocking(False)
+        try:
+            for index, piece in enumerate(pieces):
+                if isinstance(piece, FileIO):
+                    num_bytes = await _send_file(loop, connection, piece)
+                else:
+                    num_bytes = await _send_bytes(loop, connection, piece, is_last=index == len(pieces) - 1)
+                cycle.expected_content_length -= num_bytes
+        except OSError:  # the client has gone in the middle, or a file has been cut
+            transport.abort()
             await sleep(0)
+
+
+async def _send_file(loop: AbstractEventLoop, connection: socket.socket, file: FileIO) -> int:
+    num_bytes, at = os.fstat(file.fileno()).st_size, 0
+    while at < num_bytes:
+        try:
+            num_sent = os.sendfile(connection.fileno(), file.fileno(), at, num_bytes - at)
+        except BlockingIOError:  # the client reads no faster
+            await _wait_for(loop, connection)
+            continue
+        except OSError as error:
+            if at or error.errno not in _CANNOT:
+                raise
+            return await _send_bytes(loop, connection, await to_thread(file.readall), is_last=True)
+        if not num_sent:
+            raise OSError(errno.EIO, "the file has become shorter")
+        at += num_sent
+    return num_bytes
+
+
+async def _send_bytes(loop: AbstractEventLoop, connection: socket.socket, data: bytes, *, is_last: bool) -> int:
+    """is_last: nothing follows that could go into the same segment."""
+    left = memoryview(data)
+    while left:
+        try:
+            left = left[connection.send(left, 0 if is_last else _MORE) :]
+        except BlockingIOError:
+            await _wait_for(loop, connection)
+    return len(data)
+
+
+async def _wait_for(loop: AbstractEventLoop, connection: socket.socket) -> None:
+    """Until the kernel takes more, or the client has gone."""
+    ready = Event()
+    loop.add_writer(connection, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_writer(connection)

@@ -1,6 +1,5 @@
 """WADO-RS answers whose files the kernel sends: the same bytes with it and without, whatever the client does."""
 
-import asyncio
 import http.client
 import os
 import socket
@@ -111,19 +110,13 @@ def _cannot(*_: object) -> int:
     raise OSError(22, "Invalid argument")
 
 
-async def _has_not(*_: object, **__: object) -> int:
-    raise NotImplementedError  # as uvloop says
-
-
-@pytest.mark.parametrize("lack", ["file system", "uvicorn", "loop"])
+@pytest.mark.parametrize("lack", ["file system", "uvicorn"])
 def test_without_the_kernel_files_are_read(
     lack: str, web: WebServer, address: str, files: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sendfile", _cannot)
     if lack == "uvicorn":
         monkeypatch.setattr(kernel_files, "_NEEDED", ("of_another_version",))
-    if lack == "loop":
-        monkeypatch.setattr(asyncio.BaseEventLoop, "sendfile", _has_not)
     connection = http.client.HTTPConnection("127.0.0.1", web.port, timeout=30)
     connection.request("GET", address, headers=HEADERS)
     assert times_in(content_of(connection.getresponse()), files) == {1}
