@@ -69,7 +69,7 @@ async def _send_pieces(loop: AbstractEventLoop, cycle: RequestResponseCycle, pie
 async def _send(loop: AbstractEventLoop, cycle: RequestResponseCycle, pieces: Pieces) -> None:
     transport = cycle.transport
     while transport.get_write_buffer_size() and not transport.is_closing():  # what was written before goes out first
-        await sleep(0.001)
+        await sleep(0.01)
     if transport.is_closing():
         await sleep(0)  # then uvicorn knows, and takes no more
         return

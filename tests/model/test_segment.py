@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.bundle import SegmentSettings
 from model.geometry import Grid
 from model.networks import VertebraUNet
-from model.segment import find_vertebrae
+from model.segment import find_vertebrae, one_chain
 from model.volume import Volume
 
 SETTINGS = SegmentSettings(channels=(4, 8, 16), spacing_mm=3.0)
@@ -79,3 +79,18 @@ def test_what_is_not_seen_upright_stays_as_it_was_seen_first() -> None:
     assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4, 5, 6, 7]
     cervical = (truth > 0) & (truth < 8)
     assert (labels[cervical] == truth[cervical]).mean() > 0.8
+
+
+@pytest.mark.parametrize(("width", "is_kept"), [(4, True), (2, False)])
+def test_a_vertebra_in_two_large_pieces_keeps_both_and_a_small_one_is_erased(width: int, is_kept: bool) -> None:
+    """C1 as halves of a ring, over C2 and C3; of the first half's 8 voxels the second has `width`."""
+    scores = torch.full((2, 30, 12, 20), -5.0)
+    for number, z in ((1, 20), (2, 12), (3, 4)):
+        for part in [slice(2, 10), slice(12, 12 + width)] if number == 1 else [slice(2, 12)]:
+            scores[0, z : z + 6, 2:10, part], scores[1, z : z + 6, 2:10, part] = 5.0, number
+    grid = Grid.axial(shape=(30, 12, 20), spacing_mm=(3.0, 3.0, 3.0))
+
+    chained, found = one_chain(scores, grid)
+
+    assert [bool(found[z, 5, x]) for z, x in ((6, 5), (14, 5), (22, 5), (22, 13))] == [True, True, True, is_kept]
+    assert bool(chained[0, 22, 5, 13] > 0) == is_kept

@@ -19,7 +19,7 @@ import click
     type=click.Path(path_type=Path),
     default=Path("runs/necks"),
     show_default=True,
-    help="Folder for drawn necks and weights of each step (17 GB); a later run uses the necks again.",
+    help="Folder for drawn necks and weights of each step (19 GB); a later run uses the necks again.",
 )
 @click.option("--workers", default=2, show_default=True, help="Processes that draw, and threads that train.")
 @click.option("--quick", is_flag=True, help="A few steps of everything: to see that it runs, not to use the result.")

@@ -128,10 +128,10 @@ def crop_places(crop: Grid, spacing_mm: float, rng: np.random.Generator) -> Tens
     points = points.reshape(-1, 3)
     if rng.random() < SHARE_CURVED:
         reach = ARC_MM / spacing_mm
-        upside = points[:, ::-1].copy()
+        xyz = points[:, ::-1].copy()
         for axis, most_deg in zip((1, 0), CURVED_DEG, strict=True):
-            straighten(upside, axis, np.deg2rad(rng.uniform(-most_deg, most_deg)) / (2 * reach), reach)
-        points = upside[:, ::-1]
+            straighten(xyz, axis, np.deg2rad(rng.uniform(-most_deg, most_deg)) / (2 * reach), reach)
+        points = xyz[:, ::-1]
     places = (points + (np.asarray(crop.shape) - 1) / 2) @ crop.affine[:3, :3].T + crop.affine[:3, 3]
     return torch.from_numpy(places.reshape(*crop.shape, 3).astype(np.float32))
 

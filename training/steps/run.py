@@ -135,10 +135,8 @@ def is_first_process() -> bool:
 
 def is_started_with_others() -> bool:
     """Whether torchrun or SLURM started several of this process at the same time; Lightning starts the others later."""
-    environment = os.environ
-    together = "TORCHELASTIC_RUN_ID" in environment, "SLURM_PROCID" in environment
-    counts = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "SLURM_NTASKS"))
-    return any(here and count > 1 for here, count in zip(together, counts, strict=True))
+    launchers = {"TORCHELASTIC_RUN_ID": "WORLD_SIZE", "SLURM_PROCID": "SLURM_NTASKS"}
+    return any(int(os.environ.get(count, "1")) > 1 for launcher, count in launchers.items() if launcher in os.environ)
 
 
 def fold_folder(work: Path, step: str, fold: int) -> Path:
