@@ -21,7 +21,6 @@ from pathlib import Path
 
 import psutil
 from pydicom import dcmread
-from pydicom.uid import generate_uid
 
 from node.config import Config, ReceiveConfig
 from node.index import Index
@@ -117,11 +116,12 @@ class _Fuzzer:
 
     def check(self) -> None:
         """A good Instance that was never sent before is stored."""
-        uid = generate_uid()
+        uid = self._new_uid()
         with Peer(self._config.receive, _PATIENCE_S) as peer:
             peer.associate()
             peer.send(*messages(uid, self._with_uid(uid)))
-            assert peer.status() == 0
+            status = peer.status()
+            assert status == 0, f"a good Instance was answered with 0x{status or 0:04X}"
             peer.release()
         self.num_good += 1
 
@@ -152,7 +152,7 @@ class _Fuzzer:
             if peer is None:
                 peer = Peer(self._config.receive, _PATIENCE_S)
                 peer.associate()
-            uid = generate_uid()
+            uid = self._new_uid()
             dataset = self._mutated(self._with_uid(uid))
             peer.send(*messages(uid, dataset, piece=self._rng.choice((64, 1024, 16384))))
             pdu_type, body = peer.receive()
@@ -167,11 +167,13 @@ class _Fuzzer:
             peer.release()
             peer.socket.close()
 
+    def _new_uid(self) -> str:
+        """As long as that of the good dataset, whose elements say how long it is: those of `generate_uid` are not."""
+        return f"{self._uid[:-9]}{self._rng.randrange(10**9):09d}"
+
     def _with_uid(self, uid: str) -> bytes:
-        """The good dataset as another Instance; all our UIDs have one length, but for the padding."""
-        old, new = self._uid.encode(), uid.encode()
-        size = len(old) + len(old) % 2
-        return self._dataset.replace(old.ljust(size, b"\0"), new[: len(old)].ljust(size, b"\0"))
+        """The good dataset as another Instance."""
+        return self._dataset.replace(self._uid.encode(), uid.encode())
 
     # ---- PDUs ----
 
