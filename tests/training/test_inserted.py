@@ -15,6 +15,7 @@ from model.levels import LEVELS
 from model.phantom import Anatomy, default_grid, render
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
+from training.evaluation.loss import LEVEL_PREVALENCE
 from training.fractures import collate, read_stack
 from training.inserted import (
     Inserted,
@@ -28,7 +29,7 @@ from training.inserted import (
 from training.inserted.clefts import Cleft, cut
 from training.inserted.compression import compress
 from training.inserted.frame import vertebra_frames
-from training.inserted.insertion import CORRELATION, PREVALENCE
+from training.inserted.insertion import CORRELATION
 from training.inserted.negatives import NEGATIVES, add_negative
 from training.inserted.region import neighbourhood
 from training.inserted.show import contact_sheet
@@ -253,7 +254,7 @@ def test_levels_are_drawn_as_often_as_in_the_rsna_data_and_in_clusters() -> None
     for row in drawn:
         row[[label - 1 for label in draw_levels(rng)]] = True
 
-    np.testing.assert_allclose(drawn.mean(axis=0), list(PREVALENCE.values()), atol=0.01)
+    np.testing.assert_allclose(drawn.mean(axis=0), LEVEL_PREVALENCE, atol=0.01)
     assert drawn.any(axis=1).mean() == pytest.approx(0.476, abs=0.015)
     assert np.corrcoef(drawn[:, 4], drawn[:, 5])[0, 1] == pytest.approx(0.36, abs=0.04)
     assert len(CORRELATION) == len(LEVELS) - 1

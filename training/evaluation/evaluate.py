@@ -11,7 +11,6 @@ from typing import Any
 from model import read_bundle
 from model.levels import OUTPUTS
 from training.evaluation.bootstrap import draw_resamples
-from training.evaluation.files import replacing
 from training.evaluation.froc import MIN_IOU, Boxes, Events, compare, measure_froc, read_boxes
 from training.evaluation.metrics import Settings, measure_all
 from training.evaluation.report import Report, write_report
@@ -25,6 +24,7 @@ from training.evaluation.tables import (
     read_subgroups,
     read_truth,
 )
+from training.files import replacing_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def evaluate(inputs: Inputs, settings: Settings, out: Path, more: Mapping[str, A
         metrics["froc"], curves = measure_regions(matched, predicted, true, settings, subgroups.get(PATIENT, {}))
     metrics |= more or {}
     report = write_report(Report(metrics=metrics, matched=matched, froc=curves))
-    with replacing(out / "metrics.json", out / "report.html") as (json_path, html_path):
+    with replacing_file(out / "metrics.json") as json_path, replacing_file(out / "report.html") as html_path:
         # NaN is no JSON: whatever cannot be computed is null.
         json_path.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         html_path.write_text(report, encoding="utf-8")

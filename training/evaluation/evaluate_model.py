@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from model.levels import LEVELS, OUTPUTS
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.evaluate import Inputs, evaluate
-from training.evaluation.files import replacing
 from training.evaluation.froc import BOX_COLUMNS
 from training.evaluation.loss import weighted_log_loss
 from training.evaluation.metrics import Settings
@@ -25,6 +25,7 @@ from training.evaluation.tables import (
     read_subgroups,
     read_truth,
 )
+from training.files import replacing_file
 from training.rsna import SourceError, read_source
 
 METRIC_TABLE = "predictions_metric.csv"
@@ -92,9 +93,9 @@ def write_tables(run: Run, out: Path) -> None:
     }
     if all(each["challenge"] for _, each in answers):
         rows[METRIC_TABLE] = [(STUDY, *OUTPUTS, UNDETERMINED), *(_row(uid, each["challenge"]) for uid, each in answers)]
-    with replacing(*(out / name for name in rows)) as paths:
-        for path, lines in zip(paths, rows.values(), strict=True):
-            with path.open("w", encoding="utf-8", newline="") as file:
+    with ExitStack() as stack:  # they change places together, once all are written
+        for name, lines in rows.items():
+            with stack.enter_context(replacing_file(out / name)).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(lines)
 
 

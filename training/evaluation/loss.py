@@ -14,6 +14,9 @@ _EPSILON = 1e-15
 RSNA_PREVALENCE = np.array([0.476, 0.072, 0.141, 0.036, 0.053, 0.080, 0.137, 0.195])
 """Of patient_overall, C1..C7 in the 2,019 public Studies of the challenge, whose publisher says so."""
 
+LEVEL_PREVALENCE = RSNA_PREVALENCE[1:]
+"""Of C1..C7."""
+
 
 def weights(truth: NDArray[np.bool_]) -> Array:
     """Weight of each label, `(N, 8)`: 14 and 7 for a positive and a negative patient, 2 and 1 for a level."""

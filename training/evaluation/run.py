@@ -15,9 +15,9 @@ from typing import Any
 
 from model import LEVELS, PARSE_ERRORS, Analysis, SeriesError, Volume, load_pipeline, read_bundle, read_series
 from model.pipeline import Pipeline
-from training.evaluation.files import replacing
 from training.evaluation.masks import attention_alignment, measure_masks
 from training.evaluation.tables import OVERALL, InputError
+from training.files import replacing_file
 from training.rsna import RULES, MaskError, Source, SourceStudy, dicom_files, read_mask
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def run_model(
             failures[uid] = str(error) or type(error).__name__
             logger.warning("%d of %d: Study %s has no answer: %s", number, len(waiting), uid, failures[uid])
             continue
-        with replacing(_path(out, uid)) as (path,):
+        with replacing_file(_path(out, uid)) as path:
             path.write_text(json.dumps({"model": description, **answers[uid]}), encoding="utf-8")
         logger.info("%d of %d: Study %s, %.1f s", number, len(waiting), uid, answers[uid]["seconds"]["all"])
     asked = {study.study_instance_uid for study in studies}

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from model.levels import OUTPUTS
-from training.evaluation.files import replacing
 from training.evaluation.loss import RSNA_PREVALENCE
 from training.evaluation.tables import STUDY, InputError, read_predictions, read_rows
+from training.files import replacing_file
 
 _MAX_NAMED = 10
 
@@ -50,7 +50,7 @@ def write_submission(predictions: Path, test: Path, out: Path) -> tuple[int, int
             f"{predictions} has no answer for {len(unanswered)} of {len(unanswered) + len(answers)} rows of {test}, "
             "and the challenge takes no partial submission. Predict these, too:\n  " + "\n  ".join(named)
         )
-    with replacing(out) as (path,), path.open("w", encoding="utf-8", newline="") as file:
+    with replacing_file(out) as path, path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("row_id", "fractured"))
         writer.writerows(answers.items())

@@ -12,16 +12,13 @@ from numpy.typing import NDArray
 from scipy.special import ndtri
 
 from model.geometry import Grid
-from model.levels import LEVELS
+from training.evaluation.loss import LEVEL_PREVALENCE
 from training.inserted.clefts import Cleft, cut
 from training.inserted.compression import compress
 from training.inserted.frame import VertebraFrame, vertebra_frames
 from training.inserted.negatives import Negative, add_negatives
 from training.inserted.region import Neighbourhood, neighbourhood
 from training.inserted.sites import KINDS, fracture_clefts
-
-PREVALENCE = {"C1": 0.072, "C2": 0.141, "C3": 0.036, "C4": 0.053, "C5": 0.080, "C6": 0.137, "C7": 0.195}
-"""Share of fractured vertebrae in the RSNA 2022 data set; 47.6 % of its patients have one."""
 
 CORRELATION = (0.3, 0.1, 0.3, 0.4, 0.67, 0.25)
 """Between the latent severities of neighbours, C1-C2 to C6-C7. Chosen to give what is known of the RSNA labels: a
@@ -73,7 +70,7 @@ def draw_levels(rng: np.random.Generator, boost: float = 1.0) -> list[int]:
 
     boost: multiplies every share, at most to a half.
     """
-    shares = np.minimum(np.array([PREVALENCE[level] for level in LEVELS]) * boost, 0.5)
+    shares = np.minimum(LEVEL_PREVALENCE * boost, 0.5)
     severity = float(rng.standard_normal())
     broken = []
     for label, threshold in enumerate(-ndtri(shares), start=1):

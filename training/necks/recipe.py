@@ -31,8 +31,8 @@ from model.levels import OUTPUTS
 from model.networks import FractureNet, VertebraUNet
 from model.segment import find_vertebrae
 from training.calibration import fit_platt
+from training.evaluation.loss import LEVEL_PREVALENCE
 from training.fractures import collate, read_stack, train_fracture_net
-from training.inserted.insertion import PREVALENCE
 from training.necks.atlas import load_atlas
 from training.necks.measures import measure_drawn
 from training.necks.openkbp import RealNeck, holds_neck, read_contours
@@ -290,7 +290,7 @@ def export(
     """
     logits, truths = vertebra_logits(network, held_out)
     # Training saw fractures BOOST times as often as RSNA's patients have them: each counts as often as in those.
-    share = float(np.mean(list(PREVALENCE.values())))
+    share = float(LEVEL_PREVALENCE.mean())
     weights = np.where(truths, share / truths.mean(), (1 - share) / (1 - truths.mean()))
     platt = fit_platt(logits, truths, weights)
     threshold = choose_operating_point(logits, truths, MIN_SPECIFICITY)

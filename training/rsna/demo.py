@@ -19,11 +19,9 @@ from scipy import ndimage
 
 from model import LEVELS, Grid
 from model.phantom import Anatomy, Fracture, Phantom, default_grid, kinds_at, render, write_series
+from training.evaluation.loss import LEVEL_PREVALENCE
 from training.rsna.processes import in_processes
 from training.rsna.source import TARGETS
-
-PREVALENCE = (0.072, 0.141, 0.036, 0.053, 0.080, 0.137, 0.195)
-"""Of fractures of C1..C7 in RSNA 2022; here it decides which level breaks first."""
 
 NEIGHBOUR_BREAKS = 0.3
 """Fractures come in neighbours."""
@@ -132,7 +130,7 @@ def draw_study(number: int, seed: int, scanner: Scanner) -> Phantom:
 
 
 def _fractures(rng: np.random.Generator) -> tuple[Fracture, ...]:
-    first = int(rng.choice(len(LEVELS), p=np.array(PREVALENCE) / sum(PREVALENCE)))
+    first = int(rng.choice(len(LEVELS), p=LEVEL_PREVALENCE / LEVEL_PREVALENCE.sum()))
     broken = {first} | {n for n in (first - 1, first + 1) if 0 <= n < len(LEVELS) and rng.random() < NEIGHBOUR_BREAKS}
     return tuple(
         Fracture(level=LEVELS[n], kind=str(rng.choice(kinds_at(LEVELS[n]))), width_mm=float(rng.uniform(0.8, 3.0)))

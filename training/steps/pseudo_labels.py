@@ -13,6 +13,7 @@ from model.memory import answer
 from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import body_volume, sample
 from model.segment import LAST_LEVEL, network_input, one_chain
+from training.evaluation.masks import dice
 from training.rsna import Study
 
 VertebraNetwork = VertebraUNet | SliceVertebraUNet
@@ -84,9 +85,3 @@ def doubt(labels: NDArray[np.uint8], mirrored: NDArray[np.uint8], grid: Grid) ->
     if min(dice(labels == number, mirrored == number) for number in numbers) < MIN_AGREEMENT:
         return "disagrees with its mirror image"
     return None
-
-
-def dice(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
-    """Overlap of two masks, 0..1; 1 of two empty ones."""
-    total = int(first.sum() + second.sum())
-    return 1.0 if total == 0 else 2 * int((first & second).sum()) / total

@@ -27,10 +27,11 @@ from model.networks import SliceVertebraUNet, VertebraUNet
 from model.resample import average_pool, body_volume, pool_factors, pooled_grid, sample
 from model.segment import LAST_LEVEL, network_input
 from training import vertebrae
+from training.evaluation.masks import dice
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.fit import StepData, adamw, fit, load_weights, weights_digest
-from training.steps.pseudo_labels import VertebraNetwork, dice, predicted_labels, pseudo_label
+from training.steps.pseudo_labels import VertebraNetwork, predicted_labels, pseudo_label
 from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded
 from training.steps.slices import draw_slice
 
