@@ -226,10 +226,13 @@ def test_a_busy_archive_is_left_alone_for_as_long_as_it_asks(
         archive.asked.clear()
         monkeypatch.setattr("node.watch.following.time.monotonic", lambda: monotonic() + 110)
         watched.look()
+        watch(archive.url).look()  # after a restart, 120 s by the wall clock before the pause ends
         assert archive.asked == []
+        assert known.paused_until == pytest.approx(time.time() + 120, abs=10)
         monkeypatch.setattr("node.watch.following.time.monotonic", lambda: monotonic() + 125)
         monkeypatch.setattr(index, "now", lambda: time.time() + 125)
-        watched.look()
+        watch(archive.url).look()  # after a restart: the pause is over by both clocks
+        assert index.watched_source("pacs").paused_until is None
     assert held(index) == {series_of(paths): 8}
 
 
@@ -271,6 +274,8 @@ def test_what_is_no_archive_is_told(
     index.note_position("pacs", 20260102)
     monkeypatch.setenv("COLUMNS", "200")
     assert "2026-01-02" in cspine("sources", "--config", config).output
+    index.note_failure("pacs", "answered 429", pause_s=600)
+    assert "It asked to be left alone until" in cspine("sources", "--config", config).output
 
 
 HOSTILE = {

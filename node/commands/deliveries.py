@@ -119,8 +119,8 @@ def _print_table(found: Sequence["Delivery"]) -> None:
     from node.case import ObjectState
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("id", "case", "destination", "state", "objects", "tries", "next", "reason"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("id", "case", "destination", "state", "objects", "tries", "next"):
+        table.add_column(heading, overflow="fold", no_wrap=heading != "destination")
     for delivery in found:
         there = [item for item in delivery.objects.values() if item.state in (ObjectState.TAKEN, ObjectState.VERIFIED)]
         table.add_row(
@@ -131,9 +131,11 @@ def _print_table(found: Sequence["Delivery"]) -> None:
             f"{len(there)}/{len(delivery.objects)}" if delivery.objects else "",
             str(delivery.attempts),
             _local(delivery.next_attempt_at) if delivery.state in _UNSETTLED else "",
-            escape(delivery.reason),
         )
     Console().print(table)
+    for delivery in found:  # a column of them would be too narrow to read
+        if delivery.reason:
+            click.echo(f"{delivery.delivery_id}: {delivery.reason}")
 
 
 def _print_json(found: Sequence["Delivery"]) -> None:

@@ -106,6 +106,8 @@ def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSourc
     for source, known in found:
         state = _state(known)
         error = f"{_when(known.failed_at)}: {known.error}" if known.error else ""
+        if known.paused_until is not None:
+            error += f"\nIt asked to be left alone until {_when(known.paused_until)}."
         table.add_row(
             Text(f"{source.name}\n{source.url}"),
             Text(state, style="red" if known.is_failing else "green" if state == "watching" else ""),

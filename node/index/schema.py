@@ -44,14 +44,20 @@ STEPS = (
     ),
     # 9: a Series that somebody asks for is analysed whatever the rules say.
     ("ALTER TABLE cases ADD COLUMN is_asked_for INTEGER DEFAULT '0' NOT NULL",),
-    # 10: archives that are followed, a new table.
-    (),
+    # 10: archives that are followed, a new table; written out here since a later step changes it.
+    (
+        "CREATE TABLE watched (source VARCHAR NOT NULL, position BIGINT, num_series INTEGER NOT NULL, "
+        "succeeded_at FLOAT, failed_at FLOAT, error VARCHAR NOT NULL, is_failing INTEGER NOT NULL, "
+        "PRIMARY KEY (source))",
+    ),
     # 11: a file that a power cut left with its length and without its bytes is found.
     ("ALTER TABLE instances ADD COLUMN checksum BIGINT",),
     # 12: what is known of the Series of a watched archive, a new table.
     (),
     # 13: Series that a watched archive did not give out, a new table.
     (),
+    # 14: a pause that a watched archive asked for outlives a restart.
+    ("ALTER TABLE watched ADD COLUMN paused_until FLOAT",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -143,6 +143,7 @@ watched = Table(  # archives that are followed
     Column("failed_at", Float),  # the last one that did not
     Column("error", String, nullable=False),  # why
     Column("is_failing", Integer, nullable=False),  # 1: the last look was one that failed
+    Column("paused_until", Float),  # when it may be asked again, if it asked for a pause then
 )
 watched_series = Table(  # of archives that tell what they have, and not what is new
     "watched_series",

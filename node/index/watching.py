@@ -17,7 +17,10 @@ _FORGET_S = 30 * 86400.0  # after the last attempt at a Series
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedSource:
-    """What is known of one; times in s since 1970. position: None before the first look."""
+    """What is known of one; times in s since 1970. position: None before the first look.
+
+    paused_until: None unless the archive asked for a pause at the last look.
+    """
 
     source: str
     position: int | None = None
@@ -26,6 +29,7 @@ class WatchedSource:
     failed_at: float | None = None
     error: str = ""
     is_failing: bool = False
+    paused_until: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,13 @@ class Watching(Database):
 
     def note_success(self, source: str) -> None:
         """A look found all well."""
-        self._note(source, {"succeeded_at": self.now(), "is_failing": 0})
+        self._note(source, {"succeeded_at": self.now(), "is_failing": 0, "paused_until": None})
 
-    def note_failure(self, source: str, error: str) -> None:
-        """A look did not."""
-        self._note(source, {"failed_at": self.now(), "error": error, "is_failing": 1})
+    def note_failure(self, source: str, error: str, *, pause_s: float = 0.0) -> None:
+        """A look did not. pause_s: that the archive asked for, 0 for none."""
+        now = self.now()
+        until = now + pause_s if pause_s else None
+        self._note(source, {"failed_at": now, "error": error, "is_failing": 1, "paused_until": until})
 
     def watched_series(self, source: str) -> dict[str, WatchedSeries]:
         """What is known of the Series of an archive, by UID."""

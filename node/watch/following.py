@@ -75,7 +75,9 @@ class Watch(ABC):
         self._ae_title = source.ae_title
         self._config, self._index, self._store = config, index, store
         self._stopping, self._looking = threading.Event(), threading.Lock()
-        self._not_before = 0.0  # monotonic, s
+        # Monotonic, s. A pause that the archive asked for outlives a restart.
+        pause_s = (index.watched_source(self.name).paused_until or 0.0) - index.now()
+        self._not_before = time.monotonic() + min(max(pause_s, 0.0), _LONGEST_PAUSE_S)
         self._num_failures, self._reason = 0, ""
         self._gave_at = 0.0  # when it gave out a Series last, s since 1970
 
@@ -160,14 +162,14 @@ class Watch(ABC):
         self._index.note_trouble(self.name, series_id, str(error), attempts=attempts, next_attempt_at=next_attempt_at)
         return next_attempt_at is None
 
-    def _failed(self, reason: str, least_wait_s: float = 0.0) -> None:
+    def _failed(self, reason: str, pause_s: float = 0.0) -> None:
         self._num_failures += 1
         wait_s = retry_wait_s(self._num_failures, self.poll_s, max(_LONGEST_WAIT_S, self.poll_s))
-        self._not_before = time.monotonic() + max(wait_s, least_wait_s)
+        self._not_before = time.monotonic() + max(wait_s, pause_s)
         if reason != self._reason:  # an archive that is down for a night says so in one line
             log.warning("action=source-failed source=%r: %s", self.name, reason)
         self._reason = reason
         try:
-            self._index.note_failure(self.name, reason)
+            self._index.note_failure(self.name, reason, pause_s=pause_s)
         except (OSError, SQLAlchemyError) as error:
             log.error("action=failure-not-noted source=%r: %s", self.name, describe_error(error))

@@ -176,7 +176,7 @@ def test_the_command_lists_retries_and_gives_up(
     assert listed["state"] == "failed"
     assert "connection refused" in listed["reason"]
     assert run("list", "--state", "done", "--json") == ""
-    assert "orthanc" in run("list")
+    assert "{delivery_id}: {reason}".format(**listed) in run("list").splitlines()
     assert run("retry", "--all-failed", "--destination", "orthanc") == "1 of 1 deliveries are tried again now.\n"
     assert run("give-up", str(listed["delivery_id"])) == "1 of 1 deliveries are given up.\n"
     assert the_delivery(index, "orthanc").reason == "given up by hand"
