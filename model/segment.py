@@ -7,12 +7,14 @@ networks need the thoracic levels to number, the findings do not.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from model.bundle import RefineSettings, SegmentSettings
@@ -43,9 +45,13 @@ NO_BONE_LOGIT = -2.0
 """Where the coarse network is surer than this that there is no vertebra, the refiner is not believed: alone, it takes
 the skull base for C1. On drawn necks: Dice of C1 from 0.56 to 0.68, the others unchanged."""
 
-LEAN_DEG = 25.0
-"""A neck that leans forward or back by more than this is stood upright, in which pose the networks number best, and
-looked at again."""
+LEAN_DEG, TILT_DEG = 25.0, 10.0
+"""A neck that leans forward or back, or to a side, by more than this is stood upright, too: the networks number best
+what is. Each vertebra is taken from that look in which it stands more upright, since a head is held upright on a neck
+that leans."""
+
+OUTSIDE = torch.tensor([-8.0, 0.0])[:, None, None, None]
+"""Scores where nothing was looked at."""
 
 NEAR_MM = 3.0
 """Bone this close to a numbered vertebra belongs to it, if it is none of its own."""
@@ -110,66 +116,103 @@ def find_vertebrae(
     refine: RefineSettings | None = None,
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
-    grid_in_patient = volume.grid
-    scores, coarse_grid, found = _coarse(volume, network, settings, device)
-    lean_deg = _lean_deg(scores, coarse_grid, found)
-    if abs(lean_deg) > LEAN_DEG:
-        upright = replace(volume, grid=_pitched(volume.grid, -lean_deg))
-        again = _coarse(upright, network, settings, device)
-        if again[2].any():  # or what leaned was no neck: then the first look counts
-            volume, (scores, coarse_grid, found) = upright, again
-    grid = coarse_grid
-    if refiner is not None and refine is not None and found.any():
-        scores, grid = _refined(volume, scores, coarse_grid, found, refiner, refine, device)
-        scores, found = one_chain(scores, grid)
+    scanned = _coarse(volume, network, settings, device)
+    looks, turn = [scanned], _to_upright(scanned)
+    if turn is not None:
+        turned = replace(volume, grid=Grid(shape=volume.grid.shape, affine=turn @ volume.grid.affine))
+        upright = _coarse(turned, network, settings, device)
+        if upright.found.any():  # or what leaned was no neck: then the first look counts
+            looks.append(upright)
+    bone_weight = BONE_WEIGHT
+    if refiner is not None and refine is not None and scanned.found.any():
+        looks = [_refined(look, refiner, refine, device) for look in looks]
+        bone_weight = REFINED_BONE_WEIGHT
+    look = looks[0]
+    if turn is not None and len(looks) > 1:
+        look = _joined(looks[0], looks[1], turn, _share_as_scanned(scanned, turn))
     labels = np.zeros(volume.grid.shape, np.uint8)
-    if not found.any():
+    if not look.found.any():
         return labels, []
-    bone_weight = BONE_WEIGHT if grid is coarse_grid else REFINED_BONE_WEIGHT
-    part = _draw(labels, volume, scores, grid, found, bone_weight)
-    return labels, _describe(labels, grid_in_patient, part)
+    part = _draw(labels, look, bone_weight)
+    return labels, _describe(labels, volume.grid, part)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Look:
+    """What a network says of a volume, in whatever pose that is: scores `(2, Z, Y, X)` and their grid."""
+
+    volume: Volume
+    scores: Tensor
+    grid: Grid
+
+    @cached_property
+    def chain(self) -> tuple[Tensor, NDArray[np.bool_]]:
+        """The scores without what is outside the chain, and its voxels (`one_chain`)."""
+        return one_chain(self.scores, self.grid)
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """The voxels of the chain."""
+        return self.chain[1]
+
+    def centroid_lps_mm(self, first: float, last: float) -> FloatArray | None:
+        """Of the chain from one level coordinate to another; None if there is nothing."""
+        level = self.chain[0][1].numpy()
+        part = self.found & (level >= first) & (level < last)
+        return self.grid.to_lps_mm(np.argwhere(part).mean(axis=0)) if part.any() else None
 
 
 def _coarse(
     volume: Volume, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
-) -> tuple[Tensor, Grid, NDArray[np.bool_]]:
-    """Scores `(2, Z, Y, X)` of the whole body, their grid, and the voxels of the chain in them."""
+) -> _Look:
+    """Of the whole body."""
     hu, grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
-    scores, found = one_chain(answer(network, network_input(hu)[None], device)[-1][0], grid)
-    return scores, grid, found
+    return _Look(volume=volume, scores=answer(network, network_input(hu)[None], device)[-1][0], grid=grid)
 
 
-def _lean_deg(scores: Tensor, grid: Grid, found: NDArray[np.bool_]) -> float:
-    """By how much the cervical spine leans forward (positive) or back in the sagittal plane; 0 if little is found."""
-    level = scores[1].numpy()
-    upper, lower = (found & (level >= low) & (level < low + 3) for low in (1.5, 5.5))
-    if not upper.any() or not lower.any():
-        return 0.0
-    ends = [grid.to_lps_mm(np.argwhere(part).mean(axis=0)) for part in (upper, lower)]
-    _, y, z = ends[0] - ends[1]
-    return float(np.rad2deg(np.arctan2(-y, z)))
-
-
-def _pitched(grid: Grid, deg: float) -> Grid:
-    """The same voxels in a patient who was turned about the left-right axis; positive brings the head forward."""
-    sine, cosine = np.sin(np.deg2rad(deg)), np.cos(np.deg2rad(deg))
+def _to_upright(look: _Look) -> FloatArray | None:
+    """The turn of the patient `(4, 4)` that stands the cervical spine upright; None if it does or little is found."""
+    upper, lower = look.centroid_lps_mm(1.5, 4.5), look.centroid_lps_mm(5.5, 8.5)
+    if upper is None or lower is None:
+        return None
+    up = (upper - lower) / np.linalg.norm(upper - lower)
+    off_deg = np.rad2deg(np.arctan2(up, up[2]))[:2]
+    leans = np.abs(off_deg) > (TILT_DEG, LEAN_DEG)
+    if not leans.any():
+        return None
+    aim = np.where(leans, 0.0, up[:2])
+    aim = np.append(aim, np.sqrt(1 - aim @ aim))
     turn = np.eye(4)
-    turn[1:3, 1:3] = [[cosine, -sine], [sine, cosine]]
-    return Grid(shape=grid.shape, affine=turn @ grid.affine)
+    turn[:3, :3] = Rotation.align_vectors(aim, up)[0].as_matrix()
+    return turn
 
 
-def _refined(
-    volume: Volume,
-    scores: Tensor,
-    coarse_grid: Grid,
-    found: NDArray[np.bool_],
-    refiner: VertebraUNet,
-    settings: RefineSettings,
-    device: torch.device,
-) -> tuple[Tensor, Grid]:
-    """Scores `(2, Z, Y, X)` of the refiner around C1..T1 as the coarse scores have them, and their grid."""
+def _share_as_scanned(scanned: _Look, turn: FloatArray) -> FloatArray:
+    """For C1..C7, 1 where a vertebra stands more upright as scanned than turned, or else 0."""
+    shares = []
+    for label in range(1, len(LEVELS) + 1):
+        above, below = (scanned.centroid_lps_mm(at - 0.5, at + 0.5) for at in (max(label - 1, 1), label + 1))
+        shares.append(
+            float(above is not None and below is not None and (above - below) @ (np.array([0, 0, 1]) - turn[2, :3]) > 0)
+        )
+    return np.array(shares)
+
+
+def _joined(scanned: _Look, upright: _Look, turn: FloatArray, share_as_scanned: FloatArray) -> _Look:
+    """Both looks in one, on the grid of the upright one: by the level, shares of the one and the other."""
+    grid = upright.grid
+    there = Grid(shape=grid.shape, affine=np.linalg.inv(turn) @ grid.affine)
+    scores = sample(scanned.scores - OUTSIDE, scanned.grid, there) + OUTSIDE
+    level = upright.scores[1].numpy()
+    share = torch.from_numpy(np.interp(level, np.arange(1, len(LEVELS) + 1), share_as_scanned).astype(np.float32))
+    return _Look(volume=upright.volume, scores=share * scores + (1 - share) * upright.scores, grid=grid)
+
+
+def _refined(coarse: _Look, refiner: VertebraUNet, settings: RefineSettings, device: torch.device) -> _Look:
+    """What the refiner says around C1..T1 as the coarse scores have them."""
+    volume, (scores, found) = coarse.volume, coarse.chain
     wanted = found & (scores[1].numpy() < len(LEVELS) + 1.5)
-    where = coarse_grid.to_lps_mm(np.argwhere(wanted if wanted.any() else found).astype(float))
+    where = coarse.grid.to_lps_mm(np.argwhere(wanted if wanted.any() else found).astype(float))
     grid = lps_grid(
         lower_lps_mm=where.min(axis=0) - REFINED_MARGIN_MM,
         upper_lps_mm=where.max(axis=0) + REFINED_MARGIN_MM,
@@ -181,11 +224,10 @@ def _refined(
     part, part_grid = crop_to_box(volume.voxels_hu, volume.grid, ends.min(axis=0), ends.max(axis=0))
     factors = pool_factors(part_grid, settings.spacing_mm)
     hu = sample((average_pool(part, factors) - AIR_HU)[None], pooled_grid(part_grid, factors), grid)[0] + AIR_HU
-    outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
-    logit, level = sample(scores - outside, coarse_grid, grid) + outside
+    logit, level = sample(scores - OUTSIDE, coarse.grid, grid) + OUTSIDE
     fine = answer(refiner, refiner_input(hu, logit, level)[None], device)[-1][0]
     fine[0] = torch.where(logit < NO_BONE_LOGIT, -8.0, fine[0])
-    return fine, grid
+    return _Look(volume=volume, scores=fine, grid=grid)
 
 
 def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
@@ -262,27 +304,20 @@ def _large_components(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_
     return kept
 
 
-def _draw(
-    labels: NDArray[np.uint8],
-    volume: Volume,
-    scores: Tensor,
-    coarse_grid: Grid,
-    found: NDArray[np.bool_],
-    bone_weight: float,
-) -> tuple[slice, ...]:
-    """Fills `labels` on the source grid from coarse scores: interpolated, sharpened by the voxel's own HU.
+def _draw(labels: NDArray[np.uint8], look: _Look, bone_weight: float) -> tuple[slice, ...]:
+    """Fills `labels` on the source grid from coarser scores: interpolated, sharpened by the voxel's own HU.
 
     Gives the part of the grid outside which nothing was drawn.
     """
-    where = coarse_grid.to_lps_mm(np.argwhere(found).astype(float))
-    margin_mm = 1.5 * coarse_grid.spacing_mm[0]
+    volume, (scores, found) = look.volume, look.chain
+    where = look.grid.to_lps_mm(np.argwhere(found).astype(float))
+    margin_mm = 1.5 * look.grid.spacing_mm[0]
     first, last = index_range(volume.grid, where.min(axis=0) - margin_mm, where.max(axis=0) + margin_mm, margin=0)
     # Elsewhere no brightness makes bone of it. Interpolation reaches as far as the next coarse voxel.
     near_bone = np.argwhere((scores[0] > -bone_weight).numpy()).astype(float)
-    indices = volume.grid.to_index(coarse_grid.to_lps_mm(near_bone))
-    reach = np.abs(np.linalg.inv(volume.grid.affine[:3, :3]) @ coarse_grid.affine[:3, :3]).sum(axis=1)
-    outside = torch.tensor([-8.0, 0.0])[:, None, None, None]
-    inner = scores - outside
+    indices = volume.grid.to_index(look.grid.to_lps_mm(near_bone))
+    reach = np.abs(np.linalg.inv(volume.grid.affine[:3, :3]) @ look.grid.affine[:3, :3]).sum(axis=1)
+    inner = scores - OUTSIDE
     for z in range(first[0], last[0], SLAB):
         top = min(z + SLAB, last[0])
         inside = indices[(indices[:, 0] > z - reach[0]) & (indices[:, 0] < top + reach[0])]
@@ -293,7 +328,7 @@ def _draw(
         if y0 >= y1 or x0 >= x1:
             continue
         part = volume.grid.part(np.array([z, y0, x0]), (int(top - z), int(y1 - y0), int(x1 - x0)))
-        fine = sample(inner, coarse_grid, part) + outside
+        fine = sample(inner, look.grid, part) + OUTSIDE
         hu = torch.from_numpy(volume.voxels_hu[z:top, y0:y1, x0:x1].astype(np.float32))
         logit = fine[0] + bone_weight * ((hu - BONE_HU) / 100).clamp(-1, 1)
         level = fine[1].round().clamp(1, LAST_LEVEL).to(torch.uint8)
