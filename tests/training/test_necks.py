@@ -1,5 +1,6 @@
 """Necks drawn from an atlas, real necks labelled by what contours say, and the networks that learn from both."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from model.networks import VertebraUNet
 from training.necks import atlas as body
 from training.necks import train
 from training.necks.atlas import Atlas, build_atlas
+from training.necks.joints import Joints
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE, RealNeck, read_contours, weak_labels
-from training.necks.pseudo import STEP_MM, Profile, cut_profile, profile, relabelled
+from training.necks.pseudo import LENGTHS_MM, STEP_MM, Profile, cut_profile, own_cut, profile, relabelled
 from training.necks.recipe import mean_weights
 from training.necks.rounds import is_believed
 from training.necks.samples import write_phantom
@@ -81,6 +83,29 @@ def test_a_pose_puts_the_same_tissue_at_the_same_place_on_any_grid(atlas: Atlas)
     index = atlas.grid.to_index(pose.to_atlas(point))[0]
     unit = 2 * index / (np.asarray(atlas.bones.shape) - 1) - 1
     assert places[1] == pytest.approx(unit[::-1], abs=0.01)
+
+
+def test_each_vertebra_turns_as_one_piece_on_the_next_and_the_chest_stays(atlas: Atlas) -> None:
+    rng, nods_deg = np.random.default_rng(4), []
+    for _ in range(20):
+        joints = Joints.draw(atlas, rng, strength=1.0)
+        for label in range(1, 9):
+            turn, centre = joints.turns[label], atlas.centres_lps_mm[label - 1]
+            here = turn.T @ (centre - joints.slips_mm[label])
+            step_mm = 2.0 * np.eye(3)
+            there = joints.to_atlas(np.stack([here, *(here + step_mm), *(here - step_mm)]))
+            assert there[0] == pytest.approx(centre, abs=0.6), label
+            turned = (there[1:4] - there[4:]) / 4
+            np.testing.assert_allclose(turned, turn.T, atol=0.12, err_msg=str(label))
+        np.testing.assert_array_equal(joints.turns[8], np.eye(3))
+        nods_deg.append(np.rad2deg(np.arcsin((joints.turns[1] @ joints.turns[2].T)[1, 0])))  # C1 about the dens
+    assert 5 < np.std(nods_deg) < 14
+
+
+def test_joints_that_do_not_move_leave_everything_where_it_was(atlas: Atlas) -> None:
+    points = np.random.default_rng(0).uniform(-60, 60, size=(50, 3))
+    still = Joints.draw(atlas, np.random.default_rng(0), strength=0.0)
+    np.testing.assert_allclose(still.to_atlas(points), points, atol=1e-3)
 
 
 def test_a_drawn_neck_is_bright_where_its_truth_has_bone(atlas: Atlas) -> None:
@@ -156,6 +181,30 @@ def test_a_profile_without_discs_or_anchor_is_not_believed() -> None:
     assert cut is None or not is_believed(cut, blurred)
 
 
+@pytest.mark.parametrize("scale", [0.9, 1.1, 1.5])
+def test_a_network_that_knows_cuts_a_neck_itself_unless_no_neck_is_so_long(scale: float) -> None:
+    at = np.arange(0, 220, STEP_MM)
+    borders = 30 + scale * np.cumsum([0, *LENGTHS_MM])
+    found = Profile(
+        points=np.zeros((len(at), 3)),
+        forward=np.zeros((len(at), 3)),
+        hu=np.full(len(at), 250.0),
+        bone=np.full(len(at), 0.9),
+        level=np.interp(at, borders, np.arange(1.5, 10)),
+        top_mm=30.0,
+    )
+    cut = own_cut(found)
+    if scale == 1.5:
+        assert cut is None
+        return
+    assert cut is not None
+    assert cut.borders_mm == pytest.approx(borders[: len(cut.borders_mm)], abs=2)
+    assert len(cut.off) == len(cut.borders_mm) - 1 >= 6
+    there_and_back = np.where((at > 60) & (at < 75), 2.0, found.level)
+    assert own_cut(replace(found, level=there_and_back)) is None
+    assert own_cut(replace(found, level=np.where(at < 110, found.level, np.nan))) is None, "too little of it"
+
+
 def real_neck() -> tuple[RealNeck, np.ndarray, np.ndarray]:
     """A straight spine on the coarse grid, and what a network that is off by a whole level says of it."""
     grid = Grid.axial(shape=(80, 32, 32), spacing_mm=(3.0,) * 3)
@@ -194,6 +243,20 @@ def test_pseudo_labels_correct_a_network_that_is_one_level_off() -> None:
         assert core.sum() > 100
         assert np.median(labelled.level[core]) == number
     assert (labelled.certainty[labelled.share > 0] != 0).all()
+
+
+def test_what_may_be_the_arch_of_c1_is_not_said_to_be_c2() -> None:
+    neck, logit, level = real_neck()
+    found = profile(neck, logit, level + 1)
+    assert found is not None
+    cut = cut_profile(found, trust=0.5)
+    assert cut is not None
+    labelled = relabelled(neck, logit, level + 1, found, cut)
+    where = neck.grid.to_lps_mm(np.stack(np.indices(neck.grid.shape), axis=-1).astype(float))
+    depth, in_front = found.points[0, 2] - where[..., 2] - cut.borders_mm[0], where[..., 1] < -17
+    bone = logit > 0
+    assert (labelled.certainty[bone & in_front & (depth > 2) & (depth < 12)] == OUTLINE_SOME_BONE).all()
+    assert (labelled.certainty[bone & in_front & (depth > 17) & (depth < 30)] == OUTLINE_KNOWN).all()
 
 
 def test_contours_say_where_bone_must_be_spine(tmp_path: Path) -> None:
@@ -258,6 +321,7 @@ def test_a_straightened_neck_has_its_discs_across_it(axis: int, side: int) -> No
 def test_crops_are_bent_about_their_middle_some_more_than_others(monkeypatch: pytest.MonkeyPatch) -> None:
     crop, rng = Grid(shape=(81, 41, 41), affine=np.eye(4)), np.random.default_rng(0)
     monkeypatch.setattr(train, "SHARE_CURVED", 0.0)
+    monkeypatch.setattr(train, "SHARE_NODDING", 0.0)
     plain = crop_places(crop, 3.0, rng).numpy()
     np.testing.assert_array_equal(plain, np.stack(np.indices(crop.shape), axis=-1))
     monkeypatch.setattr(train, "SHARE_CURVED", 1.0)
@@ -269,6 +333,21 @@ def test_crops_are_bent_about_their_middle_some_more_than_others(monkeypatch: py
         ends_deg.append(np.rad2deg(np.arctan2(up[1:], up[0])))
     assert 15 < np.abs(ends_deg)[:, 0].max() <= 21, "half of it at either end"
     assert 5 < np.abs(ends_deg)[:, 1].max() <= 8
+
+
+def test_crops_are_bent_once_more_somewhere_along_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    crop, rng = Grid(shape=(81, 41, 41), affine=np.eye(4)), np.random.default_rng(0)
+    monkeypatch.setattr(train, "SHARE_CURVED", 0.0)
+    monkeypatch.setattr(train, "SHARE_NODDING", 1.0)
+    turns_deg, heights = [], []
+    for _ in range(100):
+        up = np.diff(crop_places(crop, 3.0, rng).numpy()[:, 20, 20], axis=0)
+        lean_deg = np.rad2deg(np.arctan2(up[:, 1], up[:, 0]))
+        turns_deg.append(lean_deg[-1] - lean_deg[0])
+        heights.append(float(np.interp(0.5, (lean_deg - lean_deg[0]) / turns_deg[-1], np.arange(80))))
+    assert 20 < np.abs(turns_deg).max() < 32
+    assert min(heights) < 20
+    assert max(heights) > 60
 
 
 def test_the_mean_of_two_networks_is_that_of_their_weights_and_counts_as_the_last() -> None:

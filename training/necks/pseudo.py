@@ -38,6 +38,13 @@ SKULL_ABOVE_MM = 9.0
 MIN_LEVELS = 5
 """Levels that must be cut and agree for a neck to be used."""
 
+OWN_SCALE, OWN_UNEVEN = (0.8, 1.22), (0.68, 1.4)
+"""Of the network's own borders: how large a neck may be beside LENGTHS_MM, and each of its levels beside the others."""
+
+ONCE_MM = 6.0
+"""Where the network's level passes from one number to the next more than once, further apart than this, it does not
+know."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
@@ -168,6 +175,38 @@ def _cut(found: Profile, trust: float, lengths_mm: FloatArray, scale_cost: float
     )
 
 
+def own_cut(found: Profile) -> Cut | None:
+    """The borders that the network itself sees, where its level passes from one number to the next.
+
+    For a network that numbers well already, and necks of which too little is in view for `cut_profile`. None where it
+    sees fewer than MIN_LEVELS borders, or lengths that no neck has. `cost` and `contrast` are 0: they are not measured.
+    """
+    known = np.flatnonzero(np.isfinite(found.level))
+    if not len(known):
+        return None
+    level = np.interp(np.arange(len(found.level)), known, found.level[known])
+    level = ndimage.gaussian_filter1d(level, 1.5)
+    borders = []
+    for number in range(2, 2 + len(LENGTHS_MM) - 1):
+        half = number + 0.5
+        passes = np.flatnonzero((level[:-1] < half) & (level[1:] >= half))
+        if not len(passes):
+            break
+        if np.ptp(passes) * STEP_MM > ONCE_MM:
+            return None
+        before = passes[-1]
+        borders.append(STEP_MM * (before + (half - level[before]) / (level[before + 1] - level[before])))
+    if len(borders) < MIN_LEVELS:
+        return None
+    relative = np.diff(borders) / LENGTHS_MM[1 : len(borders)]
+    scale = float(np.median(relative))
+    uneven = relative / scale
+    if not OWN_SCALE[0] < scale < OWN_SCALE[1] or uneven.min() < OWN_UNEVEN[0] or uneven.max() > OWN_UNEVEN[1]:
+        return None
+    borders_mm = np.array([borders[0] - LENGTHS_MM[0] * scale, *borders])
+    return Cut(borders_mm=borders_mm, contrast=0.0, off=np.zeros(len(borders)), cost=0.0)
+
+
 def _disc_score(found: Profile) -> FloatArray:
     """Where bodies give way to discs: dark between bright, and the level half way between two numbers; about -1..2."""
     trend = ndimage.gaussian_filter1d(found.hu, 9 / STEP_MM)
@@ -200,7 +239,7 @@ def relabelled(
     body &= neck.hu > BODY_HU
     certainty = neck.certainty.copy()
     certainty[inside & (certainty != OUTLINE_KNOWN)] = OUTLINE_KNOWN
-    certainty[inside & vertebra & unsure] = OUTLINE_SOME_BONE
+    certainty[inside & vertebra & (unsure | _may_be_arch(neck, found, cut) & (rounded == 2))] = OUTLINE_SOME_BONE
     # The network may have missed bone: what is bright and was not seen is left open.
     certainty[inside & ~vertebra & (neck.hu > BODY_HU)] = OUTLINE_UNKNOWN
     certainty[body] = OUTLINE_KNOWN
@@ -247,6 +286,13 @@ def _dens(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
     along, forward, side = _canal_coordinates(neck.grid, found)
     top = cut.borders_mm[0]
     return (along > top - 3) & (along < top + 20) & (forward > 5) & (forward < 14) & (np.abs(side) < 6)
+
+
+def _may_be_arch(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
+    """In front of the dens, where the anterior arch of C1 lies: in thick slices it looks as if it were of the dens."""
+    along, forward, side = _canal_coordinates(neck.grid, found)
+    top = cut.borders_mm[0]
+    return (along > top - 8) & (along < top + 14) & (forward > 15) & (np.abs(side) < 12)
 
 
 def _between(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:

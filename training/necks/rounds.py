@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from model.networks import VertebraUNet
 from model.segment import network_input
 from training.necks.openkbp import RealNeck
-from training.necks.pseudo import STEP_MM, Cut, Profile, cut_profile, profile, relabelled
+from training.necks.pseudo import STEP_MM, Cut, Profile, cut_profile, own_cut, profile, relabelled
 from training.necks.samples import write_real
 
 MAX_COST, MIN_CONTRAST = 0.15, 0.1
@@ -29,20 +29,27 @@ def coarse_scores(unet: VertebraUNet, hu: NDArray[np.int16]) -> tuple[NDArray[np
     return scores[0].numpy(), scores[1].numpy()
 
 
-def pseudo_labels(unet: VertebraUNet, necks: list[RealNeck], trust: float, folder: Path) -> Iterator[Path]:
+def pseudo_labels(
+    unet: VertebraUNet, necks: list[RealNeck], trust: float, folder: Path, *, knows: bool = False
+) -> Iterator[Path]:
     """Writes the necks whose cut is believed, with their vertebrae; gives their files.
 
-    trust: how much the network's own numbers count: little in the first round, more in later ones.
+    trust: how much the network's own numbers count: little in the first round, more in later ones. knows: where the cut
+    is not believed, the network's own is, if it is likely; for a network that has come to number well.
     """
     unet.eval()
     for neck in necks:
         logit, level = coarse_scores(unet, neck.hu)
         found = profile(neck, logit, level)
         cut = cut_profile(found, trust) if found is not None else None
-        if found is None or cut is None or not is_believed(cut, found):
+        if found is not None and (cut is None or not is_believed(cut, found)):
+            cut = own_cut(found) if knows else None
+            if cut is not None and abs(cut.borders_mm[0] - found.top_mm) > MAX_TOP_MM:
+                cut = None
+        if found is None or cut is None:
             continue
         labelled = relabelled(neck, logit, level, found, cut)
-        first, last = int(cut.borders_mm[0] / STEP_MM), int(cut.borders_mm[-1] / STEP_MM)
+        first, last = int(max(cut.borders_mm[0], 0) / STEP_MM), int(cut.borders_mm[-1] / STEP_MM)
         path = folder / f"{neck.name}.npz"
         write_real(path, labelled, found.points[max(first - 8, 0) : last])
         yield path

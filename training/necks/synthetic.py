@@ -17,8 +17,9 @@ from model.geometry import FloatArray, Grid
 from model.resample import AIR_HU
 from training.necks import atlas as body
 from training.necks.atlas import Atlas
+from training.necks.joints import Joints
 
-NODE_MM = 12.0
+NODE_MM = 4.0
 """Spacing of the displacement's nodes."""
 
 WRINKLED_MM = 240.0
@@ -156,6 +157,7 @@ class Pose:
     wave_size: FloatArray
     wave_phase: FloatArray
     wrinkles: tuple[tuple[float, FloatArray], ...]
+    joints: Joints
 
     @classmethod
     def draw(cls, atlas: Atlas, rng: np.random.Generator) -> "Pose":
@@ -188,6 +190,7 @@ class Pose:
             wave_size=strength * rng.normal(0, 2.2, size=6) / np.arange(1, 7) ** 0.5,
             wave_phase=rng.uniform(0, 2 * np.pi, size=6),
             wrinkles=tuple(wrinkles),
+            joints=Joints.draw(atlas, rng, strength),
         )
 
     def to_atlas(self, points_lps_mm: FloatArray) -> FloatArray:
@@ -202,7 +205,7 @@ class Pose:
         for reach_mm, nodes in self.wrinkles:
             index = ((points_lps_mm - middle + WRINKLED_MM) / reach_mm).T
             moved += np.stack([ndimage.map_coordinates(axis, index, order=1, mode="nearest") for axis in nodes], axis=1)
-        return moved + middle
+        return self.joints.to_atlas(moved + middle)
 
     def places(self, grid: Grid) -> Tensor:
         """Where in the atlas each voxel of the grid takes its tissue: `(Z, Y, X, 3)` of `grid_sample`."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from torch import Tensor, nn
 
-from model.geometry import Grid
+from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.networks import VertebraUNet
 from model.resample import AIR_HU
@@ -32,6 +32,10 @@ is real texture that leans, which drawn necks do not have."""
 
 SHARE_CURVED, CURVED_DEG = 0.5, (40.0, 15.0)
 """Share of the crops that are bent, by up to so much from end to end: forward or back, and to a side."""
+
+SHARE_NODDING, NODDING_DEG, NODDING_MM = 0.4, (28.0, 12.0), (18.0, 35.0)
+"""Share of the crops that are bent, or bent once more, somewhere along them: by up to so much, over twice so many mm.
+So is the neck of who holds the head upright on a neck that leans."""
 
 SHARE_REAL_GUESS = 0.75
 """Share of the refiner's crops that come with a coarse network's own answer, where one is kept beside the sample."""
@@ -125,15 +129,24 @@ def crop_places(crop: Grid, spacing_mm: float, rng: np.random.Generator) -> Tens
     crop: in voxels of the sample. Real texture is bent with the neck so, as no patient's head can be asked to be.
     """
     points = np.stack(np.meshgrid(*(np.arange(n) - (n - 1) / 2 for n in crop.shape), indexing="ij"), axis=-1)
-    points = points.reshape(-1, 3)
+    xyz = points.reshape(-1, 3)[:, ::-1].copy()
     if rng.random() < SHARE_CURVED:
-        reach = ARC_MM / spacing_mm
-        xyz = points[:, ::-1].copy()
-        for axis, most_deg in zip((1, 0), CURVED_DEG, strict=True):
-            straighten(xyz, axis, np.deg2rad(rng.uniform(-most_deg, most_deg)) / (2 * reach), reach)
-        points = xyz[:, ::-1]
-    places = (points + (np.asarray(crop.shape) - 1) / 2) @ crop.affine[:3, :3].T + crop.affine[:3, 3]
+        _bend(xyz, 0.0, ARC_MM / spacing_mm, CURVED_DEG, rng)
+    if rng.random() < SHARE_NODDING:
+        reach = rng.uniform(*NODDING_MM) / spacing_mm
+        _bend(xyz, rng.uniform(-0.4, 0.4) * crop.shape[0], reach, NODDING_DEG, rng)
+    places = (xyz[:, ::-1] + (np.asarray(crop.shape) - 1) / 2) @ crop.affine[:3, :3].T + crop.affine[:3, 3]
     return torch.from_numpy(places.reshape(*crop.shape, 3).astype(np.float32))
+
+
+def _bend(
+    points: FloatArray, height: float, reach: float, most_deg: tuple[float, float], rng: np.random.Generator
+) -> None:
+    """Bends at random about a height, in place: forward or back, and to a side. Arguments as of `straighten`."""
+    points[:, 2] -= height
+    for axis, most in zip((1, 0), most_deg, strict=True):
+        straighten(points, axis, np.deg2rad(rng.uniform(-most, most)) / (2 * reach), reach)
+    points[:, 2] += height
 
 
 def look_up(voxels: Tensor, places: Tensor, *, nearest: bool = False) -> Tensor:
