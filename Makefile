@@ -30,7 +30,7 @@ lint: install
 train-phantom: install
 	$(BIN)/cspine-train phantom --out model/weights/phantom
 
-# The way RSNA 2022 takes, on a generated data set of its shape: some 40 minutes. Given again, it goes on.
+# The way RSNA 2022 takes, on a generated data set of its shape: about an hour. Given again, it goes on.
 DEMO := runs/train-demo
 train-demo: install
 	test -f $(DEMO)/rsna/train.csv || { rm -rf $(DEMO)/rsna && \
