@@ -86,7 +86,7 @@ def test_a_pose_puts_the_same_tissue_at_the_same_place_on_any_grid(atlas: Atlas)
 
 
 def test_each_vertebra_turns_as_one_piece_on_the_next_and_the_chest_stays(atlas: Atlas) -> None:
-    rng, nods_deg = np.random.default_rng(4), []
+    rng, turns_deg = np.random.default_rng(4), []
     for _ in range(20):
         joints = Joints.draw(atlas, rng, strength=1.0)
         for label in range(1, 9):
@@ -98,8 +98,8 @@ def test_each_vertebra_turns_as_one_piece_on_the_next_and_the_chest_stays(atlas:
             turned = (there[1:4] - there[4:]) / 4
             np.testing.assert_allclose(turned, turn.T, atol=0.12, err_msg=str(label))
         np.testing.assert_array_equal(joints.turns[8], np.eye(3))
-        nods_deg.append(np.rad2deg(np.arcsin((joints.turns[1] @ joints.turns[2].T)[1, 0])))  # C1 about the dens
-    assert 5 < np.std(nods_deg) < 14
+        turns_deg.append(np.rad2deg(np.arcsin((joints.turns[1] @ joints.turns[2].T)[1, 0])))  # C1 about the dens
+    assert 5 < np.std(turns_deg) < 14
 
 
 def test_joints_that_do_not_move_leave_everything_where_it_was(atlas: Atlas) -> None:

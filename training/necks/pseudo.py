@@ -46,6 +46,10 @@ ONCE_MM = 6.0
 know."""
 
 
+CanalCoordinates = tuple[FloatArray, FloatArray, FloatArray]
+"""Of each voxel: mm along the canal from the profile's first point, in front of it, and to its side."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
     """Along the canal, head to foot, every STEP_MM: what lies 6 to 16 mm in front of it.
@@ -222,6 +226,7 @@ def relabelled(
     neck: RealNeck, logit: NDArray[np.float32], level: NDArray[np.float32], found: Profile, cut: Cut
 ) -> RealNeck:
     """The neck with vertebrae where the network sees them and with the numbers of the cut."""
+    at = _canal_coordinates(neck.grid, found)
     numbers = np.arange(2, 2 + len(cut.off), dtype=float)
     good = np.isfinite(cut.off)
     seen = (numbers + cut.off)[good]
@@ -231,19 +236,19 @@ def relabelled(
     corrected = np.where(level < seen[0], level - seen[0] + numbers[0], corrected)
     corrected = np.where(level > seen[-1], level - seen[-1] + numbers[-1], corrected).clip(0.6, 10)
     vertebra = logit > 0
-    corrected[_dens(neck, found, cut) & vertebra & (corrected < 2.4)] = 2.0
+    corrected[_dens(at, cut) & vertebra & (corrected < 2.4)] = 2.0
     rounded = np.rint(corrected)
     unsure = (np.abs(corrected - rounded) > 0.36) | (np.abs(logit) < 0.7)
-    inside = _between(neck, found, cut)
-    body, segment = _bodies(neck, found, cut)
+    inside = _between(at, cut)
+    body, segment = _bodies(at, cut)
     body &= neck.hu > BODY_HU
     certainty = neck.certainty.copy()
     certainty[inside & (certainty != OUTLINE_KNOWN)] = OUTLINE_KNOWN
-    certainty[inside & vertebra & (unsure | _may_be_arch(neck, found, cut) & (rounded == 2))] = OUTLINE_SOME_BONE
+    certainty[inside & vertebra & (unsure | _may_be_arch(at, cut) & (rounded == 2))] = OUTLINE_SOME_BONE
     # The network may have missed bone: what is bright and was not seen is left open.
     certainty[inside & ~vertebra & (neck.hu > BODY_HU)] = OUTLINE_UNKNOWN
     certainty[body] = OUTLINE_KNOWN
-    along, _, side = _canal_coordinates(neck.grid, found)
+    along, _, side = at
     skull = (along < cut.borders_mm[0] - SKULL_ABOVE_MM) & (np.abs(side) < 60)
     certainty[skull] = OUTLINE_KNOWN
     aux = neck.aux.copy()
@@ -263,9 +268,9 @@ def relabelled(
     )
 
 
-def _bodies(neck: RealNeck, found: Profile, cut: Cut) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def _bodies(at: CanalCoordinates, cut: Cut) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """The cores of the vertebral bodies between the cuts, without discs and C2's upper part, and their numbers."""
-    along, forward, side = _canal_coordinates(neck.grid, found)
+    along, forward, side = at
     segment = np.searchsorted(cut.borders_mm, along) - 1
     place = np.clip(segment, 0, len(cut.off) - 1)
     to_disc = np.minimum(along - cut.borders_mm[place], cut.borders_mm[place + 1] - along)
@@ -281,29 +286,29 @@ def _bodies(neck: RealNeck, found: Profile, cut: Cut) -> tuple[NDArray[np.bool_]
     return core, place + 2
 
 
-def _dens(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
+def _dens(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """The core in front of the cord, from C2's top on down 20 mm: the dens, and not the ring around it."""
-    along, forward, side = _canal_coordinates(neck.grid, found)
+    along, forward, side = at
     top = cut.borders_mm[0]
     return (along > top - 3) & (along < top + 20) & (forward > 5) & (forward < 14) & (np.abs(side) < 6)
 
 
-def _may_be_arch(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
+def _may_be_arch(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """In front of the dens, where the anterior arch of C1 lies: in thick slices it looks as if it were of the dens."""
-    along, forward, side = _canal_coordinates(neck.grid, found)
+    along, forward, side = at
     top = cut.borders_mm[0]
     return (along > top - 8) & (along < top + 14) & (forward > 15) & (np.abs(side) < 12)
 
 
-def _between(neck: RealNeck, found: Profile, cut: Cut) -> NDArray[np.bool_]:
+def _between(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """From the skull to the last cut vertebra, near the canal: where labels are to be believed."""
-    along, forward, side = _canal_coordinates(neck.grid, found)
+    along, forward, side = at
     # Arches lie lower than their bodies: 12 mm more behind the canal would reach into a vertebra that was not cut.
     last = cut.borders_mm[-1] - 4
     return (along > cut.borders_mm[0] - 8) & (along < last) & (np.abs(side) < 45) & (forward < 32) & (forward > -60)
 
 
-def _canal_coordinates(grid: Grid, found: Profile) -> tuple[FloatArray, FloatArray, FloatArray]:
+def _canal_coordinates(grid: Grid, found: Profile) -> CanalCoordinates:
     """Of each voxel: mm along the canal, in front of it, and to its side."""
     index = np.rint(grid.to_index(found.points)).astype(int)
     usable = np.flatnonzero(((index >= 0) & (index < grid.shape)).all(axis=1))

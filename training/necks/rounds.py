@@ -41,11 +41,7 @@ def pseudo_labels(
     for neck in necks:
         logit, level = coarse_scores(unet, neck.hu)
         found = profile(neck, logit, level)
-        cut = cut_profile(found, trust) if found is not None else None
-        if found is not None and (cut is None or not is_believed(cut, found)):
-            cut = own_cut(found) if knows else None
-            if cut is not None and abs(cut.borders_mm[0] - found.top_mm) > MAX_TOP_MM:
-                cut = None
+        cut = _likely_cut(found, trust, knows) if found is not None else None
         if found is None or cut is None:
             continue
         labelled = relabelled(neck, logit, level, found, cut)
@@ -53,6 +49,15 @@ def pseudo_labels(
         path = folder / f"{neck.name}.npz"
         write_real(path, labelled, found.points[max(first - 8, 0) : last])
         yield path
+
+
+def _likely_cut(found: Profile, trust: float, knows: bool) -> Cut | None:
+    """The cut to label a neck by, if one is believed. Arguments as of `pseudo_labels`."""
+    cut = cut_profile(found, trust)
+    if cut is not None and is_believed(cut, found):
+        return cut
+    own = own_cut(found) if knows else None
+    return own if own is not None and abs(own.borders_mm[0] - found.top_mm) <= MAX_TOP_MM else None
 
 
 def is_believed(cut: Cut, found: Profile) -> bool:
