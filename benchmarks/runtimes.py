@@ -4,6 +4,7 @@ import copy
 import io
 import shutil
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,27 @@ def runtimes(
     if device.type == "cuda":
         ways["norms folded, fp16 autocast"] = _eager(folded, inputs, torch.float16)
         ways["CUDA graph, norms folded"] = _graph(folded, inputs)
-    if is_compiling and (device.type == "cuda" or shutil.which("g++")):
-        ways["torch.compile, norms folded"] = _eager(torch.compile(folded), inputs)  # type: ignore[arg-type]
+    if not is_compiling:
+        _left_out("torch.compile", "not asked for (--compile)")
+    elif device.type == "cpu" and not shutil.which("g++"):
+        _left_out("torch.compile", "there is no g++")
     else:
-        _left_out("torch.compile", "not asked for (--compile)" if not is_compiling else "there is no g++")
+        for kind, of in (("channels last", folded), ("contiguous", with_norms_folded(contiguous))):
+            torch.compiler.reset()  # or it takes another network of the same classes for this one, with other shapes
+            compiled = _eager(torch.compile(of, dynamic=False), inputs)  # type: ignore[arg-type]
+            try:
+                compiled()
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _left_out(f"torch.compile, {kind}", f"it failed: {str(error).strip().splitlines()[0]}")
+            else:
+                ways[f"torch.compile, {kind}, norms folded"] = compiled
     if device.type == "cpu":
-        for name, make in {"ONNX Runtime": _onnx_runtime, "OpenVINO": _openvino}.items():
+        others = {
+            "ONNX Runtime": _onnx_runtime,
+            "OpenVINO": partial(_openvino, "f32"),
+            "OpenVINO, bf16": partial(_openvino, "bf16"),
+        }
+        for name, make in others.items():
             try:
                 ways[name] = make(network, inputs)
             except ModuleNotFoundError as error:
@@ -113,11 +129,11 @@ def _onnx_runtime(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[]
     return lambda: [torch.from_numpy(np.asarray(output)) for output in session.run(None, arrays)]
 
 
-def _openvino(network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+def _openvino(precision: str, network: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
     import openvino
 
     model = openvino.convert_model(copy.deepcopy(network), example_input=inputs)
-    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    config = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": precision}
     compiled = openvino.Core().compile_model(model, "CPU", config)
     arrays = [tensor.numpy() for tensor in inputs[: len(compiled.inputs)]]
     return lambda: [torch.from_numpy(np.asarray(output)) for output in compiled(arrays).values()]

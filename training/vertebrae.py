@@ -95,13 +95,18 @@ TURN_DEG = 12.0
 """How far a crop is turned about each axis."""
 
 
-def turned(centre: FloatArray, shape: FloatArray, rng: np.random.Generator, pitch_deg: float = TURN_DEG) -> FloatArray:
-    """Affine of a crop around `centre`, turned by up to TURN_DEG an axis, scaled, mirrored half the time.
+def turned(
+    centre: FloatArray,
+    shape: FloatArray,
+    rng: np.random.Generator,
+    most_deg: tuple[float, float, float] = (TURN_DEG, TURN_DEG, TURN_DEG),
+) -> FloatArray:
+    """Affine of a crop around `centre`, turned by up to `most_deg`, scaled, mirrored half the time.
 
-    pitch_deg: how far it may lean forward or back instead.
+    most_deg: forward or back, to a side, about the long axis.
     """
     matrix = np.eye(3)
-    for first, second, most in ((0, 1, pitch_deg), (0, 2, TURN_DEG), (1, 2, TURN_DEG)):
+    for first, second, most in zip((0, 0, 1), (1, 2, 2), most_deg, strict=True):
         angle = np.deg2rad(rng.uniform(-most, most))
         turn = np.eye(3)
         turn[np.ix_((first, second), (first, second))] = [

@@ -13,8 +13,9 @@ from scipy import ndimage
 from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.networks import VertebraUNet
+from training.inserted.insertion import Inserted
 from training.necks import atlas as body
-from training.necks import train
+from training.necks import stacks, train
 from training.necks.atlas import Atlas, build_atlas
 from training.necks.joints import Joints
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_SOME_BONE, RealNeck, read_contours, weak_labels
@@ -144,6 +145,33 @@ def test_stacks_of_a_drawn_neck_hold_broken_vertebrae_with_their_regions(atlas: 
             assert arrays["regions"][intact].max(initial=0) == 0
             fractured += arrays["fractured"].tolist()
     assert 0 < sum(fractured) < len(fractured)
+
+
+def test_in_outlines_of_the_networks_nothing_is_judged_that_they_number_wrongly(
+    atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.repeat(np.arange(1, 8, dtype=np.uint8), 4)[:, None, None] * np.ones((1, 6, 6), np.uint8)
+    grid = Grid.axial(shape=labels.shape, spacing_mm=(1.0, 1.0, 1.0))
+    inserted = Inserted(
+        voxels_hu=np.zeros(labels.shape, np.int16),
+        regions=np.zeros_like(labels),
+        fractures=(),
+        negatives=(),
+        eligible=(1, 2, 3, 5, 6, 7),
+    )
+    drawn = np.where(labels >= 5, labels + 1, labels)
+    drawn[labels == 2] = 0
+    drawn[4:7] = 2  # three slices of four
+    judged, outlines = stacks.in_found_outlines(inserted, labels, grid, lambda volume: (drawn, []))
+    assert judged.eligible == (1, 2, 3)
+    assert outlines is drawn
+    monkeypatch.setattr(stacks, "SHARE_FOUND", 1.0)
+    classify = ClassifySettings(
+        encoder="residual-8-16", num_hidden=4, num_slices=5, num_pixels=48, pixel_mm=1.0, region_threshold=0.5
+    )
+    path = tmp_path / "nothing-found.npz"
+    write_neck_stacks(path, 1, atlas, classify, lambda volume: (np.zeros(volume.grid.shape, np.uint8), []))
+    assert not path.exists()
 
 
 def made_up_spine(num_levels: int = 8) -> tuple[Profile, list[float]]:
@@ -292,14 +320,20 @@ def test_a_crop_keeps_image_and_truth_together(tmp_path: Path) -> None:
     assert min(contrasts) > 0.2
 
 
-def test_a_crop_leans_as_far_as_it_may_and_turns_little_else() -> None:
+def test_a_crop_leans_and_turns_as_far_as_it_may() -> None:
     rng = np.random.default_rng(0)
     for pitch_deg in (TURN_DEG, 40.0):
-        matrices = np.stack([turned(np.zeros(3), np.ones(3), rng, pitch_deg)[:3, :3] for _ in range(100)])
+        most_deg = (pitch_deg, TURN_DEG, TURN_DEG)
+        matrices = np.stack([turned(np.zeros(3), np.ones(3), rng, most_deg)[:3, :3] for _ in range(100)])
         up = matrices[:, :, 0] / np.linalg.norm(matrices[:, :, 0], axis=1, keepdims=True)
         lean, tilt = np.rad2deg(np.arcsin(np.abs(up[:, 1]))), np.rad2deg(np.arcsin(np.abs(up[:, 2])))
         assert 0.7 * pitch_deg < lean.max() < pitch_deg + 5
         assert tilt.max() < TURN_DEG + 5
+    matrices = np.stack([turned(np.zeros(3), np.ones(3), rng, (0, 0, 45.0))[:3, :3] for _ in range(100)])
+    front = matrices[:, :, 1] / np.linalg.norm(matrices[:, :, 1], axis=1, keepdims=True)
+    about = np.rad2deg(np.arctan2(np.abs(front[:, 2]), front[:, 1]))
+    assert 35 < about.max() < 46
+    assert np.abs(front[:, 0]).max() < 1e-9
 
 
 @pytest.mark.parametrize(("axis", "side"), [(1, 1), (1, -1), (0, 1)])

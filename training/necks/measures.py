@@ -8,7 +8,7 @@ from model.levels import LEVELS
 from model.volume import Volume
 from training.evaluation.masks import measure_masks
 from training.necks.atlas import load_atlas
-from training.necks.samples import FindVertebrae
+from training.necks.stacks import FindVertebrae
 from training.necks.synthetic import draw_series
 
 LOOKS = ((1.0, 1), (1.0, 3), (0.8, 1), (0.8, 2))

@@ -40,7 +40,6 @@ from training.necks.rounds import pseudo_labels
 from training.necks.samples import (
     COARSE_MM,
     FINE_MM,
-    FindVertebrae,
     read_real,
     write_drawn,
     write_patient_stacks,
@@ -48,6 +47,7 @@ from training.necks.samples import (
     write_real,
     write_stacks_of_drawn,
 )
+from training.necks.stacks import FindVertebrae
 from training.necks.train import AuxiliaryUNet, guess_path, train_necks, write_guess
 from training.phantom_measures import auc, choose_operating_point
 from training.samples import write_all, write_stacks
@@ -224,7 +224,7 @@ def train_necks_bundle(data: Path, out: Path, work: Path, plan: Plan) -> Bundle:
     training, _ = held_out_patients(data / "openkbp")
     network = train_fractures(work, plan, unet, find, training)
     seeds = range(FIRST_HELD_OUT_STACK, FIRST_HELD_OUT_STACK + plan.num_held_out_stacks)
-    held_out = _all(write_stacks_of_drawn, work / "stacks", seeds, plan.num_workers, work / "atlas.npz", CLASSIFY)
+    held_out = _all(write_stacks_of_drawn, work / "stacks", seeds, plan.num_workers, work / "atlas.npz", CLASSIFY, find)
     with torch.inference_mode():
         drawn = measure_drawn(find, work / "atlas.npz", range(plan.num_held_out_series))
     return export(out, unet, refiner, network, held_out, drawn)
@@ -239,7 +239,7 @@ def train_fractures(
     patients: of OpenKBP.
     """
     workers, seeds, phantom_seeds = plan.num_workers, range(plan.num_stacks), range(plan.num_phantom_stacks)
-    stacks = _all(write_stacks_of_drawn, work / "stacks", seeds, workers, work / "atlas.npz", CLASSIFY)
+    stacks = _all(write_stacks_of_drawn, work / "stacks", seeds, workers, work / "atlas.npz", CLASSIFY, find)
     stacks += _all(write_stacks, work / "phantom-stacks", phantom_seeds, workers, SEGMENT, CLASSIFY, unet)
     for path in patients[: plan.num_patients]:
         write_patient_stacks(work / "patients" / path.name, path, find, CLASSIFY)

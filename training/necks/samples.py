@@ -5,7 +5,6 @@ Every file is an npz with `hu`, `share`, `level` and `aux` as of `synthetic.Neck
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,16 +17,13 @@ from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.phantom import render
 from model.resample import average_pool
-from model.segment import Vertebra
 from model.volume import Volume
 from training.inserted import insert, inserted_stacks
 from training.necks.atlas import Atlas, load_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_UNKNOWN, RealNeck, read_contours, weak_labels
-from training.necks.stacks import write_neck_stacks
+from training.necks.stacks import FindVertebrae, write_neck_stacks
 from training.necks.synthetic import AUX_UNKNOWN, draw_neck
 from training.samples import random_patient, whole_neck_grid
-
-FindVertebrae = Callable[[Volume], tuple[NDArray[np.uint8], list[Vertebra]]]
 
 COARSE_MM, FINE_MM = 3.0, 1.0
 PATIENT_COPIES, PATIENT_BOOST, PATIENT_NEGATIVES = 3, 6.0, 0.3
@@ -52,16 +48,15 @@ def write_drawn(path: Path, seed: int, atlas: Path, fine: bool) -> None:
     _write(path, {"hu": neck.hu, "share": neck.share, "level": neck.level, "aux": neck.aux})
 
 
-def write_stacks_of_drawn(path: Path, seed: int, atlas: Path, classify: ClassifySettings) -> None:
+def write_stacks_of_drawn(path: Path, seed: int, atlas: Path, classify: ClassifySettings, find: FindVertebrae) -> None:
     """The broken and whole vertebrae of a neck of the atlas, for the fracture network."""
-    write_neck_stacks(path, seed, _atlas(atlas), classify)
+    write_neck_stacks(path, seed, _atlas(atlas), classify, find)
 
 
 def write_patient_stacks(path: Path, patient: Path, find: FindVertebrae, classify: ClassifySettings) -> None:
     """The vertebrae of an OpenKBP patient, taken as intact, and some of them broken, for the fracture network.
 
     Both, or the network would learn that blurred bone is whole. None is written if none is whole.
-    find: labels and vertebrae of a volume, as `find_vertebrae` gives them.
     """
     if path.exists():
         return

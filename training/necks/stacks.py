@@ -1,21 +1,29 @@
 """What the fracture network learns from: necks drawn from the atlas, broken, scanned, and cut vertebra by vertebra."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.levels import LEVELS
+from model.segment import Vertebra
+from model.volume import Volume
+from training.evaluation.masks import dice
 from training.inserted import insert, inserted_stacks
 from training.inserted.insertion import Inserted
 from training.inserted.scanner import disturb
 from training.necks.atlas import Atlas
 from training.necks.synthetic import draw_spine
+
+FindVertebrae = Callable[[Volume], tuple[NDArray[np.uint8], list[Vertebra]]]
+"""Labels and vertebrae of a volume, as `find_vertebrae` gives them."""
 
 DRAWN_MM = 0.65
 """Spacing at which half of the necks are drawn; scanning only makes it coarser."""
@@ -28,10 +36,19 @@ MIN_VISIBLE = 1.2
 none."""
 
 
-def write_neck_stacks(path: Path, seed: int, atlas: Atlas, classify: ClassifySettings) -> None:
-    """Draws, breaks, scans, cuts and stores one neck; a file that is there already is kept.
+SHARE_FOUND, FOUND_DICE = 0.6, 0.5
+"""Share of the necks whose outlines are those that the networks draw, with their mistakes, and how much of a vertebra
+these have to meet for it to be judged."""
 
-    The layout is that of `training.samples.classify_samples`, without the vertebrae that cannot be told.
+
+def write_neck_stacks(
+    path: Path, seed: int, atlas: Atlas, classify: ClassifySettings, find: FindVertebrae | None = None
+) -> None:
+    """Draws, breaks, scans, cuts and stores one neck; a file that is there already is kept, and none is written if no
+    vertebra is whole.
+
+    The layout is that of `training.samples.classify_samples`, without the vertebrae that cannot be told. Without
+    `find` all outlines are the true ones, wavering.
     """
     if path.exists():
         return
@@ -47,9 +64,15 @@ def write_neck_stacks(path: Path, seed: int, atlas: Atlas, classify: ClassifySet
     scan = _break_and_scan if rng.random() < 0.4 else _scan_and_break
     inserted, labels, grid = scan(*neck, look, rng)
     disturb(inserted.voxels_hu, grid, rng)
+    if find is not None and rng.random() < SHARE_FOUND:
+        inserted, labels = in_found_outlines(inserted, labels, grid, find)
+    else:
+        labels = drawn_by_a_network(labels, grid, rng)
+    if not inserted.eligible:
+        return
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
-        np.savez(file, **inserted_stacks(inserted, drawn_by_a_network(labels, grid, rng), grid, classify))
+        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))
     unfinished.replace(path)
 
 
@@ -89,6 +112,19 @@ def _scan_and_break(
     scanned = _noisy(_scanned(hu, grid, look), look, rng)
     labels, grid = _thick_labels(labels, look.thick, share=0.5), _thick_grid(grid, look.thick)
     return insert(scanned, labels, grid, rng, boost=BOOST), labels, grid
+
+
+def in_found_outlines(
+    inserted: Inserted, labels: NDArray[np.uint8], grid: Grid, find: FindVertebrae
+) -> tuple[Inserted, NDArray[np.uint8]]:
+    """Outlines as the networks draw them, and which vertebrae they have met."""
+    volume = Volume(
+        study_instance_uid="drawn", series_instance_uid="drawn", voxels_hu=inserted.voxels_hu, grid=grid, slices=()
+    )
+    with torch.inference_mode():
+        found, _ = find(volume)
+    met = tuple(label for label in inserted.eligible if dice(found == label, labels == label) >= FOUND_DICE)
+    return replace(inserted, eligible=met), found
 
 
 def drawn_by_a_network(labels: NDArray[np.uint8], grid: Grid, rng: np.random.Generator) -> NDArray[np.uint8]:

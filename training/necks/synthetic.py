@@ -31,8 +31,11 @@ CURVE_DEG = ((-35.0, -20.0), (45.0, 20.0))
 ARC_MM = 70.0
 """The bend reaches this far up and down from the middle of C4; head and chest beyond it are straight."""
 
-SHARE_LEANING, LEAN_DEG = 0.35, (-45.0, 15.0)
+SHARE_LEANING, LEAN_DEG = 0.5, (-50.0, 15.0)
 """Share of necks that lean as a whole, forward below 0: the kyphotic, and who lies on a pillow."""
+
+SHARE_UNEVEN = 0.6
+"""Share of necks whose cortex, or marrow, differs from place to place."""
 
 MAX_LEVEL = 10
 """T3: below it, level numbers count no further."""
@@ -278,8 +281,13 @@ def _paint_bones(hu: Tensor, bones: Tensor, distance: Tensor, spacing_mm: float,
     marrow[body.BONE_SKULL :] += rng.uniform(0, 400)
     cortex = torch.maximum(cortex, marrow + 100)
     shell_mm = rng.uniform(0.6, 2.6)
+    # Cortex is thick here and thin there, marrow dense here and empty there, over far more than its texture.
+    if rng.random() < SHARE_UNEVEN:
+        shell_mm = shell_mm * torch.exp(rng.uniform(0, 0.5) * _texture(hu.shape, spacing_mm, rng.uniform(6, 20), rng))
     numbers = bones.long()
     spongy = 1 + rng.uniform(0, 0.35) * _texture(hu.shape, spacing_mm, rng.uniform(2, 5), rng)
+    if rng.random() < SHARE_UNEVEN:
+        spongy = spongy + rng.uniform(0, 0.4) * _texture(hu.shape, spacing_mm, rng.uniform(5, 15), rng)
     inside = marrow[numbers] * spongy + (cortex - marrow)[numbers] * torch.exp(-((distance / shell_mm).clamp(0) ** 2))
     share = (distance / spacing_mm + 0.5).clamp(0, 1) * (bones > 0)
     return hu * (1 - share) + inside * share

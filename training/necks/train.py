@@ -30,6 +30,9 @@ SHARE_PITCHED, PITCH_DEG = 0.5, 40.0
 """Share of the crops that lean forward or back by up to PITCH_DEG, as patients on a wedge or with a stiff neck do. It
 is real texture that leans, which drawn necks do not have."""
 
+SHARE_TWISTED, TWIST_DEG = 0.4, 45.0
+"""Share of the crops that are turned about their long axis by up to TWIST_DEG, as who lies on one shoulder is."""
+
 SHARE_CURVED, CURVED_DEG = 0.5, (40.0, 15.0)
 """Share of the crops that are bent, by up to so much from end to end: forward or back, and to a side."""
 
@@ -94,7 +97,8 @@ def read_crop(path: Path, rng: np.random.Generator, shape: tuple[int, int, int],
     if rng.random() < SHARE_ANYWHERE:
         centre = rng.uniform(0, hu.shape)
     pitch_deg = PITCH_DEG if rng.random() < SHARE_PITCHED else TURN_DEG
-    target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng, pitch_deg))
+    twist_deg = TWIST_DEG if rng.random() < SHARE_TWISTED else TURN_DEG
+    target = Grid(shape=shape, affine=turned(centre, np.asarray(shape), rng, (pitch_deg, TURN_DEG, twist_deg)))
     places = crop_places(target, FINE_MM if refine else COARSE_MM, rng)
     hu, share = look_up(torch.stack([hu - AIR_HU, share / 255]), places)
     # Beyond the sample nothing is known but that it is air.
