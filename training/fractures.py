@@ -69,7 +69,8 @@ def train_fracture_net(
 
     def stack_loss(step: int) -> Tensor:
         batch = changed(collate([draw() for _ in range(batch_size)]), rng)
-        return loss(*network(network_input(batch.planes_hu, batch.masks))[:3], batch)
+        logits, attention, regions = network(network_input(batch.planes_hu, batch.masks))[:3]
+        return loss(logits, attention, regions, batch)
 
     yield from train(network, patch_loss, num_steps=num_patch_steps, learning_rate=PATCH_LEARNING_RATE)
     for step, value in train(network, stack_loss, num_steps=num_stack_steps, learning_rate=STACK_LEARNING_RATE):
@@ -158,7 +159,7 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
     stacked = torch.cat([batch.planes_hu, batch.masks, batch.regions], dim=1)
     points = F.affine_grid(theta, list(stacked.shape), align_corners=False)
     stacked = F.grid_sample(stacked, points, padding_mode="border", align_corners=False)
-    planes_hu, masks, regions = stacked.split([num_planes, num_slices, num_slices], dim=1)
+    planes_hu, masks, regions = torch.split(stacked, [num_planes, num_slices, num_slices], dim=1)
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, size=(num_vertebrae, 1, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-40, 40, size=(num_vertebrae, 1, 1, 1))).float()
     sigma = torch.from_numpy(rng.uniform(0, 25, size=(num_vertebrae, 1, 1, 1))).float()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def whole_neck_grid(anatomy: Anatomy, rng: np.random.Generator, spacing_mm: floa
     return Grid.axial(shape=(height, depth, width), spacing_mm=(spacing_mm,) * 3, centre_lps_mm=centre)
 
 
-def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: SegmentSettings) -> dict[str, NDArray]:
+def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: SegmentSettings) -> dict[str, NDArray[Any]]:
     """The whole neck on the U-Net's grid: `hu` int16, `share` uint8 0..255 of each voxel that is vertebra, `level`.
 
     The share, not a yes or no, lets the network place an outline between the centres of its coarse voxels.
@@ -74,7 +75,7 @@ def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: Segment
 
 def classify_samples(
     anatomy: Anatomy, rng: np.random.Generator, segment: SegmentSettings, classify: ClassifySettings, unet: VertebraUNet
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """All seven vertebrae as the fracture network sees them, stacked in level order, in the masks the U-Net draws.
 
     `planes` int16 HU `(7, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(7, slices, Y, X)`, `fractured` bool.
@@ -159,10 +160,10 @@ def random_patient(seed: int) -> tuple[Anatomy, np.random.Generator]:
     return Anatomy.random(seed, random_fractures(rng), variation=float(rng.uniform(0.6, 1.4))), rng
 
 
-def _write(path: Path, arrays: dict[str, NDArray]) -> None:
+def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     unfinished.replace(path)
 
 

@@ -27,7 +27,7 @@ def train(
         network.train()
         loss = loss_of_step(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 2.0)
         optimizer.step()
         _average(averaged, network, min(EMA_DECAY, (1 + step) / (10 + step)))

@@ -43,7 +43,7 @@ def train_unet(network: VertebraUNet, paths: list[Path], *, num_steps: int, seed
     yield from train(network, loss_of_step, num_steps=num_steps, learning_rate=LEARNING_RATE)
 
 
-def freeze_norms(network: VertebraUNet) -> None:
+def freeze_norms(network: nn.Module) -> None:
     """From here on norms use what they have learned of activations, as in analysis, not what one crop holds."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):

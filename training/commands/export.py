@@ -49,6 +49,7 @@ def export(
     )
 
     def metrics() -> dict[str, Any]:
-        return write(cache, work, out, plan).metrics["held_out"]
+        held_out: dict[str, Any] = write(cache, work, out, plan).metrics["held_out"]
+        return held_out
 
     echo(metrics)

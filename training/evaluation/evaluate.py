@@ -123,7 +123,7 @@ def measure_regions(
 
     patient_of: by Study, where it is known; the bootstrap draws patients.
     """
-    fractured = dict(zip(matched.studies, matched.truth.any(axis=1), strict=True))
+    fractured = {study: truth.any() for study, truth in zip(matched.studies, matched.truth, strict=True)}
     studies = [study for study in matched.studies if study in true or not fractured[study]]
     patients = [patient_of.get(study, study) for study in studies]
     resamples = draw_resamples(patients, settings.num_resamples, settings.seed)

@@ -166,7 +166,7 @@ def froc_curves(events: Events, counts: Array) -> tuple[Array, Array]:
 
     counts: how often each Study occurs, `(r, N)`.
     """
-    ends = np.flatnonzero(np.concatenate([np.diff(events.score) != 0, [True]])) if len(events.score) else []
+    ends = np.flatnonzero(np.diff(events.score, append=np.nan) != 0)
     weights = counts[:, events.study]
     num_found = np.cumsum(weights * events.is_found, axis=1)[:, ends]
     num_false = np.cumsum(weights * ~events.is_found, axis=1)[:, ends]

@@ -21,7 +21,7 @@ LEVEL_PREVALENCE = RSNA_PREVALENCE[1:]
 def weights(truth: NDArray[np.bool_]) -> Array:
     """Weight of each label, `(N, 8)`: 14 and 7 for a positive and a negative patient, 2 and 1 for a level."""
     scale = np.array([7.0, *[1.0] * 7])
-    return np.where(truth, 2.0, 1.0) * scale
+    return np.asarray(np.where(truth, 2.0, 1.0) * scale)
 
 
 def log_losses(truth: NDArray[np.bool_], probability: Array) -> Array:
@@ -33,7 +33,7 @@ def log_losses(truth: NDArray[np.bool_], probability: Array) -> Array:
 def study_losses(truth: NDArray[np.bool_], probability: Array) -> Array:
     """Loss of each Study, `(N,)`: the weighted mean over its eight labels."""
     weight = weights(truth)
-    return (weight * log_losses(truth, probability)).sum(axis=1) / weight.sum(axis=1)
+    return np.asarray((weight * log_losses(truth, probability)).sum(axis=1) / weight.sum(axis=1))
 
 
 def weighted_log_loss(truth: NDArray[np.bool_], probability: Array) -> float:

@@ -33,7 +33,7 @@ _LEVEL_COLOURS = ("#8b7be0", "#4f8fdc", "#25a5b5", "#35a86b", "#a5a02c", "#e08a1
 
 _UNIT_SQUARE: dict[str, Any] = {"xlim": (-0.02, 1.02), "ylim": (-0.02, 1.02), "aspect": "equal"}
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
@@ -168,7 +168,7 @@ def probabilities(matched: Matched, metrics: Mapping[str, Any]) -> str:
     with _figure("probabilities", 7.6, 2.6, 2) as (axes, drawn):
         pairs = (("patient", _answered(matched, 0)), ("all levels", _pooled(matched)))
         for axis, (name, (truth, probability)) in zip(axes, pairs, strict=True):
-            edges = np.linspace(0, 1, 31)
+            edges = np.linspace(0, 1, 31).tolist()
             for kind, colour, of_kind in (("intact", _INTACT, ~truth), ("fractured", _LEVEL_COLOURS[-1], truth)):
                 if of_kind.any():
                     weights = np.full(int(of_kind.sum()), 1 / of_kind.sum())

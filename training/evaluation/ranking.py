@@ -86,4 +86,6 @@ def _once(truth: NDArray[np.bool_], scores: Array) -> tuple[Array, Array]:
 
 def _divide(numerator: Array, denominator: Array) -> Array:
     """Quotients, NaN where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator != 0)
+    quotients = np.full(np.shape(numerator), np.nan)
+    np.divide(numerator, denominator, out=quotients, where=denominator != 0)
+    return quotients

@@ -64,7 +64,7 @@ class Cleft:
 
     def across_mm(self, u: Float32Array, v: Float32Array, w: Float32Array) -> Float32Array:
         """Signed distance to the middle of the gap, as good as its slopes are gentle."""
-        across = w + np.float32(self.bend[0]) * u * u + np.float32(self.bend[1]) * v * v
+        across: Float32Array = w + np.float32(self.bend[0]) * u * u + np.float32(self.bend[1]) * v * v
         for height, wave_u, wave_v, phase in self.waves.astype(np.float32):
             across += height * np.sin(wave_u * u + wave_v * v + phase)
         return across
@@ -72,7 +72,7 @@ class Cleft:
     def opening(self, u: Float32Array, v: Float32Array) -> Float32Array:
         """Share of the full width that is open: 1, less towards the end of the gap, 0 beyond it."""
         beyond = np.sqrt(u * u + v * v) - np.float32(self.reach_mm - TAPER_MM)
-        return np.clip(1 - beyond / np.float32(TAPER_MM), 0, 1)
+        return np.asarray(np.clip(1 - beyond / np.float32(TAPER_MM), 0, 1))
 
 
 def cut(near: Neighbourhood, cleft: Cleft, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -92,7 +92,7 @@ def cut(near: Neighbourhood, cleft: Cleft, rng: np.random.Generator) -> NDArray[
     # A gap thinner than a voxel still belongs to the voxels its surface runs through.
     half_voxel = 0.5 * float(np.linalg.norm(cleft.rows[2] @ near.grid.affine[:3, :3]))
     reached = np.abs(across) <= np.maximum(cleft.width_mm / 2, half_voxel)
-    return near.bone & (opening > 0.25) & (reached | (gap > 0.5)) & (near.share > 0.5)
+    return np.asarray(near.bone & (opening > 0.25) & (reached | (gap > 0.5)) & (near.share > 0.5))
 
 
 def _fill(voxels_hu: Float32Array, share: Float32Array, fill_hu: float) -> None:

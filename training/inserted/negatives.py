@@ -307,7 +307,7 @@ def _bent(site: Site) -> bool:
     near = site.near(centre, 17)
     u, v, w = coordinates(frame.index_to_frame(near.grid), near.before.shape)
     apart = np.sqrt(sum((axis - np.float32(c)) ** 2 for axis, c in zip((u, v, w), centre, strict=True)))
-    amount = np.clip(1 - apart / 15, 0, 1) ** 2
+    amount = np.asarray(np.clip(1 - apart / 15, 0, 1) ** 2, np.float32)
     shift = rng.normal(0, 1, 3)
     shift *= rng.uniform(0.5, 2.5) / np.linalg.norm(shift)
     near.voxels_hu[:] = shifted(near.before, near.grid, -shift @ frame.rows, amount)

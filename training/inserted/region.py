@@ -137,4 +137,4 @@ def shifted(voxels_hu: Float32Array, grid: Grid, shift_lps_mm: FloatArray, amoun
 def scanner_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma_hu: float) -> Float32Array:
     """Noise that hangs together over neighbouring pixels, as that of a scanner does."""
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), (0, 0.6, 0.6), truncate=2.5)
-    return noise * np.float32(sigma_hu / max(float(noise.std()), 1e-6))
+    return np.asarray(noise * np.float32(sigma_hu / max(float(noise.std()), 1e-6)))

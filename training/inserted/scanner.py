@@ -35,7 +35,7 @@ def disturb(
 def _motion(slab: Slab, grid: Grid, rng: np.random.Generator) -> Slab:
     """A few slices moved within their plane by up to 2.5 mm, or doubled."""
     shift = rng.uniform(-2.5, 2.5, 2) / grid.spacing_mm[1:]
-    moved = ndimage.shift(slab, (0, *shift), order=1, mode="nearest")
+    moved: Slab = ndimage.shift(slab, (0, *shift), order=1, mode="nearest")
     share = np.float32(1.0 if rng.random() < 0.5 else rng.uniform(0.3, 0.6))
     return slab + share * (moved - slab)
 
@@ -46,7 +46,7 @@ def _streaks(slab: Slab, grid: Grid, rng: np.random.Generator) -> Slab:
     lines = ndimage.gaussian_filter(lines, (0, 0.8, 1.2))
     lines = ndimage.zoom(lines, (1, 1, slab.shape[2] / lines.shape[2]), order=1)
     lines *= np.float32(rng.uniform(15, 70) / max(float(lines.std()), 1e-6))
-    return slab + lines
+    return np.asarray(slab + lines)
 
 
 def _noise(slab: Slab, grid: Grid, rng: np.random.Generator) -> Slab:
@@ -56,7 +56,7 @@ def _noise(slab: Slab, grid: Grid, rng: np.random.Generator) -> Slab:
 def _kernel(slab: Slab, grid: Grid, rng: np.random.Generator) -> Slab:
     """Sharper, with rims that overshoot, or softer."""
     sigma = rng.uniform(0.5, 0.9) / np.asarray(grid.spacing_mm[1:])
-    smooth = ndimage.gaussian_filter(slab, (0, *sigma), truncate=3)
+    smooth: Slab = ndimage.gaussian_filter(slab, (0, *sigma), truncate=3)
     return smooth + np.float32(rng.choice((rng.uniform(0.2, 0.6), rng.uniform(1.5, 2.4)))) * (slab - smooth)
 
 

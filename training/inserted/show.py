@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,7 +99,7 @@ def _row(
     return Row(text=text, picture=np.concatenate(pictures, axis=1))
 
 
-def _slice(voxels: NDArray, grid: Grid, centre_lps_mm: FloatArray, axis: int) -> NDArray[np.float32]:
+def _slice(voxels: NDArray[Any], grid: Grid, centre_lps_mm: FloatArray, axis: int) -> NDArray[np.float32]:
     """A square through a point: axial (0), sagittal (1) or coronal (2), the head at the top, the left on the right."""
     reach = np.arange(-TILE_MM / 2, TILE_MM / 2, PIXEL_MM)
     across, down = {0: ((1, 0, 0), (0, 1, 0)), 1: ((0, 1, 0), (0, 0, -1)), 2: ((1, 0, 0), (0, 0, -1))}[axis]

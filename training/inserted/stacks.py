@@ -2,6 +2,8 @@
 them from phantoms: `training/fractures.py` reads both.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from training.inserted.insertion import Inserted
 
 def inserted_stacks(
     inserted: Inserted, labels: NDArray[np.uint8], grid: Grid, classify: ClassifySettings
-) -> dict[str, NDArray]:
+) -> dict[str, NDArray[Any]]:
     """The N vertebrae of a changed volume that are there and whole, in level order.
 
     labels: as `insert` had them, or as a network draws them of the changed volume.

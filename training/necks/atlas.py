@@ -109,7 +109,7 @@ def _read(path: Path) -> tuple[NDArray[np.uint8], FloatArray]:
 
 def _bones(labels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
     """The nearest bone of each voxel and the signed distance to its surface, made smooth."""
-    groups = [(number,) for number in (*CERVICAL, *THORACIC, SKULL, MANDIBLE)]
+    groups: list[tuple[int, ...]] = [(number,) for number in (*CERVICAL, *THORACIC, SKULL, MANDIBLE)]
     groups.append((*OTHER_BONES, HYOID))
     best = np.full(labels.shape, -MAX_DISTANCE_MM, np.float32)
     bones = np.zeros(labels.shape, np.uint8)
@@ -174,7 +174,7 @@ def _tissues(
     near = ndimage.distance_transform_edt(ndimage.zoom(around_spine, 0.5, order=0) == 0) < 9  # 18 mm of muscle and fat
     wide = np.zeros(labels.shape, bool)
     doubled = near.repeat(2, axis=0).repeat(2, axis=1).repeat(2, axis=2)
-    z, y, x = (min(a, b) for a, b in zip(doubled.shape, wide.shape, strict=True))
+    z, y, x = map(min, doubled.shape, wide.shape)
     wide[:z, :y, :x] = doubled[:z, :y, :x]
     hull = _hull((labels > 0) | wide)
     tissues = np.where(hull, MUSCLE, AIR).astype(np.uint8)
@@ -207,7 +207,7 @@ def _hull(anything: NDArray[np.bool_]) -> NDArray[np.bool_]:
             padded = np.pad(here, 45)
             disc = ndimage.distance_transform_edt(~padded) < 38
             hull[z] = ndimage.binary_fill_holes(ndimage.distance_transform_edt(disc) > 31)[45:-45, 45:-45]
-    return ndimage.gaussian_filter(hull.astype(np.float32), 4) > 0.5
+    return np.asarray(ndimage.gaussian_filter(hull.astype(np.float32), 4) > 0.5)
 
 
 def _hollow(

@@ -147,4 +147,4 @@ def _distance_to_line_mm(line: FloatArray, grid: Grid) -> NDArray[np.float32]:
     index = np.rint((line - grid.affine[:3, 3]) @ np.linalg.inv(grid.affine[:3, :3]).T).astype(int)
     index = index[((index >= 0) & (index < grid.shape)).all(axis=1)]
     mask[tuple(index.T)] = False
-    return ndimage.distance_transform_edt(mask, sampling=grid.spacing_mm).astype(np.float32)
+    return np.asarray(ndimage.distance_transform_edt(mask, sampling=grid.spacing_mm), np.float32)

@@ -102,7 +102,10 @@ def profile(neck: RealNeck, logit: NDArray[np.float32], level: NDArray[np.float3
     offsets = np.array([(a, b) for a in np.arange(8, 17, 2.0) for b in (-5.0, -2.5, 0.0, 2.5, 5.0)])
     places = points[:, None] + offsets[None, :, :1] * forward[:, None] + offsets[None, :, 1:] * side
     index = neck.grid.to_index(places)
-    read = lambda voxels: ndimage.map_coordinates(voxels, np.moveaxis(index, -1, 0), order=1, mode="nearest")  # noqa: E731
+
+    def read(voxels: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.asarray(ndimage.map_coordinates(voxels, np.moveaxis(index, -1, 0), order=1, mode="nearest"))
+
     vertebra = 1 / (1 + np.exp(-read(logit)))
     mass = vertebra.sum(axis=1)
     levels = (vertebra * read(level)).sum(axis=1) / np.maximum(mass, 1e-3)
@@ -289,14 +292,14 @@ def _bodies(at: CanalCoordinates, cut: Cut) -> tuple[NDArray[np.bool_], NDArray[
 def _dens(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """The core in front of the cord, from C2's top on down 20 mm: the dens, and not the ring around it."""
     along, forward, side = at
-    top = cut.borders_mm[0]
+    top = float(cut.borders_mm[0])
     return (along > top - 3) & (along < top + 20) & (forward > 5) & (forward < 14) & (np.abs(side) < 6)
 
 
 def _may_be_arch(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """In front of the dens, where the anterior arch of C1 lies: in thick slices it looks as if it were of the dens."""
     along, forward, side = at
-    top = cut.borders_mm[0]
+    top = float(cut.borders_mm[0])
     return (along > top - 8) & (along < top + 14) & (forward > 15) & (np.abs(side) < 12)
 
 
@@ -304,8 +307,8 @@ def _between(at: CanalCoordinates, cut: Cut) -> NDArray[np.bool_]:
     """From the skull to the last cut vertebra, near the canal: where labels are to be believed."""
     along, forward, side = at
     # Arches lie lower than their bodies: 12 mm more behind the canal would reach into a vertebra that was not cut.
-    last = cut.borders_mm[-1] - 4
-    return (along > cut.borders_mm[0] - 8) & (along < last) & (np.abs(side) < 45) & (forward < 32) & (forward > -60)
+    top, last = float(cut.borders_mm[0]), float(cut.borders_mm[-1]) - 4
+    return (along > top - 8) & (along < last) & (np.abs(side) < 45) & (forward < 32) & (forward > -60)
 
 
 def _canal_coordinates(grid: Grid, found: Profile) -> CanalCoordinates:
@@ -319,7 +322,7 @@ def _canal_coordinates(grid: Grid, found: Profile) -> CanalCoordinates:
         off_line, sampling=grid.spacing_mm, return_distances=False, return_indices=True
     )
     nearest = point[tuple(away)]
-    offset = grid.to_lps_mm(np.stack(np.indices(grid.shape), axis=-1).astype(float)) - found.points[nearest]
+    offset = grid.to_lps_mm(np.stack(list(np.indices(grid.shape)), axis=-1).astype(float)) - found.points[nearest]
     tangent = np.gradient(found.points, axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
     along = nearest * STEP_MM + (offset * tangent[nearest]).sum(axis=-1)

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,9 +137,9 @@ def write_real(path: Path, neck: RealNeck, spine_lps_mm: NDArray[np.float64]) ->
     )
 
 
-def _write(path: Path, arrays: dict[str, NDArray]) -> None:
+def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]
     unfinished.replace(path)

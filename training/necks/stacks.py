@@ -72,7 +72,7 @@ def write_neck_stacks(
         return
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     with unfinished.open("wb") as file:
-        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))
+        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))  # type: ignore[arg-type]
     unfinished.replace(path)
 
 
@@ -152,7 +152,7 @@ def _scanned(voxels_hu: NDArray[np.int16], grid: Grid, look: _Look) -> NDArray[n
 
 def _noisy(voxels_hu: NDArray[np.float32], look: _Look, rng: np.random.Generator) -> NDArray[np.int16]:
     noise = rng.normal(scale=look.noise_hu, size=voxels_hu.shape).astype(np.float32)
-    return np.clip(np.rint(voxels_hu + noise), -1024, 3071).astype(np.int16)
+    return np.asarray(np.clip(np.rint(voxels_hu + noise), -1024, 3071), np.int16)
 
 
 def _thick_grid(grid: Grid, thick: int) -> Grid:

@@ -280,7 +280,7 @@ def _paint_bones(hu: Tensor, bones: Tensor, distance: Tensor, spacing_mm: float,
     cortex = torch.from_numpy(rng.uniform(350, 1400) * rng.uniform(0.85, 1.15, size=count)).float()
     marrow[body.BONE_SKULL :] += rng.uniform(0, 400)
     cortex = torch.maximum(cortex, marrow + 100)
-    shell_mm = rng.uniform(0.6, 2.6)
+    shell_mm: Tensor | float = rng.uniform(0.6, 2.6)
     # Cortex is thick here and thin there, marrow dense here and empty there, over far more than its texture.
     if rng.random() < SHARE_UNEVEN:
         shell_mm = shell_mm * torch.exp(rng.uniform(0, 0.5) * _texture(hu.shape, spacing_mm, rng.uniform(6, 20), rng))

@@ -70,7 +70,7 @@ class AuxiliaryUNet(nn.Module):
     def __init__(self, unet: VertebraUNet) -> None:
         super().__init__()
         self.unet = unet
-        self.aux = nn.Conv3d(unet.heads[-1].in_channels, NUM_AUX, 1)
+        self.aux = nn.Conv3d(unet.heads[-1].in_channels, NUM_AUX, 1)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
         """Scores at every scale, and logits `(B, NUM_AUX, Z, Y, X)`."""

@@ -161,8 +161,7 @@ def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str |
 def _labels(study: Study, volume: Volume, masks: str | Path) -> tuple[NDArray[np.uint8], Grid]:
     """Labels of a study that has them, and their grid."""
     if isinstance(masks, Path):
-        labels, _ = _pipeline(masks).segment(volume)
-        return labels, volume.grid
+        return _pipeline(masks).segment(volume)[0], volume.grid
     labels = study.mask() if masks == "truth" else study.labels(masks)
     assert labels is not None
     return labels, study.grid if masks == "truth" else study.neck_grid
@@ -187,7 +186,7 @@ def cut_study(
     for i in np.flatnonzero(judged):
         label = int(i) + 1
         points = labels_grid.to_lps_mm(voxels[i].astype(float))
-        planes = stack_grid(points.min(axis=0), points.max(axis=0), settings)
+        planes = stack_grid(points.min(axis=0), points.max(axis=0), settings)  # type: ignore[arg-type]  # it reads what both have
         mask = sample_mask(labels, labels_grid, planes, label)
         planes_hu[i] = sample_planes(volume.voxels_hu, volume.grid, planes).round().numpy()
         masks[i] = (mask * 255).round().numpy()

@@ -215,7 +215,7 @@ def _write_mask(folder: Path, uid: str, phantom: Phantom, has: Traits) -> None:
 
 def _boxes(phantom: Phantom, file_numbers: Sequence[int]) -> list[tuple[int, ...]]:
     """A box around each piece of a fracture in each slice, a few pixels wider, as a person draws it."""
-    boxes = []
+    boxes: list[tuple[int, ...]] = []
     for z, file_number in enumerate(file_numbers):
         pieces, _ = ndimage.label(phantom.fractures[z] > 0, np.ones((3, 3)))
         for rows, columns in ndimage.find_objects(pieces):

@@ -4,6 +4,7 @@ import zlib
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -59,7 +60,7 @@ def read_mask(path: Path, volume: Volume) -> Mask:
         MaskError: not a label map, or it does not lie on the bone of this CT, whichever way round.
     """
     stored, grid = _read_nifti(path)
-    upward = np.abs(grid.affine[2, :3]).argmax()
+    upward = int(np.abs(grid.affine[2, :3]).argmax())
     as_stored = labels_on(stored, grid, volume.grid)
     flipped = labels_on(np.flip(stored, upward), grid, volume.grid)
     share, other_share = bone_share(as_stored, volume), bone_share(flipped, volume)
@@ -87,7 +88,7 @@ def read_mask(path: Path, volume: Volume) -> Mask:
 def _read_nifti(path: Path) -> tuple[NDArray[np.uint8], Grid]:
     """Labels `(I, J, K)` as stored, and their grid in LPS; NIfTI has RAS, where x and y run the other way."""
     try:
-        image = nibabel.load(path)
+        image: Any = nibabel.load(path)
         values = np.asanyarray(image.dataobj)
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise MaskError(f"{path.name} cannot be read as NIfTI ({error}).") from error

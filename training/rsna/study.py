@@ -56,7 +56,7 @@ def prepare_study(source_folder: Path, study: SourceStudy, cache: Path, settings
         "files": str(study.files.relative_to(source_folder)),
         "left_out": None,
     }
-    arrays: dict[str, NDArray] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     try:
         more, arrays = _made(study, files, settings)
         record |= more
@@ -74,7 +74,7 @@ def prepare_study(source_folder: Path, study: SourceStudy, cache: Path, settings
     return record
 
 
-def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[dict[str, Any], dict[str, NDArray]]:
+def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     """The rest of the record of a usable study, and its arrays."""
     if study.study_instance_uid.endswith(UNUSABLE_STUDIES):
         raise UnusableStudy("It is on the list of studies that were found to be unusable.")
@@ -86,7 +86,7 @@ def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[di
     if bone_cm3 < MIN_BONE_CM3:
         raise UnusableStudy(f"It holds {bone_cm3:.0f} cm3 of bone; at least {MIN_BONE_CM3:.0f} are expected of a neck.")
     notes = list(volume.warnings)
-    arrays: dict[str, NDArray] = {"neck_hu": neck_hu.round().to(torch.int16).numpy()}
+    arrays: dict[str, NDArray[Any]] = {"neck_hu": neck_hu.round().to(torch.int16).numpy()}
     mask = _mask(study, volume, notes)
     if mask is not None:
         arrays |= {"ct": mask.labels, "neck": labels_on(mask.labels, volume.grid, neck_grid)}

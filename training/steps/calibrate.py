@@ -228,7 +228,7 @@ def calibrated_probabilities(platt: dict[str, Platt], logits: NDArray[np.float64
     """Probabilities `(N, 8)`, NaN where not judged."""
     scale = np.array([platt[output].scale for output in OUTPUTS])
     offset = np.array([platt[output].offset for output in OUTPUTS])
-    return np.clip(1 / (1 + np.exp(-(scale * logits + offset))), 1e-6, 1 - 1e-6)
+    return np.asarray(np.clip(1 / (1 + np.exp(-(scale * logits + offset))), 1e-6, 1 - 1e-6))
 
 
 def reported(probability: NDArray[np.float64]) -> NDArray[np.float64]:

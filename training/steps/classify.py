@@ -4,7 +4,6 @@ At the end the network is asked about every vertebra of every study: the held-ou
 and `calibrate`, the others' are what `study` learns from.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -30,7 +30,7 @@ from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps import regions as regions_step
 from training.steps.augment import MAX_SHIFT, Sample, augmented, mixed, plain
 from training.steps.fit import StepData, adamw, fit, load_weights
-from training.steps.run import Run, fold_folder, read_options, rounded
+from training.steps.run import Run, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
 FRACTURED_WEIGHT = 2.0
@@ -69,7 +69,7 @@ def classify(run: Run, plan: ClassifyPlan) -> dict[str, Any]:
     drawn = ("regions",) if plan.start == "regions" else ()
     folder = run.begin("classify", f"cut {plan.cut}", *drawn, **asdict(plan))
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(run.work, "classify", run.fold)
     cache = Cache.open(run.cache)
     seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
     held_out = judged_vertebrae(cache.studies([run.fold]), plan.cut)
@@ -147,7 +147,7 @@ class FractureTraining(lightning.LightningModule):
 
     def __init__(self, network: FractureNet, learning_rate: float) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.learning_rate = learning_rate
         self.auc = BinaryAUROC()
 
@@ -159,7 +159,7 @@ class FractureTraining(lightning.LightningModule):
         # Summed over what is known, times nothing where that is nothing: every weight has a gradient at every step.
         regions = fractures.region_loss(said.regions.float()[known], batch.regions[known]) if known.any() else 0.0
         attention = fractures.attention_loss(said.attention.float(), batch.regions * batch.known[:, None, None, None])
-        loss = 2 * verdict + regions + attention + 0 * said.regions.sum()
+        loss: Tensor = 2 * verdict + regions + attention + 0 * said.regions.sum()
         self.log_dict({"train/loss": loss, "train/verdict": verdict}, prog_bar=True)
         return loss
 
@@ -177,7 +177,7 @@ class FractureTraining(lightning.LightningModule):
             self.log("held-out/auc", self.auc.compute(), prog_bar=True)
         self.auc.reset()
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, one cycle."""
         return adamw(self, self.learning_rate)
 

@@ -108,7 +108,8 @@ def read_calibration(work: Path) -> dict[str, Any]:
     path = work / "calibrate" / "calibration.json"
     if not path.exists():
         raise StepError(f"{path} is missing. Run `cspine-train calibrate` first, with the same --work.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    fitted: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return fitted
 
 
 def metrics(work: Path, folds: list[int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -110,7 +111,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
         devices=_devices(run.devices),
         num_nodes=run.num_nodes,
         strategy=run.strategy,
-        precision=_precision(run.precision),
+        precision=_precision(run.precision),  # type: ignore[arg-type]
         max_epochs=run.num_epochs,
         default_root_dir=folder,
         logger=TensorBoardLogger(folder, name="curves", version=""),
@@ -143,7 +144,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
     return trainer
 
 
-def adamw(module: lightning.LightningModule, learning_rate: float) -> dict[str, object]:
+def adamw(module: lightning.LightningModule, learning_rate: float) -> OptimizerLRSchedulerConfig:
     """What `configure_optimizers` gives: AdamW, warmed up and then down to zero along a cosine, step by step."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
     total = int(module.trainer.estimated_stepping_batches)

@@ -15,6 +15,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,7 +29,7 @@ from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, cut_settings
 from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, save_weights
-from training.steps.run import Run, StepError, fold_folder, read_options, rounded
+from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
 MAX_OPINIONS = 1000
@@ -54,7 +55,7 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     """Trains one fold's network; what it measured, beside constants."""
     folder = run.begin("regions", f"cut {plan.cut}", **asdict(plan))
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(run.work, "regions", run.fold)
     cache = Cache.open(run.cache)
     side, pixels = plan.patch + 2 * fractures.PATCH_MARGIN, cut_settings(cache, plan.cut).num_pixels
     if side > pixels:
@@ -175,7 +176,7 @@ class RegionTraining(lightning.LightningModule):
 
     def __init__(self, network: RegionUNet, learning_rate: float) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.learning_rate = learning_rate
         # Patches say nothing of the second opinion, which has two numbers of its own.
         network.scale.requires_grad_(False)
@@ -191,7 +192,7 @@ class RegionTraining(lightning.LightningModule):
         """The same of patches of the held-out fold."""
         self.log("held-out/loss", self._loss(batch), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, one cycle."""
         return adamw(self, self.learning_rate)
 

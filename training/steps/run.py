@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from training.files import write_json
 
@@ -167,13 +167,15 @@ def read_options(work: Path, step: str, fold: int) -> dict[str, Any]:
         raise StepError(
             f"{folder} holds no result. Run `cspine-train {step} --fold {fold}` first, with the same --work."
         )
-    return json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    options: dict[str, Any] = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+    return options
 
 
 def read_result(work: Path, step: str, fold: int) -> dict[str, Any]:
     """The `result.json` of a finished step."""
     read_options(work, step, fold)
-    return json.loads((fold_folder(work, step, fold) / "result.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads((fold_folder(work, step, fold) / "result.json").read_text(encoding="utf-8"))
+    return result
 
 
 def mean(values: Any) -> float:
@@ -181,6 +183,6 @@ def mean(values: Any) -> float:
     return float(sum(values) / len(values)) if len(values) else math.nan
 
 
-def rounded(value: float) -> float | None:
+def rounded(value: SupportsFloat) -> float | None:
     """A measure as results have it, four decimals; None where there was nothing to measure."""
     return None if math.isnan(value) else round(float(value), 4)

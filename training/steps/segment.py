@@ -5,7 +5,6 @@ EfficientNet. At the end the held-out fold is labelled by this network, which ne
 use these labels.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +15,8 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
-from monai.losses import DiceCELoss
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from monai.losses.dice import DiceCELoss
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,7 +32,7 @@ from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.fit import StepData, adamw, fit, load_weights, weights_digest
 from training.steps.pseudo_labels import VertebraNetwork, predicted_labels, pseudo_label
-from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, rounded
+from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, read_result, rounded
 from training.steps.slices import draw_slice
 
 NUM_CLASSES = len(LEVELS) + 2
@@ -78,7 +78,7 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
         plan = replace(plan, spacing_mm=cache.spacing_mm)
     folder = run.begin("segment", **asdict(plan))
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(run.work, "segment", run.fold)
     seen = [fold for fold in range(NUM_FOLDS) if fold != run.fold]
     learned = [(study, "truth") for study in cache.studies(seen, has_mask=True)]
     held_out = cache.studies([run.fold], has_mask=True)
@@ -157,8 +157,12 @@ def train(
     """One fit, from the weights the network has."""
     folder.mkdir(parents=True, exist_ok=True)
     data = StepData(run, samples(learned, plan, run.work), [1.0] * len(learned), watch)
-    module = SliceSegmentation if plan.network == "unet2d" else VolumeSegmentation
-    return fit(module(network, run.learning_rate), network, data, folder)
+    module = (
+        SliceSegmentation(network, run.learning_rate)
+        if isinstance(network, SliceVertebraUNet)
+        else VolumeSegmentation(network, run.learning_rate)
+    )
+    return fit(module, network, data, folder)
 
 
 def samples(labelled: Sequence[tuple[Study, str]], plan: SegmentPlan, work: Path) -> "Dataset[Any]":
@@ -242,7 +246,7 @@ class VolumeSegmentation(lightning.LightningModule):
 
     def __init__(self, network: VertebraUNet, learning_rate: float) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last_3d)
+        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.learning_rate = learning_rate
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
@@ -257,7 +261,7 @@ class VolumeSegmentation(lightning.LightningModule):
         """The same of crops of the held-out fold."""
         self.log("held-out/loss", self._loss(batch), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, one cycle."""
         return adamw(self, self.learning_rate)
 
@@ -271,13 +275,13 @@ class SliceSegmentation(lightning.LightningModule):
 
     def __init__(self, network: SliceVertebraUNet, learning_rate: float) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.learning_rate = learning_rate
         self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of a batch of slices."""
-        loss = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
+        loss: Tensor = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -286,7 +290,7 @@ class SliceSegmentation(lightning.LightningModule):
         loss = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
         self.log("held-out/loss", loss, prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, one cycle."""
         return adamw(self, self.learning_rate)
 
@@ -355,7 +359,7 @@ def measure_crops(
     for index in range(len(watch)):  # type: ignore[arg-type]
         inputs, *truth = watch[index]
         bone, level = _targets(truth, plan)
-        if plan.network == "unet2d":
+        if isinstance(network, SliceVertebraUNet):
             probability = network.unet(inputs[None].to(device)).float().cpu().softmax(dim=1)[0]
             logit = torch.logit(1 - probability[0], eps=1e-6)
             answer = 1 + probability[1:].argmax(dim=0).float()

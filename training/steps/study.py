@@ -3,7 +3,6 @@
 It reads what the fracture network of the same fold said of all studies, so it takes minutes, on any machine.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,7 +24,7 @@ from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.classify import read_answers
 from training.steps.fit import StepData, adamw, fit, load_weights
-from training.steps.run import Run, StepError, fold_folder, read_options, rounded
+from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 
 CONTEXT_NOISE, DROPPED_LEVELS = 0.1, 0.1
 """Noise on the contexts, in their own standard deviations, and share of levels hidden, in training: the fracture
@@ -52,7 +52,7 @@ def study(run: Run, plan: StudyPlan) -> dict[str, Any]:
     """Trains one fold's network and keeps its logits for the held-out fold; what it measured, beside constants."""
     folder = run.begin("study", "classify", **asdict(plan))
     if (folder / "result.json").exists():
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(run.work, "study", run.fold)
     cache = Cache.open(run.cache)
     answers = fold_folder(run.work, "classify", run.fold)
     others = cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold])
@@ -149,7 +149,7 @@ class StudyTraining(lightning.LightningModule):
         """The same of the held-out fold."""
         self.log("held-out/weighted_log_loss", self._loss(batch), prog_bar=True, sync_dist=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, one cycle."""
         return adamw(self, self.learning_rate)
 
@@ -168,7 +168,7 @@ def _outputs(network: StudyNet, batch: StudyBatch) -> Tensor:
 def challenge_weights(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
     """What each answer counts in the challenge's score, `(N, 8)`; each row sums to 1."""
     weight = weights(truth)
-    return weight / weight.sum(axis=1, keepdims=True)
+    return np.asarray(weight / weight.sum(axis=1, keepdims=True))
 
 
 @torch.inference_mode()
