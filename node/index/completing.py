@@ -110,9 +110,9 @@ class Completing(Cases):
     def reconsider_skipped(self) -> None:
         """Has a Series that was passed over judged again when the one that was preferred came to nothing."""
         preferred = _cases.alias()
-        came_to_nothing = select(preferred.c.series_instance_uid).where(
-            preferred.c.state.in_([CaseState.REFUSED, CaseState.FAILED]), preferred.c.result_dir.is_(None)
-        )
+        refused = preferred.c.state == CaseState.REFUSED  # its results, if any, are reports that say so
+        failed = (preferred.c.state == CaseState.FAILED) & preferred.c.result_dir.is_(None)
+        came_to_nothing = select(preferred.c.series_instance_uid).where(refused | failed)
         is_here = _cases.c.originals_purged_at.is_(None)
         passed_over = (_cases.c.state == CaseState.SKIPPED) & _cases.c.skipped_for.in_(came_to_nothing) & is_here
         with self._engine.connect() as connection:

@@ -402,6 +402,24 @@ def test_the_next_best_is_analysed_when_the_preferred_one_cannot_be(node: Node) 
     assert node.case("1.2.5").reason == ""
 
 
+def test_the_next_best_is_analysed_when_a_report_says_that_the_preferred_one_cannot_be(node: Node) -> None:
+    node.send(WHOLE, "1.2.5")
+    node.send(THIN, "1.2.6")
+    node.check()
+    held = node.index.claim_next()
+    assert held is not None
+    node.index.finish(
+        held,
+        node.index.data_dir / "cases/1.2.6/report",
+        summary="Not analysed",
+        sop_instance_uids=["1.2.6.99"],
+        destinations=["pacs"],
+        refusal="its pixels cannot be decoded",
+    )
+    node.check()
+    assert node.states() == {"1.2.5": CaseState.QUEUED, "1.2.6": CaseState.REFUSED}
+
+
 def test_a_late_slice_of_the_preferred_series_keeps_it_preferred(node: Node) -> None:
     node.send(WHOLE, "1.2.5")
     node.send(THIN[:-1], "1.2.6")
