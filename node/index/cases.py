@@ -61,9 +61,14 @@ def moved_to(case: Case, state: CaseState) -> Update:
 
 
 def unmoved(case: Case) -> Update:
-    """An update of the case that misses if it changed since the snapshot."""
+    """An update of the case that misses if it changed since the snapshot.
+
+    SQLite gives the number of a deleted case to the next one, which is told by when it began.
+    """
     return update(_cases).where(
         _cases.c.case_id == case.case_id,
+        _cases.c.series_instance_uid == case.series_instance_uid,
+        _cases.c.first_received_at == case.first_received_at,
         _cases.c.state == case.state,
         _cases.c.num_instances == case.num_instances,
         _cases.c.attempts == case.attempts,

@@ -156,6 +156,18 @@ def test_a_change_decided_on_an_old_snapshot_is_dropped(index: Index) -> None:
     assert index.queue(the_case(index))
 
 
+def test_results_of_a_deleted_case_are_not_those_of_the_case_that_gets_its_number(index: Index) -> None:
+    deleted = claimed(index)
+    assert index.delete_case(deleted) is not None
+    add(index, 1, series_uid="1.2.4")
+    assert index.queue(the_case(index, "1.2.4"))
+    assert index.claim_next() is not None
+    assert not finish(index, deleted, "pacs")
+    index.fail_attempt(deleted, "the worker died", max_attempts=1)
+    other = the_case(index, "1.2.4")
+    assert (other.state, other.reason, other.result_dir) == (CaseState.ANALYSING, "", None)
+
+
 def test_results_of_fewer_instances_are_dropped_when_one_came_meanwhile(index: Index) -> None:
     held = claimed(index)
     add(index, 2)
