@@ -3,6 +3,7 @@
 Knows one Instance at a time and nothing of Series, order or geometry. Called by `model.series.read_series`.
 """
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from struct import error as StructError  # noqa: N812 - a class, named like one
@@ -63,6 +64,7 @@ PARSE_ERRORS = (
     StructError,
     TypeError,
     ValueError,
+    zlib.error,
 )
 """What pydicom raises on damaged datasets, when it reads them or when a value is first asked for (found by fuzzing)."""
 

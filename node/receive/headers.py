@@ -37,6 +37,7 @@ _PIXEL_GROUP = 0x7FE0
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _MAX_HEADER_BYTES = 64 * 2**20  # Enhanced CT of a thousand frames has some 5 MB
+_INFLATED_BYTES = 2**20  # at a time
 _NUM_SERIES_KEPT = 64
 
 
@@ -169,6 +170,7 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
 
     Raises:
         RefusedError: it ends before its pixel data do, or they begin too far back.
+        zlib.error: it is deflated, and damaged.
     """
     is_deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
     is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
@@ -187,8 +189,11 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
         file = BytesIO(beginning)
         ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
         if length is not None:
-            if not is_deflated:
-                _check_whole(encoded, file.tell() + (8 if is_implicit else 12), length)
+            value_at = file.tell() + (8 if is_implicit else 12)
+            if is_deflated:
+                _check_inflates(encoded, value_at + (0 if length == _UNDEFINED_LENGTH else length))
+            else:
+                _check_whole(encoded, value_at, length)
             return ds
     raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
@@ -212,3 +217,22 @@ def _check_whole(encoded: Encoded, value_at: int, length: int) -> None:
             is_whole = _SEQUENCE_DELIMITER in file.read()  # padding or signatures may follow
     if not is_whole:
         raise RefusedError(CANNOT_UNDERSTAND, "the pixel data are shorter than they say")
+
+
+def _check_inflates(encoded: Encoded, num_bytes: int) -> None:
+    """Refuses what is deflated if it breaks off, or holds less than these bytes or far more; nobody could read it.
+
+    Raises:
+        RefusedError: so it is.
+        zlib.error: it is damaged.
+    """
+    inflating, num_inflated = zlib.decompressobj(-zlib.MAX_WBITS), 0
+    with encoded.path.open("rb") as file:
+        file.seek(encoded.start)
+        while piece := inflating.unconsumed_tail or file.read(_INFLATED_BYTES):
+            num_inflated += len(inflating.decompress(piece, _INFLATED_BYTES))
+            if inflating.eof or num_inflated > num_bytes + _MAX_HEADER_BYTES:
+                break
+    num_inflated += len(inflating.flush())
+    if not inflating.eof or num_inflated < num_bytes:
+        raise RefusedError(CANNOT_UNDERSTAND, "the deflated dataset is shorter than it says, or damaged")

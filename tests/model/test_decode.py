@@ -9,7 +9,7 @@ import pydicom
 import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
-from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from model.decode import PIXEL_TAGS, DecodeError, frame_hu, read_instance
 from model.series import SeriesError, SeriesRules, read_series
@@ -192,6 +192,13 @@ def test_unusual_values_are_told(tmp_path: Path) -> None:
 
     (warning,) = read_series(make_ct_series(tmp_path, edit=shifted), SMALL).warnings
     assert "hardly any air in the Series (0.5th percentile 24 HU)" in warning
+
+
+def test_a_deflated_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path, num_slices=4, transfer_syntax_uid=DeflatedExplicitVRLittleEndian)
+    paths[1].write_bytes(paths[1].read_bytes()[:-20])
+    with pytest.raises(SeriesError, match="is damaged and cannot be read"):
+        read_series(paths, SMALL)
 
 
 def test_damaged_files_end_in_a_refusal_never_in_a_crash(tmp_path: Path) -> None:

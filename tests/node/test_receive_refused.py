@@ -5,12 +5,20 @@ import io
 import os
 import re
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
-from pydicom.uid import CTImageStorage, MRImageStorage, SecondaryCaptureImageStorage, SegmentationStorage, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    MRImageStorage,
+    SecondaryCaptureImageStorage,
+    SegmentationStorage,
+    generate_uid,
+)
 
 from node.case import CaseState
 from node.config import Config
@@ -76,6 +84,21 @@ def test_garbage_is_refused_with_0xc000_and_the_association_lives_on(
     assert status.Status == CANNOT_UNDERSTAND
     assert files_under(index.data_dir) == []
     assert association.send_c_store(make_instance(tmp_path / "sent")).Status == SUCCESS
+    association.release()
+
+
+@pytest.mark.parametrize("damage", [lambda encoded: encoded[:-100], lambda encoded: encoded[:-200] + b"\xff" * 200])
+def test_a_deflated_dataset_that_is_cut_off_or_damaged_is_refused_with_0xc000(
+    receiver: Config, index: Index, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    """Its beginning, which is all that is needed of it here, can be read; what comes later could not read the file."""
+    syntax = DeflatedExplicitVRLittleEndian
+    sent = make_instance(tmp_path / "sent", transfer_syntax_uid=syntax)
+    encoded, uid = encoded_dataset(sent), pydicom.dcmread(sent).SOPInstanceUID
+    association = associate(receiver, transfer_syntaxes=(syntax,))
+    assert c_store(association, damage(encoded), uid, transfer_syntax=syntax).Status == CANNOT_UNDERSTAND
+    assert files_under(index.data_dir) == []
+    assert c_store(association, encoded, uid, transfer_syntax=syntax).Status == SUCCESS
     association.release()
 
 
