@@ -203,7 +203,7 @@ def test_a_deflated_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 def test_damaged_files_end_in_a_refusal_never_in_a_crash(tmp_path: Path) -> None:
     """Bytes of one file changed or cut at random: it reads, or is refused with a SeriesError."""
-    paths = make_ct_series(tmp_path, num_slices=4, rows=4, columns=4)
+    paths = make_ct_series(tmp_path, num_slices=4)
     intact, chance = paths[1].read_bytes(), random.Random(20261123)
     refused = 0
     for _ in range(150):
