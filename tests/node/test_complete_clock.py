@@ -10,6 +10,7 @@ import pytest
 from model import SliceHeader
 from node.case import Case, CaseState
 from node.complete import Sources, check_cases
+from node.complete import clock as clock_module
 from node.config import CompleteConfig, Config, DeliverConfig
 from node.index import Index, NewInstance
 from node.rules.settings import RulesConfig
@@ -105,6 +106,29 @@ def node(make_node: Callable[..., Node]) -> Node:
 
 
 # ---- completeness ----
+
+
+def test_a_study_that_cannot_be_judged_holds_up_no_other(
+    node: Node, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    node.send(WHOLE, "1.2.3")
+    node.clock.now_s += 1
+    node.send([replace(header, study_instance_uid="1.5") for header in WHOLE], "1.5.3")
+    describe = clock_module.describe_series
+
+    def fail_at_one(headers: Sequence[SliceHeader], *others: Any) -> Any:
+        if headers[0].series_instance_uid == "1.2.3":
+            raise RuntimeError
+        return describe(headers, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock_module, "describe_series", fail_at_one)
+        node.check(1)
+        assert node.states() == {"1.2.3": CaseState.RECEIVING, "1.5.3": CaseState.QUEUED}
+        node.check(1)
+        assert caplog.text.count("action=not-judged study=1.2: ") == 1
+    node.check(30)
+    assert node.states() == {"1.2.3": CaseState.QUEUED, "1.5.3": CaseState.QUEUED}
 
 
 def test_a_whole_series_is_queued_as_soon_as_its_association_is_released(node: Node) -> None:
