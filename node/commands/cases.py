@@ -82,6 +82,8 @@ def retry(config_path: Path | None, names: tuple[str, ...]) -> None:
             return f"is {case.state}; only what has ended is started again"
         if case.originals_purged_at is not None:
             return "has no Instances any more, they were purged; send the Series again"
+        if not case.num_instances:
+            return "has no Instances any more, they were lost from the disk; send the Series again"
         return "" if index.retry(case) else _CHANGED
 
     with open_index(load_config(config_path)) as index:

@@ -8,7 +8,7 @@ from sqlalchemy import delete, select
 
 from node.case import About, Case, CaseState, NotificationState
 from node.index import tables
-from node.index.cases import Cases
+from node.index.cases import Cases, moved_to
 
 _cases, _instances, _pause = tables.cases, tables.instances, tables.pause
 _deliveries, _notifications = tables.deliveries, tables.notifications
@@ -43,9 +43,16 @@ class Operating(Cases):
     def retry(self, case: Case) -> bool:
         """Starts an ended case again: it is judged, analysed and delivered as if its last Instance had just come.
 
-        Somebody asked for this one: no rule and no preference holds it back any more.
+        Somebody asked for this one: no rule and no preference holds it back any more. False, too, if its Instances are
+        gone: there is nothing to judge.
         """
-        return self._move(case, CaseState.RECEIVING, attempts=0, next_check_at=self.now(), is_asked_for=1)
+        again = moved_to(case, CaseState.RECEIVING).where(
+            _cases.c.originals_purged_at.is_(None), _cases.c.num_instances > 0
+        )
+        now = self.now()
+        values = {"reason": "", "attempts": 0, "next_check_at": now, "is_asked_for": 1, "changed_at": now}
+        with self._writing() as connection:
+            return bool(connection.execute(again.values(values)).rowcount)
 
     def delete_case(self, case: Case) -> list[Path] | None:
         """Forgets a case and everything about it; the files of its Instances. None if it changed since the snapshot.

@@ -117,6 +117,23 @@ def test_retry_starts_again_what_has_ended_and_says_so_of_each(cspine: Cspine, i
     assert the_case(index, "1.3") == held or the_case(index, "1.3").state is CaseState.ANALYSING
 
 
+def test_a_case_whose_instances_are_gone_is_not_started_again(cspine: Cspine, index: Index) -> None:
+    """With nothing to judge it would never end."""
+    finished(index, "1.1")
+    receive(index, "1.2")
+    index.forget_instances(["1.2.1"])
+    before = the_case(index, "1.1")
+    assert index.purge_originals(before)
+    result = cspine("retry", "1.1", "1.2")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines() == [
+        "Case 1.1 has no Instances any more, they were purged; send the Series again.",
+        "Case 1.2 has no Instances any more, they were lost from the disk; send the Series again.",
+    ]
+    assert not index.retry(before)  # purged since it was looked at
+    assert index.cases_to_check() == []
+
+
 def test_a_failed_case_has_all_its_attempts_again(cspine: Cspine, index: Index) -> None:
     assert index.fail_attempt(analysing(index, "1.1"), "step 'segment' hung", max_attempts=1) is CaseState.FAILED
     assert cspine("retry", "1.1").exit_code == 0
