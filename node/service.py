@@ -203,12 +203,17 @@ class Service:
                 if case is None:
                     return
                 self._held.add(case.case_id)
+            try:
+                files = self._index.instance_files(case.series_instance_uid)
+            except BaseException:
+                self._let_go(case)  # or its worker would count as busy for ever
+                raise
             log.info(
                 "action=analysing case=%d series=%s attempt=%d", case.case_id, case.series_instance_uid, case.attempts
             )
             job = Job(
                 previous_dir=case.result_dir,
-                files=self._index.instance_files(case.series_instance_uid),
+                files=files,
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )
             self._pool.submit(job).add_done_callback(partial(self._on_analysed, case))
@@ -219,8 +224,11 @@ class Service:
                 self._settle(case, future.result())
                 remove_superseded(self._index, case.series_instance_uid)
         finally:
-            with self._lock:
-                self._held.discard(case.case_id)
+            self._let_go(case)
+
+    def _let_go(self, case: Case) -> None:
+        with self._lock:
+            self._held.discard(case.case_id)
 
     def _settle(self, case: Case, outcome: JobOutcome) -> None:
         """Notes how an analysis ended."""
