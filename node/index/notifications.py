@@ -27,6 +27,7 @@ class Notifications(Cases):
             with self._writing() as connection:
                 connection.execute(_targets.insert().values(target=target, seen_until=now))
             return
+        seen_until = min(seen_until, now)  # or what changes after the clock was set back would not count as new
         changed = self._cases(select(_cases).where(_cases.c.changed_at > seen_until).order_by(_cases.c.changed_at))
         if not changed:
             return
@@ -43,7 +44,7 @@ class Notifications(Cases):
             if new:
                 connection.execute(_notifications.insert(), new)
             mine = update(_targets).where(_targets.c.target == target)
-            connection.execute(mine.values(seen_until=changed[-1].changed_at))
+            connection.execute(mine.values(seen_until=min(changed[-1].changed_at, now)))
 
     def _events(self, case: Case, target: str) -> list[dict[str, Any]]:
         """What the case says has become of it; results stay told of when their delivery fails."""

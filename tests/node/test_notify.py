@@ -107,6 +107,28 @@ def test_results_are_told_even_if_their_delivery_failed_at_once(
     assert sorted(told(web)) == ["failed", "positive"]
 
 
+def test_what_happens_after_the_clock_was_set_back_is_told_and_nothing_twice(
+    index: Index, web: WebServer, target: WebhookTarget, clock: Clock
+) -> None:
+    clock.now_s += 3600
+    finish(index, analysing(index), C5=0.9)
+    notify_due(index, target)
+    clock.now_s -= 3600
+    notify_due(index, target)
+    assert told(web) == ["positive"]
+    case = index.case(SERIES)
+    assert case is not None
+    assert index.retry(case)
+    case = index.case(SERIES)
+    assert case is not None
+    clock.now_s += 1
+    index.refuse(case, "Series 1.2.3 has 5 slices.")
+    asking = target.model_copy(update={"when": Rule(events=("not-analysed",))})
+    for _ in range(2):
+        notify_due(index, asking)
+    assert told(web) == ["positive", "not-analysed"]
+
+
 def test_a_new_target_hears_nothing_of_old_cases(index: Index, web: WebServer, clock: Clock) -> None:
     finish(index, analysing(index), C5=0.9)
     clock.now_s += 1
