@@ -49,6 +49,7 @@ _RELIEVE_S = 30.0
 _FIRST_RETENTION_S = 60.0
 _RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
 _NOTIFY_S = 2.0
+_CLOCK_S = 5.0  # how soon it is seen that the clock was set back
 
 
 class StartError(Exception):
@@ -130,6 +131,18 @@ class Service:
             self._start_watching()
         self._scheduler.start()
         log.info("action=started listening=%s:%d", config.receive.host, config.receive.port)
+
+    def heed_clock(self) -> None:
+        """Has the jobs go on when the clock was set back: APScheduler lets them rest until it is as late again."""
+        set_back = timedelta()
+        for job in self._scheduler.get_jobs():
+            now = datetime.now(job.next_run_time.tzinfo)
+            longest = job.trigger.interval + timedelta(seconds=job.trigger.jitter or 0)
+            if (too_late := job.next_run_time - now - longest) > timedelta():
+                job.modify(next_run_time=now)
+                set_back = max(set_back, too_late)
+        if set_back:
+            log.warning("action=clock-set-back by_s=%.0f: the jobs go on", set_back.total_seconds())
 
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
@@ -301,7 +314,7 @@ def serve(config: Config, stopping: threading.Event, on_started: Callable[[], No
     try:
         service.start()
         on_started()
-        while not stopping.wait(3600):
-            pass
+        while not stopping.wait(_CLOCK_S):
+            service.heed_clock()
     finally:
         service.stop()

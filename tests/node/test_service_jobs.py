@@ -1,12 +1,17 @@
 """What the jobs of the service do when something fails around them; nothing listens here, and no worker runs."""
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
+from apscheduler.executors import base as executors
+from apscheduler.schedulers import base as schedulers
 from sqlalchemy.exc import OperationalError
 
+from node import service as service_module
 from node.case import CaseState
 from node.config import Config
 from node.service import Service
@@ -55,3 +60,36 @@ def test_a_database_that_fails_when_a_case_goes_to_a_worker_costs_no_worker(
     assert the_case(service._index).state is CaseState.QUEUED
     service._dispatch()
     assert [list(job.files) for job in workers.jobs] == [[f"{SERIES}.1"]]
+
+
+class _Clock(datetime):
+    """A clock that may be set back."""
+
+    set_back = timedelta()
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return datetime.now(tz) - cls.set_back
+
+
+def test_jobs_go_on_when_the_clock_is_set_back(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a machine that starts with the local time in its clock and is then put right."""
+    ticked = threading.Semaphore(0)
+    for module in (executors, schedulers, service_module):
+        monkeypatch.setattr(module, "datetime", _Clock)
+    service._every_tick(ticked.release)
+    service._scheduler.add_job(lambda: None, "interval", hours=1, jitter=300)
+    service._scheduler.start()
+    assert ticked.acquire(timeout=5)
+    service.heed_clock()
+    assert "clock-set-back" not in caplog.text
+    monkeypatch.setattr(_Clock, "set_back", timedelta(hours=2))
+    while ticked.acquire(timeout=1):  # what was due before
+        pass
+    service.heed_clock()
+    for _ in range(3):
+        assert ticked.acquire(timeout=5)
+    assert "action=clock-set-back by_s=7" in caplog.text
+    monkeypatch.setattr(_Clock, "set_back", timedelta())
