@@ -11,7 +11,6 @@ from node.complete.judge import Answer, Evidence, Verdict, await_sender, habit_s
 from node.complete.sources import Sources
 from node.config import CompleteConfig, Config
 from node.index import Index
-from node.process import describe_error
 from node.rules.match import Decision, Outcome, decide
 from node.rules.traits import Traits, describe_series
 
@@ -34,11 +33,11 @@ def check_cases(index: Index, config: Config, sources: Sources) -> None:
     for study_instance_uid in dict.fromkeys(case.study_instance_uid for case in due):
         try:
             _Study(index, config, sources, study_instance_uid).settle({case.case_id for case in due})
-        except Exception as error:  # a fault of ours, for which the other Studies must not wait
-            log.error("action=not-judged study=%s: %s", study_instance_uid, describe_error(error))
-            for case in due:
+        except Exception:
+            for case in due:  # put off, so that the other Studies do not wait for it
                 if case.study_instance_uid == study_instance_uid:
                     index.check_again(case, index.now() + config.complete.quiet_time_s)
+            raise
 
 
 @dataclass(frozen=True, kw_only=True)
