@@ -5,6 +5,7 @@ Called by `model/pipeline.py`; `training/` cuts its samples with the same functi
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from model.levels import LEVELS
 from model.memory import answer
 from model.networks import FractureAnswer, FractureNet, RegionAnswer, StudyAnswer
 from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
-from model.segment import Vertebra
+from model.segment import Vertebra, about_long_axis
 from model.volume import SliceSource, Volume
 
 NUM_NEIGHBOURS = 2
@@ -55,19 +56,24 @@ class Judgement:
     patient_logit: float | None
 
 
-def stack_grid(lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, settings: ClassifySettings) -> Grid:
+def stack_grid(
+    lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, settings: ClassifySettings, twist_deg: float = 0.0
+) -> Grid:
     """Planes over a vertebra's box, along the patient's axes, half a slice step apart and foot to head.
 
+    twist_deg: of the patient, as of a `Vertebra`; the planes are turned with it, so that the front is at their top.
     Slice j of the network is plane `NUM_NEIGHBOURS + 2 * j`; its neighbours are the planes beside it.
     """
     num_planes = 2 * (settings.num_slices - 1) + 1 + 2 * NUM_NEIGHBOURS
     half_step_mm = max((upper_lps_mm[2] - lower_lps_mm[2]) / (2 * (settings.num_slices - 1)), 0.5)
     centre = (np.asarray(lower_lps_mm) + np.asarray(upper_lps_mm)) / 2
-    return Grid.axial(
+    planes = Grid.axial(
         shape=(num_planes, settings.num_pixels, settings.num_pixels),
         spacing_mm=(half_step_mm, settings.pixel_mm, settings.pixel_mm),
-        centre_lps_mm=(float(centre[0]), float(centre[1]), float(centre[2])),
     )
+    affine = about_long_axis(twist_deg) @ planes.affine
+    affine[:3, 3] += centre
+    return Grid(shape=planes.shape, affine=affine)
 
 
 def slice_grid(planes: Grid) -> Grid:
@@ -125,7 +131,9 @@ def judge(
     if not vertebrae:
         return Judgement(verdicts={}, patient_logit=None)
     settings = bundle.classify
-    planes = [stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings) for vertebra in vertebrae]
+    planes = [
+        stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings, vertebra.twist_deg) for vertebra in vertebrae
+    ]
     slices = [slice_grid(grid) for grid in planes]
     planes_hu = torch.stack([sample_planes(volume.voxels_hu, volume.grid, grid) for grid in planes])
     masks = torch.stack(
@@ -274,8 +282,8 @@ def as_regions(
 
 
 def _box(grid: Grid) -> tuple[FloatArray, FloatArray]:
-    """Lower and upper LPS corner of a grid that runs along the patient's axes."""
-    corners = grid.to_lps_mm(np.array([[0, 0, 0], np.asarray(grid.shape) - 1], float))
+    """Lower and upper LPS corner of the box around a grid."""
+    corners = grid.to_lps_mm(np.array(list(product(*((0, n - 1) for n in grid.shape))), float))
     return corners.min(axis=0), corners.max(axis=0)
 
 

@@ -41,6 +41,10 @@ LAST_LEVEL = len(LEVELS) + 3
 REFINED_MARGIN_MM = 12.0
 """How far beyond the vertebrae that the coarse network found the refiner looks."""
 
+SEEN_MM, BLUR_PIXELS = 1.5, 2.5
+"""Pixels of the picture from above in which the midplane is looked for, and their blur: fine and blurred, or the
+voxels' own grid would show in it."""
+
 NO_BONE_LOGIT = -2.0
 """Where the coarse network is surer than this that there is no vertebra, the refiner is not believed: alone, it takes
 the skull base for C1. On drawn necks: Dice of C1 from 0.56 to 0.68, the others unchanged."""
@@ -49,6 +53,11 @@ LEAN_DEG, TILT_DEG = 25.0, 10.0
 """A neck that leans forward or back, or to a side, by more than this is stood upright, too: the networks number best
 what is. Each vertebra is taken from that look in which it stands more upright, since a head is held upright on a neck
 that leans."""
+
+TWIST_DEG, TWIST_STEP_DEG, MAX_TWIST_DEG, MIN_FIT_GAIN = 15.0, 3.0, 75.0, 0.03
+"""A patient turned about the long axis by more than TWIST_DEG is looked at facing forward. How far is found in steps,
+up to MAX_TWIST_DEG, by the symmetry of the vertebrae, which has to be so much better there than as scanned, or
+the spine has no one midplane. Off by up to 9 degrees on real CT that was turned by up to 45 (training/LOG.md)."""
 
 OUTSIDE = torch.tensor([-8.0, 0.0])[:, None, None, None]
 """Scores where nothing was looked at."""
@@ -81,7 +90,10 @@ lifts the mean Dice of a coarse outline from 0.81 to 0.89 (training/LOG.md); a r
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Vertebra:
-    """One found level. lower_lps_mm, upper_lps_mm: its box in the patient. is_cut: the field of view ends inside it."""
+    """One found level. lower_lps_mm, upper_lps_mm: its box in the patient. is_cut: the field of view ends inside it.
+
+    twist_deg: how far the patient lies turned about the long axis, from the front to the left above 0; 0 for little.
+    """
 
     label: int
     centroid_lps_mm: FloatArray
@@ -89,6 +101,7 @@ class Vertebra:
     lower_lps_mm: FloatArray
     upper_lps_mm: FloatArray
     is_cut: bool
+    twist_deg: float = 0.0
 
 
 def network_input(voxels_hu: Tensor) -> Tensor:
@@ -117,10 +130,12 @@ def find_vertebrae(
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     scanned = _coarse(volume, network, settings, device)
+    if twist_deg := _twist_deg(scanned):
+        facing = _coarse(_turned(volume, about_long_axis(-twist_deg)), network, settings, device)
+        scanned, twist_deg = (facing, twist_deg) if facing.found.any() else (scanned, 0.0)
     looks, turn = [scanned], _to_upright(scanned)
     if turn is not None:
-        turned = replace(volume, grid=Grid(shape=volume.grid.shape, affine=turn @ volume.grid.affine))
-        upright = _coarse(turned, network, settings, device)
+        upright = _coarse(_turned(scanned.volume, turn), network, settings, device)
         if upright.found.any():  # or what leaned was no neck: then the first look counts
             looks.append(upright)
     bone_weight = BONE_WEIGHT
@@ -134,7 +149,7 @@ def find_vertebrae(
     if not look.found.any():
         return labels, []
     part = _draw(labels, look, bone_weight)
-    return labels, _describe(labels, volume.grid, part)
+    return labels, [replace(found, twist_deg=twist_deg) for found in _describe(labels, volume.grid, part)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -168,6 +183,41 @@ def _coarse(
     """Of the whole body."""
     hu, grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
     return _Look(volume=volume, scores=answer(network, network_input(hu)[None], device)[-1][0], grid=grid)
+
+
+def _turned(volume: Volume, turn: FloatArray) -> Volume:
+    """The volume as of a patient who was turned, `(4, 4)`, in LPS mm."""
+    return replace(volume, grid=Grid(shape=volume.grid.shape, affine=turn @ volume.grid.affine))
+
+
+def about_long_axis(turn_deg: float) -> FloatArray:
+    """The turn of a patient about the long axis, `(4, 4)` in LPS mm, from the front to the left above 0."""
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_euler("z", turn_deg, degrees=True).as_matrix()
+    return turn
+
+
+def _twist_deg(look: _Look) -> float:
+    """How far the patient is turned about the long axis; 0 if that is little, or cannot be told.
+
+    A vertebra is its own mirror image about the midplane. Seen from above, all layers of the spine laid upon each other,
+    that plane is the one whose mirror image fits best.
+    """
+    where = np.argwhere(look.found & (look.chain[0][1].numpy() < len(LEVELS) + 0.5))
+    if not len(where):
+        return 0.0
+    points = look.grid.to_lps_mm(where.astype(float))[:, :2]
+    _, layer = np.unique(where[:, 0], return_inverse=True)
+    middles = [np.bincount(layer, points[:, axis]) / np.bincount(layer) for axis in (0, 1)]
+    seen = points - np.stack(middles, axis=1)[layer]
+    edges = np.arange(-60, 60 + SEEN_MM, SEEN_MM)
+    fits = {}
+    for twist_deg in np.arange(-MAX_TWIST_DEG, MAX_TWIST_DEG + 1, TWIST_STEP_DEG):
+        across, along = about_long_axis(-twist_deg)[:2, :2] @ seen.T
+        picture = ndimage.gaussian_filter(np.histogram2d(across, along, bins=(edges, edges))[0], BLUR_PIXELS)
+        fits[float(twist_deg)] = (picture * picture[::-1]).sum() / (picture**2).sum()
+    best = max(fits, key=lambda twist_deg: fits[twist_deg])
+    return best if abs(best) > TWIST_DEG and fits[best] > fits[0.0] + MIN_FIT_GAIN else 0.0
 
 
 def _to_upright(look: _Look) -> FloatArray | None:

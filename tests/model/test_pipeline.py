@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.ndimage import distance_transform_edt
+from scipy.spatial.transform import Rotation
 
 from model.bundle import PHANTOM_BUNDLE
 from model.findings import Analysis, Finding
@@ -180,6 +181,21 @@ def test_masks_fall_on_the_same_patient_however_it_was_acquired(turn: FloatArray
     assert set(middle) >= {3, 4, 5, 6}
     assert np.mean([dice(found.vertebrae == k, made.vertebrae == k) for k in middle]) > 0.8
     assert found.findings.levels["C5"].finding is Finding.PRESENT
+
+
+@pytest.mark.parametrize("twist_deg", [40, -40])
+def test_a_patient_on_one_shoulder_gets_the_findings_of_one_on_the_back(twist_deg: float) -> None:
+    made = phantom()
+    grid = turned(made.grid, Rotation.from_euler("z", twist_deg, degrees=True).as_matrix())
+
+    found = pipeline().analyse(make_volume(made.voxels_hu, grid))
+
+    for label, name in enumerate(LEVELS, start=1):
+        plain = analysis().findings.levels[name]
+        assert found.findings.levels[name].finding is plain.finding
+        assert dice(found.vertebrae == label, analysis().vertebrae == label) > 0.9
+    shown = found.fractures == 5
+    assert (shown & (analysis().fractures == 5)).sum() > 0.3 * shown.sum() > 0
 
 
 def test_a_cut_vertebra_is_undetermined_and_what_lies_beyond_is_not_invented() -> None:

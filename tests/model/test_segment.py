@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 
 from model.bundle import SegmentSettings
@@ -81,6 +82,39 @@ def test_a_neck_that_leans_is_stood_upright_for_the_network_and_labelled_where_i
         assert np.linalg.norm(vertebra.centroid_lps_mm - centre) < 3, "in the patient as scanned, not as turned"
 
 
+@pytest.mark.parametrize("twist_deg", [0.0, 9.0, 30.0, -50.0, 65.0])
+def test_a_patient_turned_about_the_long_axis_is_looked_at_facing_forward(twist_deg: float) -> None:
+    """Blocks with a spinous process, eight of them, turned where they stand."""
+    z, y, x = np.indices((100, 60, 60)).astype(np.float32) * np.float32(1.5)
+    turn = np.deg2rad(twist_deg)
+    left = (x - 45) * np.cos(turn) + (y - 45) * np.sin(turn)
+    back = (y - 45) * np.cos(turn) - (x - 45) * np.sin(turn)
+    level = np.floor((147 - z) / 18 + 1)
+    body, process = (np.abs(left) < 20) & (np.abs(back + 10) < 12), (np.abs(left) < 7) & (np.abs(back - 14) < 14)
+    inside = (level >= 1) & (level <= 8) & (body | process)
+    truth = np.where(inside, level, 0).astype(np.uint8)
+    volume = Volume(
+        study_instance_uid="1",
+        series_instance_uid="2",
+        voxels_hu=np.where(inside, 280 + 40 * level, 0).astype(np.int16),
+        grid=Grid.axial(shape=truth.shape, spacing_mm=(1.5, 1.5, 1.5)),
+        slices=(),
+    )
+    reader = Reader()
+
+    labels, _ = find_vertebrae(volume, reader, SETTINGS, torch.device("cpu"))
+
+    assert len(reader.shown) == (2 if abs(twist_deg) > 15 else 1)
+    _, back_at, left_at = torch.nonzero(reader.shown[-1] > 290).float().unbind(dim=1)
+    behind = back_at > back_at.quantile(0.9)
+    off_mm = 3 * (left_at[behind].mean() - left_at[~behind].mean())
+    assert abs(off_mm) < (2 if abs(twist_deg) > 15 else 6), "the spinous process lies behind the body"
+    inner = ndimage.binary_erosion(
+        (truth > 0) & (truth < 8), iterations=2
+    )  # at the border HU, and so the level, fall off
+    assert (labels[inner] == truth[inner]).mean() > 0.9
+
+
 def test_what_is_not_seen_upright_stays_as_it_was_seen_first() -> None:
     volume, truth = neck(45.0)
     reader = Reader(num_looks=1)
@@ -100,7 +134,7 @@ class UprightReader(Reader):
         logit, level = super().forward(x)[0][0]
         is_lower = level > 3.5
         wrong = is_lower if len(self.shown) == 1 else ~is_lower
-        wrong[..., : wrong.shape[-1] // 2] = False
+        wrong[..., : wrong.shape[-2] // 2, :] = False
         return [torch.stack([logit, torch.where(wrong, level + 1, level)])[None]]
 
 
