@@ -200,8 +200,8 @@ def about_long_axis(turn_deg: float) -> FloatArray:
 def _twist_deg(look: _Look) -> float:
     """How far the patient is turned about the long axis; 0 if that is little, or cannot be told.
 
-    A vertebra is its own mirror image about the midplane. Seen from above, all layers of the spine laid upon each other,
-    that plane is the one whose mirror image fits best.
+    A vertebra is its own mirror image about the midplane. Seen from above, all layers of the spine laid upon each
+    other, that plane is the one whose mirror image fits best.
     """
     where = np.argwhere(look.found & (look.chain[0][1].numpy() < len(LEVELS) + 0.5))
     if not len(where):
