@@ -41,6 +41,7 @@ from sqlalchemy import (
 from model import PARSE_ERRORS
 from node.case import Case
 from node.index import Index
+from node.web.attributes import attribute_json
 from node.web.matching import Condition
 
 _VERSION = 2  # of the tables below; a file of another version is made anew
@@ -430,16 +431,8 @@ def _count(connection: Connection, level: Level, answers: list[dict[str, Any]]) 
 
 
 def _json(ds: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
-    """DICOM JSON (PS3.18 F) of these attributes; what cannot be read is left out, what is missing is empty."""
-    made: dict[str, Any] = {}
-    for keyword in keywords:
-        tag = Tag(keyword)
-        try:
-            if keyword in ds:
-                made[f"{tag:08X}"] = ds[keyword].to_json_dict(None, 1024)
-        except PARSE_ERRORS:
-            continue
-    return made
+    """DICOM JSON (PS3.18 F) of those of these attributes that it has."""
+    return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
 
 
 def _text(ds: Dataset, keyword: str) -> str:

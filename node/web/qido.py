@@ -11,6 +11,7 @@ from pydicom import dcmread
 from pydicom.tag import Tag
 
 from model import PARSE_ERRORS
+from node.web.attributes import attribute_json
 from node.web.catalog import Catalog, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
@@ -100,6 +101,6 @@ def read_attributes(catalog: Catalog, uids: Sequence[str], keywords: Iterable[st
         return {}
     try:
         ds = dcmread(files[0].path, stop_before_pixels=True, specific_tags=[Tag(keyword) for keyword in keywords])
-        return {f"{Tag(keyword):08X}": ds[keyword].to_json_dict(None, 1024) for keyword in keywords if keyword in ds}
+        return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
     except (OSError, *PARSE_ERRORS):
         return {}

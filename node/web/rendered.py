@@ -106,9 +106,12 @@ def _own_window(ds: Dataset) -> tuple[float, float]:
     """The first window of the Instance; one for bone where it has none."""
     found = []
     for keyword in ("WindowCenter", "WindowWidth"):
-        value = ds.get(keyword)
-        first = value[0] if isinstance(value, list) or hasattr(value, "append") else value
-        found.append(float(first) if first not in (None, "") else 0.0)
+        try:
+            value = ds.get(keyword)
+            first = value[0] if isinstance(value, list) or hasattr(value, "append") else value
+            found.append(float(first) if first not in (None, "") else 0.0)
+        except PARSE_ERRORS:  # it is no number, which says nothing of the pixels
+            found.append(0.0)
     return (found[0], found[1]) if found[1] > 0 else _BONE
 
 

@@ -12,6 +12,8 @@ import pytest
 from dicomweb_client.api import DICOMwebClient
 from PIL import Image
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from node.config import Config
@@ -277,6 +279,48 @@ def test_metadata_is_the_dataset_without_its_pixels(web: WebServer, paths: list[
     assert web.get(pixels["BulkDataURI"].removeprefix(web.url), "application/octet-stream").content == ds.PixelData
     del ds.PixelData
     assert Dataset.from_json(told[0]) == Dataset.from_json(ds.to_json_dict())
+
+
+def _make_odd(path: Path) -> None:
+    """What scanners and archives do write: a decimal comma, text for a number, no number at all."""
+    ds = dcmread(path)
+    ds.add_new("SingleCollimationWidth", "FD", float("nan"))
+    for tag, vr, value in (
+        (0x00180060, "DS", b"12,5"),
+        (0x00181151, "IS", b"high"),
+        (0x00280106, "US", b"\1\0\2\0"),
+        (0x00281050, "DS", b"bone"),
+        (0x00081140, "SQ", b"\1\2\3\4\5\6"),
+    ):
+        ds._dict[BaseTag(tag)] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, False, True)
+    item = Dataset()
+    item.CodeMeaning = "Neck"
+    item._dict[BaseTag(0x00180060)] = ds._dict[BaseTag(0x00180060)]
+    ds.ProcedureCodeSequence = [item]
+    ds.save_as(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of pydicom; the service switches them off
+def test_a_value_that_cannot_be_read_hides_nothing_else(index: Index) -> None:
+    paths = make_ct_series(index.data_dir / "instances" / "odd", num_slices=2)
+    _make_odd(paths[0])
+    hold(index, paths)
+    server = WebServer(Config(), index)
+    try:
+        answer = server.get(path_of(paths[0], 2) + "/metadata")
+        assert answer.status_code == 200
+        told = json.loads(answer.text, parse_constant=pytest.fail)[0]  # NaN is no JSON
+        assert told["00080018"]["Value"] == [uids_of(paths[0])[2]]
+        assert told["00189306"] == {"vr": "FD", "Value": [None]}
+        assert [told[tag] for tag in ("00180060", "00181151", "00081140")] == [{"vr": v} for v in ("DS", "IS", "SQ")]
+        assert told["00081032"]["Value"][0]["00080104"]["Value"] == ["Neck"]
+        found = server.get(path_of(paths[0], 2) + "/instances?includefield=KVP,SliceThickness,SingleCollimationWidth")
+        first = json.loads(found.text, parse_constant=pytest.fail)[0]
+        assert first["00180050"]["Value"] == [1.0]
+        assert first["00180060"] == {"vr": "DS"}
+        assert server.get(path_of(paths[0]) + "/rendered", "image/png").status_code == 200
+    finally:
+        server.stop()
 
 
 def test_frames_are_pixels_or_what_was_compressed(web: WebServer, paths: list[Path]) -> None:

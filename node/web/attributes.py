@@ -1,0 +1,45 @@
+"""Attributes of what the node holds, as DICOM JSON, whatever stands in a file.
+
+What scanners and archives write is not always what it should be: "12,5" for a number, or not a number at all. One such
+value must not keep a viewer from a Series.
+
+Reference: PS3.18 F.
+"""
+
+import math
+from typing import Any
+
+from pydicom import Dataset
+from pydicom.datadict import dictionary_VR
+from pydicom.tag import BaseTag
+
+from model import PARSE_ERRORS
+
+
+def dataset_json(ds: Dataset) -> dict[str, Any]:
+    """All attributes, by tag."""
+    return {f"{tag:08X}": attribute_json(ds, tag) for tag in sorted(ds.keys())}
+
+
+def attribute_json(ds: Dataset, tag: BaseTag) -> dict[str, Any]:
+    """One attribute, without a value if what stands there cannot be read; a number that JSON lacks (NaN) is null."""
+    try:
+        element = ds[tag]
+        if element.VR == "SQ":
+            items = [dataset_json(item) for item in element.value]
+            return {"vr": "SQ"} | ({"Value": items} if items else {})
+        made: dict[str, Any] = element.to_json_dict(None, 0)
+    except (OSError, *PARSE_ERRORS):  # OSError is pydicom's for a sequence that breaks off
+        return {"vr": _vr(ds, tag)}
+    if "Value" in made:
+        made["Value"] = [None if isinstance(v, float) and not math.isfinite(v) else v for v in made["Value"]]
+    return made
+
+
+def _vr(ds: Dataset, tag: BaseTag) -> str:
+    """The VR of an attribute whose value cannot be read."""
+    found = ds.get_item(tag)
+    try:
+        return str(found.VR if found is not None and found.VR else dictionary_VR(tag))[:2]
+    except KeyError:
+        return "UN"
