@@ -16,6 +16,19 @@ from pydicom.tag import BaseTag
 from model import PARSE_ERRORS
 
 
+def completed(ds: Dataset) -> Dataset:
+    """The Instance as it was taken: what it lacks is as the request that brought it said, and Modality is CT.
+
+    Instances of RSNA 2022 lack their SOP Class and Modality, without which no viewer shows them.
+    """
+    for keyword in ("SOPClassUID", "SOPInstanceUID"):
+        if not ds.get(keyword) and (announced := ds.file_meta.get(f"MediaStorage{keyword}")):
+            setattr(ds, keyword, announced)
+    if not ds.get("Modality"):
+        ds.Modality = "CT"
+    return ds
+
+
 def dataset_json(ds: Dataset) -> dict[str, Any]:
     """All attributes, by tag."""
     return {f"{tag:08X}": attribute_json(ds, tag) for tag in sorted(ds.keys())}

@@ -41,10 +41,10 @@ from sqlalchemy import (
 from model import PARSE_ERRORS
 from node.case import Case
 from node.index import Index
-from node.web.attributes import attribute_json
+from node.web.attributes import attribute_json, completed
 from node.web.matching import Condition
 
-_VERSION = 2  # of the tables below; a file of another version is made anew
+_VERSION = 3  # of the tables below; a file of another version is made anew
 
 
 class Level(Enum):
@@ -347,7 +347,7 @@ def _transfer_syntax_of(meta: bytes) -> str:
 def _read(path: str) -> _Read | None:
     """The rows of a file; None when it has just gone or is no DICOM."""
     try:
-        ds = dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS)
+        ds = completed(dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS))
         return _Read(
             texts={level: {keyword: _text(ds, keyword) for keyword in level.keywords} for level in Level},
             attributes={level: _json(ds, level.keywords) for level in Level},

@@ -19,7 +19,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from model import PARSE_ERRORS
 from node.web.accept import Offer
-from node.web.attributes import dataset_json
+from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
 from node.web.multipart import end_of, part_head
 
@@ -139,7 +139,7 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
     """
     url = f"{instance_url(instance, root)}/bulkdata"
     try:
-        ds = dcmread(instance.path, stop_before_pixels=True)
+        ds = completed(dcmread(instance.path, stop_before_pixels=True))
     except PARSE_ERRORS as error:
         raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
     made = dataset_json(ds)

@@ -14,7 +14,7 @@ from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.tag import BaseTag
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from node.config import Config
 from node.index import Index
@@ -319,6 +319,26 @@ def test_a_value_that_cannot_be_read_hides_nothing_else(index: Index) -> None:
         assert first["00180050"]["Value"] == [1.0]
         assert first["00180060"] == {"vr": "DS"}
         assert server.get(path_of(paths[0]) + "/rendered", "image/png").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_an_instance_that_lacks_sop_class_and_modality_is_told_as_it_was_taken(index: Index) -> None:
+    """The Instances of RSNA 2022 are like that; no viewer shows what is of no class."""
+    paths = make_ct_series(index.data_dir / "instances" / "bare", num_slices=3)
+    for path in paths:
+        ds = dcmread(path)
+        del ds.SOPClassUID, ds.Modality
+        ds.save_as(path)
+    hold(index, paths)
+    server = WebServer(Config(), index)
+    try:
+        (study,) = server.get("/studies?ModalitiesInStudy=CT&includefield=00080060").json()
+        assert study["00080060"]["Value"] == study["00080061"]["Value"] == ["CT"]
+        (series,) = server.get(path_of(paths[0], 1) + "/series").json()
+        assert series["00080060"]["Value"] == ["CT"]
+        for told in ("/instances", "/metadata"):
+            assert values(server.get(path_of(paths[0], 2) + told).json(), "00080016") == [CTImageStorage] * 3
     finally:
         server.stop()
 
