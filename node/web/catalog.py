@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset, dcmread
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from sqlalchemy import (
     JSON,
@@ -443,7 +444,7 @@ def _text(ds: Dataset, keyword: str) -> str:
         return ""
     if value is None:
         return ""
-    return "\\".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value).strip()
 
 
 def _whole(text: str) -> int:

@@ -112,6 +112,9 @@ def parts(response: Any) -> list[tuple[str, bytes]]:
         ("?AccessionNumber=ACC0&PatientID=P-1", []),
         ("?ModalitiesInStudy=CT", ["P-2", "P-1", "P-0"]),
         ("?ModalitiesInStudy=MR", []),
+        ("?ModalitiesInStudy=MR,CT", ["P-2", "P-1", "P-0"]),  # so OHIF asks for more than one
+        ("?ModalitiesInStudy=MR%5CSR", []),
+        ("?ModalitiesInStudy=,", []),
         ("?limit=2", ["P-2", "P-1"]),
         ("?limit=2&offset=2", ["P-0"]),
         ("?limit=0", []),
@@ -122,6 +125,42 @@ def test_studies_are_found_by_what_is_asked(web: WebServer, query: str, patients
     assert answer.status_code == 200
     assert answer.headers["Content-Type"].startswith("application/dicom+json")
     assert values(answer.json(), "00100020") == patients
+
+
+@pytest.mark.parametrize(
+    ("query", "is_found"),
+    [
+        ("PatientName=yamada^tarou", True),
+        ("PatientName=山田*", True),
+        ("PatientName=山田^太郎", True),
+        ("PatientName=やまだ^?ろう", True),
+        ("PatientName=Yamada^Tarou=山田^太郎=やまだ^たろう", True),
+        ("PatientName=太郎*", False),
+        ("PatientName=Yamada", False),
+        ("StudyDescription=HWS%5Cnativ", True),
+        ("StudyDescription=HWS", False),
+    ],
+)
+def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
+    japanese: WebServer, query: str, is_found: bool
+) -> None:
+    assert len(japanese.get(f"/studies?{query}").json()) == is_found
+
+
+@pytest.fixture(scope="module")
+def japanese(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Holds one Study with a name in three scripts, and a description with a backslash in it."""
+
+    def edit(_i: int, ds: Dataset) -> None:
+        ds.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
+        ds.PatientName, ds.StudyDescription = "Yamada^Tarou=山田^太郎=やまだ^たろう", "HWS\\nativ"
+
+    index = Index(tmp_path_factory.mktemp("japanese"))
+    hold(index, make_ct_series(index.data_dir / "instances", num_slices=1, edit=edit))
+    server = WebServer(Config(), index)
+    yield server
+    server.stop()
+    index.close()
 
 
 def test_a_study_says_what_is_in_it(web: WebServer, paths: list[Path]) -> None:
