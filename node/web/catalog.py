@@ -29,6 +29,7 @@ from sqlalchemy import (
     Float,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     create_engine,
@@ -224,6 +225,19 @@ class Catalog:
 
     def find(self, level: Level, conditions: Sequence[Condition], *, limit: int, offset: int) -> list[dict[str, Any]]:
         """DICOM JSON of what matches, in a stable order, without URLs."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(self._matching(level, conditions).limit(limit).offset(offset)).mappings().all()
+            answers = [_merged(row) for row in rows]
+            _count(connection, level, answers)
+        return answers
+
+    def num_matches(self, level: Level, conditions: Sequence[Condition]) -> int:
+        """How many there are of what `find` finds."""
+        matching = self._matching(level, conditions).order_by(None).subquery()
+        with self._engine.connect() as connection:
+            return connection.execute(select(func.count()).select_from(matching)).scalar_one()
+
+    def _matching(self, level: Level, conditions: Sequence[Condition]) -> Select[Any]:
         table = _TABLES[level]
         joined = _instances.join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID).join(
             _studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID
@@ -246,11 +260,7 @@ class Catalog:
         query = select(*columns).select_from(source).where(*wanted).order_by(*order)
         if level is not Level.INSTANCE:
             query = query.group_by(table.c[level.uid_keyword])
-        with self._engine.connect() as connection:
-            rows = connection.execute(query.limit(limit).offset(offset)).mappings().all()
-            answers = [_merged(row) for row in rows]
-            _count(connection, level, answers)
-        return answers
+        return query
 
     def files(
         self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None

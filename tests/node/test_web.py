@@ -18,6 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 
 from node.config import Config
 from node.index import Index
+from node.web import qido
 from tests.factories import make_ct_series
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
@@ -213,6 +214,29 @@ def test_fuzzy_matching_is_answered_literally_with_a_warning(web: WebServer) -> 
     answer = web.get("/studies?fuzzymatching=true&PatientID=P-1")
     assert answer.headers["Warning"].startswith("299")
     assert len(answer.json()) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "num_left"),
+    [
+        ("/instances?limit=5&offset=2", 11),
+        ("/instances?limit=16&offset=2", 0),
+        ("/studies?limit=2", 1),
+        ("/series?limit=1&PatientID=P-1", 0),
+        ("/studies?limit=2&offset=9", 0),
+    ],
+)
+def test_who_gets_less_than_there_is_is_told_so(web: WebServer, query: str, num_left: int) -> None:
+    warning = web.get(query).headers.get("Warning", "")
+    assert warning == (f'299 cspine: "There are {num_left} additional results that can be requested"' * bool(num_left))
+
+
+def test_who_names_no_limit_is_told_of_the_rest(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qido, "DEFAULT_LIMIT", 4)
+    answer = web.get("/instances?fuzzymatching=true")
+    assert len(answer.json()) == 4
+    assert "fuzzymatching" in answer.headers["Warning"]
+    assert "14 additional results" in answer.headers["Warning"]
 
 
 def test_what_has_come_or_been_made_is_found_at_once(index: Index) -> None:
