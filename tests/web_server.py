@@ -28,8 +28,8 @@ class WebServer:
         self.url = f"{self.root}/dicom-web"
         self.catalog = Catalog(index)
         self.tokens = Tokens(index.data_dir)
-        self._store = Store(config, index, f"test-{self.port}")
-        app = make_app(config, self.catalog, self._store, self.tokens)
+        self.store = Store(config, index, f"test-{self.port}")
+        app = make_app(config, self.catalog, self.store, self.tokens)
         self._server = make_server(app, config.web)
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
@@ -46,7 +46,7 @@ class WebServer:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
-        self._store.close()
+        self.store.close()
         self.catalog.close()
 
 

@@ -41,10 +41,12 @@ class Stored:
 
     @property
     def status(self) -> int:
-        """Of HTTP (PS3.18 table 10.5.3-1)."""
+        """Of HTTP (PS3.18 table 10.5.3-1). 409 would be the same again; 503 asks the sender to come back."""
         if not self.failed:
             return 200
-        return 202 if self.taken else 409
+        if self.taken:
+            return 202
+        return 503 if any(status == OUT_OF_RESOURCES for _, status, _ in self.failed) else 409
 
     def to_json(self, root: str) -> dict[str, Any]:
         """The Store Instances Response Module as DICOM JSON. root: the address of the service."""

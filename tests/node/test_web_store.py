@@ -140,6 +140,16 @@ def test_nothing_taken_is_a_conflict(web: WebServer, index: Index) -> None:
     assert files(index) == []
 
 
+def test_a_full_disk_asks_to_come_back(web: WebServer, index: Index, tmp_path: Path) -> None:
+    web.store._min_free_mb = 10**9
+    parts = read(make_ct_series(tmp_path / "in", num_slices=2))
+    answer = stow(web, [*parts, b"nothing"])
+    assert answer.status_code == 503
+    assert [item["00081197"]["Value"][0] for item in items(answer, "00081198")].count(0xA700) == 2
+    web.store._min_free_mb = 0
+    assert stow(web, parts).status_code == 200
+
+
 def test_another_instance_with_a_known_uid_is_refused(web: WebServer, index: Index, tmp_path: Path) -> None:
     (path,) = make_ct_series(tmp_path / "in", num_slices=1)
     assert stow(web, [path.read_bytes()]).status_code == 200
