@@ -49,7 +49,8 @@ class AccessMiddleware:
             log.warning("action=http-refused peer=%s status=%d", _peer(scope), refusal.status_code)
             await refusal(scope, receive, send_more)
             return
-        await self._app(scope, receive, send_more)
+        # Health checks ask by HEAD. It is answered as GET is; the server leaves out the body (RFC 9110 9.3.2).
+        await self._app(scope | {"method": "GET"} if scope["method"] == "HEAD" else scope, receive, send_more)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         """The answer to a request that is not allowed; None if it is."""

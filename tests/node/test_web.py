@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 from dicomweb_client.api import DICOMwebClient
 from PIL import Image
 from pydicom import Dataset, dcmread
@@ -432,6 +433,17 @@ def test_a_rendered_slice_is_a_windowed_picture(web: WebServer, paths: list[Path
         float,
     )
     assert np.abs(picture - expected).mean() < 6
+
+
+@pytest.mark.parametrize("path", ["/", "/dicom-web/studies", "/dicom-web{study}", "/dicom-web{series}/metadata", "/x"])
+def test_head_is_answered_as_get_without_the_body(web: WebServer, paths: list[Path], path: str) -> None:
+    url = web.root + path.format(study=path_of(paths[0], 1), series=path_of(paths[0], 2))
+    with requests.Session() as session:
+        head, get = session.head(url, timeout=20), session.get(url, timeout=20)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    assert head.headers.keys() == get.headers.keys()
+    assert head.headers["Content-Length"] == get.headers["Content-Length"]
 
 
 def test_thumbnails_are_small(web: WebServer, paths: list[Path]) -> None:
