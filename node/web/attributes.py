@@ -35,7 +35,7 @@ def dataset_json(ds: Dataset) -> dict[str, Any]:
 
 
 def attribute_json(ds: Dataset, tag: BaseTag) -> dict[str, Any]:
-    """One attribute, without a value if what stands there cannot be read; a number that JSON lacks (NaN) is null."""
+    """One attribute, without a value if what stands there cannot be read, or is a number that JSON lacks (NaN)."""
     try:
         element = ds[tag]
         if element.VR == "SQ":
@@ -44,9 +44,8 @@ def attribute_json(ds: Dataset, tag: BaseTag) -> dict[str, Any]:
         made: dict[str, Any] = element.to_json_dict(None, 0)
     except (OSError, *PARSE_ERRORS):  # OSError is pydicom's for a sequence that breaks off
         return {"vr": _vr(ds, tag)}
-    if "Value" in made:
-        made["Value"] = [None if isinstance(v, float) and not math.isfinite(v) else v for v in made["Value"]]
-    return made
+    is_json = all(math.isfinite(value) for value in made.get("Value", ()) if isinstance(value, float))
+    return made if is_json else {"vr": made["vr"]}
 
 
 def _vr(ds: Dataset, tag: BaseTag) -> str:
