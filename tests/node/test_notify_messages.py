@@ -115,6 +115,14 @@ def test_fhir_resources_are_valid_and_refer_to_each_other() -> None:
     assert report.subject.identifier.value == "P-4711"
 
 
+@pytest.mark.parametrize("name", ["", "^", "Doe"])
+def test_fhir_of_a_patient_of_whom_little_is_known_is_valid(name: str) -> None:
+    notice = replace(POSITIVE, patient=Patient(name=name, patient_id=" ", accession_number=" "))
+    report = Bundle.model_validate(fhir.transaction(notice)).entry[0].resource
+    assert (report.subject.identifier.value, report.subject.display) == ("unknown", "Doe" if name == "Doe" else None)
+    assert report.basedOn is None
+
+
 def test_fhir_says_of_a_series_that_was_not_analysed_that_there_is_no_result() -> None:
     bundle = Bundle.model_validate(fhir.transaction(REFUSED))
     (report,) = [entry.resource for entry in bundle.entry]
