@@ -21,8 +21,8 @@ from node.web.tokens import Tokens
 class WebServer:
     """Serves from construction to `stop`; `get` asks it. url: of the DICOMweb service."""
 
-    def __init__(self, config: Config, index: Index) -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, config: Config, index: Index, listening: socket.socket | None = None) -> None:
+        listening = listening or socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         self.root = f"{'https' if config.web.tls else 'http'}://127.0.0.1:{self.port}"
         self.url = f"{self.root}/dicom-web"

@@ -6,12 +6,14 @@ A token comes as `Authorization: Bearer TOKEN`, or as the password of HTTP Basic
 import base64
 import binascii
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from node.receive.access import parse_address
 from node.web.settings import Right, WebConfig
 from node.web.tokens import RIGHTS, Tokens
 
@@ -70,7 +72,7 @@ class AccessMiddleware:
         if self._config.open_to_all:  # some clients send credentials that they were not given: Bearer None, say
             return RIGHTS
         proxy = self._config.trusted_proxy
-        if proxy is not None and _peer(scope) in proxy.addresses and headers.get(proxy.user_header):
+        if proxy is not None and _is_one_of(_peer(scope), proxy.addresses) and headers.get(proxy.user_header):
             return proxy.rights
         if (secret := _secret(headers.get("authorization", ""))) is not None:
             token = self._tokens.find(secret)
@@ -99,6 +101,11 @@ class AccessMiddleware:
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else ""
+
+
+def _is_one_of(peer: str, addresses: Iterable[str]) -> bool:
+    """Where the node listens on "::", a peer's IPv4 address comes mapped into IPv6."""
+    return bool(peer) and parse_address(peer) in map(parse_address, addresses)
 
 
 def _secret(authorization: str) -> str | None:
