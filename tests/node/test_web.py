@@ -20,7 +20,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittle
 from node.config import Config
 from node.index import Index
 from node.web import qido
-from tests.factories import make_ct_series
+from tests.factories import make_ct_series, make_enhanced_ct
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.web_server import WebServer, hold
@@ -433,6 +433,30 @@ def test_a_rendered_slice_is_a_windowed_picture(web: WebServer, paths: list[Path
         float,
     )
     assert np.abs(picture - expected).mean() < 6
+
+
+def test_a_rendered_frame_of_enhanced_ct_is_windowed_in_its_own_hounsfield_units(index: Index) -> None:
+    """Rescale, window and spacing stand in the functional groups; each frame has an intercept of its own here."""
+    path = make_enhanced_ct(index.data_dir / "enhanced.dcm", num_frames=4)
+    ds = dcmread(path)
+    for item in ds.PerFrameFunctionalGroupsSequence:
+        window = Dataset()
+        window.WindowCenter, window.WindowWidth = [200, 40], [1000, 400]
+        item.FrameVOILUTSequence = [window]
+    ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1, 1]
+    ds.save_as(path)
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        for number, item in enumerate(ds.PerFrameFunctionalGroupsSequence, start=1):
+            hu = ds.pixel_array[number - 1] + float(item.PixelValueTransformationSequence[0].RescaleIntercept)
+            for query, centre, width in (("", 200, 1000), ("?window=0,600", 0, 600)):
+                answer = server.get(f"{path_of(path)}/frames/{number}/rendered{query}", "image/png")
+                shown = np.asarray(Image.open(BytesIO(answer.content)), float)
+                expected = np.clip((hu - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * 255
+                assert np.abs(shown - expected).max() <= 1
+    finally:
+        server.stop()
 
 
 @pytest.mark.parametrize("path", ["/", "/dicom-web/studies", "/dicom-web{study}", "/dicom-web{series}/metadata", "/x"])
