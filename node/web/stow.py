@@ -57,13 +57,13 @@ class Stored:
                 for announced in self.taken
             ]
             answer["00081199"] = {"vr": "SQ", "Value": items}
-        if self.failed:
-            failures = [
+        for announced, status, comment in self.failed:
+            # What names no Instance stands in Other Failures: the items of Failed SOP must.
+            failures = answer.setdefault("00081198" if announced else "0008119A", {"vr": "SQ", "Value": []})
+            failures["Value"].append(
                 (_reference(announced) if announced else {})
                 | {"00081197": {"vr": "US", "Value": [status]}, "00000902": {"vr": "LO", "Value": [comment[:64]]}}
-                for announced, status, comment in self.failed
-            ]
-            answer["00081198"] = {"vr": "SQ", "Value": failures}
+            )
         return answer
 
 
