@@ -52,7 +52,8 @@ class AccessMiddleware:
             await refusal(scope, receive, send_more)
             return
         # Health checks ask by HEAD. It is answered as GET is; the server leaves out the body (RFC 9110 9.3.2).
-        await self._app(scope | {"method": "GET"} if scope["method"] == "HEAD" else scope, receive, send_more)
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await self._app(asked, receive, send_more)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         """The answer to a request that is not allowed; None if it is."""
