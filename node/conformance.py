@@ -226,8 +226,8 @@ def _retrieve() -> Iterator[str]:
         "SOP Class | UID | Levels", [(_name(model), model, ", ".join(levels)) for model, levels in LEVELS.items()]
     )
     yield from _prose(
-        """Matched, at their level and below; a value, several UIDs, `*` and `?`, and ranges of dates and times. Names
-        are matched whatever the case of A to Z."""
+        """Matched, at their level and below; a value, several UIDs or codes, `*` and `?`, and ranges of dates and
+        times. Names are matched as a whole or by one of their component groups, whatever the case of A to Z."""
     )
     patient = ", ".join(PATIENT_KEYS)
     study = ", ".join(k for k in Level.STUDY.keywords if k not in PATIENT_KEYS)

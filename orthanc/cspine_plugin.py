@@ -26,6 +26,7 @@ CT_SOP_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.2",  # Legacy Converted Enhanced CT Image Storage
 }
 LONGEST_WAIT_S = 600
+OUT_OF_RESOURCES = 0xA700  # Failure Reason (PS3.18 table I.2-2)
 
 SETTINGS = json.loads(orthanc.GetConfiguration()).get("CSpine", {})
 to_send = queue.Queue()  # Series for STOW-RS, with the attempts made
@@ -72,7 +73,13 @@ def stow(instances):
     request = urllib.request.Request(SETTINGS["StowUrl"], data=body(), headers=headers, method="POST")
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        direct.open(request, timeout=300).close()
+        with direct.open(request, timeout=300) as answer:
+            failed = json.load(answer).get("00081198", {}).get("Value", [])
+        reasons = [item["00081197"]["Value"][0] for item in failed]
+        if OUT_OF_RESOURCES in reasons:  # some were taken before
+            raise OSError("the node cannot store all of it now; its log says why")
+        if failed:
+            orthanc.LogError(f"cspine: NOT SENT: {len(failed)} Instances that the node refused; its log says why")
     except urllib.error.HTTPError as error:
         if error.code not in (400, 409, 413):  # these would be answered the same again
             raise

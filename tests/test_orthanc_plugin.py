@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom import dcmread
@@ -72,6 +73,42 @@ def test_what_could_not_be_sent_by_stow_is_sent_when_it_can(
         wait_until(lambda: sorted(case.num_instances for case in index.cases()) == [5, 8], "both came", orthanc.log)
         time.sleep(STABLE_AGE_S)
         assert orthanc.log().count("NOT SENT") == 2
+    finally:
+        orthanc.stop()
+        web.stop()
+
+
+def test_what_the_node_has_no_room_for_is_sent_when_it_has(
+    make_config: Callable[..., Config], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took some of the Series before its disk was full."""
+    config = make_config()
+    web = WebServer(config, index)
+    began: list[int] = []
+    begin = web.store.begin
+
+    def begin_few(*arguments: Any) -> Any:
+        began.append(1)
+        if len(began) > 3 and web.store._min_free_mb == 0:
+            web.store._min_free_mb = 10**9
+        return begin(*arguments)
+
+    monkeypatch.setattr(web.store, "begin", begin_few)
+    orthanc = OrthancServer(
+        tmp_path / "orthanc",
+        port=free_port(),
+        node_port=config.receive.port,
+        routes_by="python",
+        plugin_settings={"StowUrl": f"{web.url}/studies"},
+    )
+    try:
+        make_ct_series(tmp_path / "in", num_slices=8)
+        orthanc.upload(tmp_path / "in")
+        wait_until(lambda: "Tried again in 5 s" in orthanc.log(), "the log says that not all went", orthanc.log)
+        assert [case.num_instances for case in index.cases()] == [3]
+        monkeypatch.setattr(web.store, "begin", begin)
+        web.store._min_free_mb = 0
+        wait_until(lambda: [case.num_instances for case in index.cases()] == [8], "the rest came", orthanc.log)
     finally:
         orthanc.stop()
         web.stop()

@@ -21,15 +21,15 @@ from node.web.tokens import Tokens
 class WebServer:
     """Serves from construction to `stop`; `get` asks it. url: of the DICOMweb service."""
 
-    def __init__(self, config: Config, index: Index) -> None:
-        listening = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, config: Config, index: Index, listening: socket.socket | None = None) -> None:
+        listening = listening or socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         self.root = f"{'https' if config.web.tls else 'http'}://127.0.0.1:{self.port}"
         self.url = f"{self.root}/dicom-web"
         self.catalog = Catalog(index)
         self.tokens = Tokens(index.data_dir)
-        self._store = Store(config, index, f"test-{self.port}")
-        app = make_app(config, self.catalog, self._store, self.tokens)
+        self.store = Store(config, index, f"test-{self.port}")
+        app = make_app(config, self.catalog, self.store, self.tokens)
         self._server = make_server(app, config.web)
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
@@ -46,7 +46,7 @@ class WebServer:
     def stop(self) -> None:
         self._server.should_exit = True
         self._thread.join(10)
-        self._store.close()
+        self.store.close()
         self.catalog.close()
 
 

@@ -26,7 +26,7 @@ _WARNING = "#ff6b5e"
 _MARGIN = 16
 _TEXT = 15
 """Pixels of most text."""
-_MAX_LINES = 10
+_MAX_LINES = 11
 _NECK = (590, 436)
 """Rows and columns of the overview's picture from the left."""
 
@@ -163,10 +163,10 @@ def _draw_notes(case: _Case, canvas: Canvas, *, y: float) -> None:
         *findings.warnings,
     ]
     right = [
+        _model(case),  # first: what it was trained on is not to be cut off
         f"White tick: from a probability of {_operating_points(findings.model)} a fracture is suspected. "
         "Red line, dashed box: suspicious region.",
         f"Both views follow the curve of the spine; {WINDOW}.",
-        _model(case),
         f"{case.made_by}. No patient is named here, only in the DICOM header.",
     ]
     half = (PAGE_PIXELS - 3 * _MARGIN) / 2

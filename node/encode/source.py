@@ -17,7 +17,7 @@ from pydicom.multival import MultiValue
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
 from pydicom.valuerep import format_number_as_ds, validate_value
 
-from model import Grid, SliceSource, slice_headers
+from model import PARSE_ERRORS, Grid, SliceSource, slice_headers
 from node.encode.identity import derive_uid
 
 # Type 2 in the Patient and General Study modules: always present in a result, empty when the source lacks them.
@@ -157,6 +157,7 @@ def _mended(ds: Dataset, sop_class_uid: str, sop_instance_uid: str) -> Dataset:
     for keyword in _FUNCTIONAL_GROUPS:
         if keyword in ds:
             del ds[keyword]
+    _drop_unreadable(ds)
     ds.decode()
     for keyword in _TYPE_2:
         value = ds.get(keyword)
@@ -174,6 +175,18 @@ def _mended(ds: Dataset, sop_class_uid: str, sop_instance_uid: str) -> Dataset:
         # Without one there is no place to put a mask. Viewers then match by the referenced Instances.
         ds.FrameOfReferenceUID = derive_uid("frame of reference", ds.SeriesInstanceUID)
     return ds
+
+
+def _drop_unreadable(ds: Dataset) -> None:
+    """Removes what cannot be parsed, such as text where a binary number belongs: nothing that results need."""
+    for tag in list(ds.keys()):
+        try:
+            element = ds[tag]
+        except (OSError, *PARSE_ERRORS):  # OSError is pydicom's for a sequence that breaks off
+            del ds[tag]
+            continue
+        for item in element.value if element.VR == "SQ" else ():
+            _drop_unreadable(item)
 
 
 def _is_valid(element: DataElement) -> bool:

@@ -88,10 +88,8 @@ def _report(notice: Notice, observations: list[dict[str, Any]]) -> dict[str, Any
     }
     if notice.patient:
         report["subject"] = _subject(notice)
-        if notice.patient.accession_number:
-            report["basedOn"] = [
-                {"type": "ServiceRequest", "identifier": {"value": notice.patient.accession_number}},
-            ]
+        if accession_number := notice.patient.accession_number.strip():
+            report["basedOn"] = [{"type": "ServiceRequest", "identifier": {"value": accession_number}}]
     if observations:
         report["result"] = [{"reference": _full_url(observation)} for observation in observations]
     return report
@@ -165,10 +163,12 @@ def _study(notice: Notice) -> dict[str, Any]:
 
 def _subject(notice: Notice) -> dict[str, Any]:
     assert notice.patient is not None
-    identifier = {"value": notice.patient.patient_id or "unknown"}
+    identifier = {"value": notice.patient.patient_id.strip() or "unknown"}
     if notice.patient.issuer:
         identifier["system"] = f"urn:dicom:issuer:{quote(notice.patient.issuer)}"
-    return {"type": "Patient", "identifier": identifier, "display": notice.patient.name.replace("^", " ").strip()}
+    subject: dict[str, Any] = {"type": "Patient", "identifier": identifier}
+    name = notice.patient.name.replace("^", " ").strip()
+    return subject | ({"display": name} if name else {})  # FHIR has no empty strings
 
 
 def _concept(code: Any, text: str = "") -> dict[str, Any]:

@@ -5,10 +5,11 @@ Reference: HL7 v2.5.1 chapter 7.3.1 (ORU^R01), chapter 2.9.2 (acknowledgement); 
 
 import socket
 import ssl
+from datetime import datetime
 from typing import Any
 
 from hl7apy.consts import VALIDATION_LEVEL
-from hl7apy.core import Message
+from hl7apy.core import Component, Message
 from hl7apy.exceptions import HL7apyException
 from hl7apy.parser import parse_message
 
@@ -19,6 +20,8 @@ from node.targets import Hl7Target
 
 _START, _END = b"\x0b", b"\x1c\r"
 _MAX_ACK_BYTES = 65536
+_MAX_NAMESPACE = 20  # characters of HD.1
+_ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
 _FINDINGS = {"present": codes.PRESENT, "absent": codes.ABSENT, "undetermined": codes.UNDETERMINED}
 
 
@@ -29,7 +32,10 @@ def send(notice: Notice, target: Hl7Target) -> None:
         NotifyError: it is not acknowledged; permanent when it was rejected (AR).
     """
     receiver = f"HL7 receiver {target.host}:{target.port}"
-    framed = _START + compose(notice, target).encode() + _END
+    try:
+        framed = _START + compose(notice, target).encode() + _END
+    except (HL7apyException, ValueError) as error:  # its message may quote a patient
+        raise NotifyError(f"it cannot be put into HL7 v2.5.1 ({type(error).__name__})", permanent=True) from error
     try:
         with socket.create_connection((target.host, target.port), target.timeout_s) as plain:
             if target.tls:
@@ -100,23 +106,27 @@ def _header(msh: Any, notice: Notice, target: Hl7Target) -> None:
 
 def _patient(pid: Any, patient: Patient) -> None:
     pid.pid_1 = "1"
-    pid.pid_3.pid_3_1 = patient.patient_id
-    if patient.issuer:
-        pid.pid_3.pid_3_4.hd_1 = patient.issuer
-    family, _, given = patient.name.partition("^")
-    pid.pid_5.pid_5_1.fn_1 = family
+    pid.pid_3.pid_3_1 = _text(patient.patient_id)
+    issuer = _text(patient.issuer)
+    if len(issuer) > _MAX_NAMESPACE:
+        pid.pid_3.pid_3_4.hd_2, pid.pid_3.pid_3_4.hd_3 = issuer, "L"  # a local scheme (HL7 table 0301)
+    elif issuer:
+        pid.pid_3.pid_3_4.hd_1 = issuer
+    # Of a Japanese name the first of its component groups, that in Latin letters.
+    family, _, given = next(filter(None, patient.name.split("=")), "").partition("^")
+    pid.pid_5.pid_5_1.fn_1 = _text(family)
     if given:
-        pid.pid_5.pid_5_2 = given.partition("^")[0]
-    if patient.birth_date:
+        pid.pid_5.pid_5_2 = _text(given.partition("^")[0])
+    if _is_date(patient.birth_date):
         pid.pid_7.pid_7_1 = patient.birth_date
     if patient.sex:
-        pid.pid_8 = patient.sex
+        pid.pid_8 = _text(patient.sex)
 
 
 def _request(obr: Any, notice: Notice) -> None:
     obr.obr_1 = "1"
     if notice.patient and notice.patient.accession_number:
-        obr.obr_2.obr_2_1 = notice.patient.accession_number[:50]
+        obr.obr_2.obr_2_1 = _text(notice.patient.accession_number[:50])
     obr.obr_3.obr_3_1 = derive_uuid(notice.series_instance_uid, "report")
     _code(obr.obr_4, codes.IMAGING_MEASUREMENT_REPORT, "AI assessment of the cervical spine for fracture")
     obr.obr_22.obr_22_1 = _time(notice)
@@ -128,12 +138,12 @@ def _observations(notice: Notice) -> list[tuple[str, Any, str, Any]]:
     """Value type, code, sub-id and value of each OBX."""
     rows: list[tuple[str, Any, str, Any]] = [
         ("ST", codes.STUDY_INSTANCE_UID, "", notice.study_instance_uid),
-        ("ST", codes.CONCLUSION, "", f"{notice.text} {NOTICE}"),
+        ("TX", codes.CONCLUSION, "", f"{notice.text} {NOTICE}"),
     ]
     if not notice.findings:
         return rows
     model = notice.findings["model"]
-    rows.append(("ST", codes.ALGORITHM_NAME, "", f"{model['name']} {model['version']}: {model['trained_on']}"))
+    rows.append(("TX", codes.ALGORITHM_NAME, "", f"{model['name']} {model['version']}: {model['trained_on']}"))
     found = {"patient": notice.findings["patient_overall"], **notice.findings["levels"]}
     for name, level in found.items():
         rows.append(("CWE", codes.FRACTURE, name, _FINDINGS[level["finding"]]))
@@ -147,7 +157,12 @@ def _observation(obx: Any, number: int, notice: Notice, kind: str, code: Any, su
     _code(obx.obx_3, code)
     if sub_id:
         obx.obx_4 = sub_id
-    obx.obx_5 = f"{value.value}^{value.meaning}^{value.scheme_designator}" if kind == "CWE" else value
+    if kind == "TX":  # hl7apy takes a value whose type OBX-2 names for ST, of 199 characters at most
+        text = Component("VARIES_1", datatype="TX", version="2.5.1", validation_level=VALIDATION_LEVEL.STRICT)
+        text.value = _text(value)
+        obx.add_field("obx_5").add(text)
+    else:
+        obx.obx_5 = f"{value.value}^{value.meaning}^{value.scheme_designator}" if kind == "CWE" else value
     if kind == "NM":
         _code(obx.obx_6, codes.PERCENT)
     obx.obx_11 = "P" if notice.findings else "X"
@@ -158,6 +173,18 @@ def _code(field: Any, code: Any, meaning: str = "") -> None:
     name = field.name.lower()
     for number, text in enumerate((code.value, meaning or code.meaning, code.scheme_designator), start=1):
         setattr(field, f"{name}_{number}", text)
+
+
+def _text(value: str) -> str:
+    """A text in one line, its delimiters escaped (HL7 v2.5.1 2.7)."""
+    return " ".join(value.split()).translate(_ESCAPES)
+
+
+def _is_date(value: str) -> bool:
+    try:
+        return len(value) == 8 and bool(datetime.strptime(value, "%Y%m%d"))
+    except ValueError:
+        return False
 
 
 def _time(notice: Notice) -> str:

@@ -38,6 +38,7 @@ from node.retrieve.identifier import TooManyError, answers, identified, parse_qu
 from node.send import proposed_contexts
 from node.tls import TlsError, client_context
 from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
+from node.web.attributes import completed
 from node.web.catalog import Catalog, StoredInstance
 from node.web.matching import QueryError
 
@@ -278,10 +279,10 @@ def _read(instance: StoredInstance, accepted: Collection[tuple[str, str]]) -> Da
     problem = "the peer takes it in no transfer syntax that it can be written in"
     try:
         if (sop_class, syntax) in accepted:
-            return dcmread(instance.path)
+            return completed(dcmread(instance.path))
         if instead is not None and syntax != ExplicitVRBigEndian:
             with transcoded(instance.path, instead) as path:
-                return dcmread(path)
+                return completed(dcmread(path))
     except TranscodeError as error:
         problem = str(error)
     except (OSError, *PARSE_ERRORS) as error:  # it has just gone

@@ -6,12 +6,14 @@ A token comes as `Authorization: Bearer TOKEN`, or as the password of HTTP Basic
 import base64
 import binascii
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from node.receive.access import parse_address
 from node.web.settings import Right, WebConfig
 from node.web.tokens import RIGHTS, Tokens
 
@@ -49,7 +51,9 @@ class AccessMiddleware:
             log.warning("action=http-refused peer=%s status=%d", _peer(scope), refusal.status_code)
             await refusal(scope, receive, send_more)
             return
-        await self._app(scope, receive, send_more)
+        # Health checks ask by HEAD. It is answered as GET is; the server leaves out the body (RFC 9110 9.3.2).
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        await self._app(asked, receive, send_more)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         """The answer to a request that is not allowed; None if it is."""
@@ -69,7 +73,7 @@ class AccessMiddleware:
         if self._config.open_to_all:  # some clients send credentials that they were not given: Bearer None, say
             return RIGHTS
         proxy = self._config.trusted_proxy
-        if proxy is not None and _peer(scope) in proxy.addresses and headers.get(proxy.user_header):
+        if proxy is not None and _is_one_of(_peer(scope), proxy.addresses) and headers.get(proxy.user_header):
             return proxy.rights
         if (secret := _secret(headers.get("authorization", ""))) is not None:
             token = self._tokens.find(secret)
@@ -98,6 +102,11 @@ class AccessMiddleware:
 def _peer(scope: Scope) -> str:
     client = scope.get("client")
     return str(client[0]) if client else ""
+
+
+def _is_one_of(peer: str, addresses: Iterable[str]) -> bool:
+    """Where the node listens on "::", a peer's IPv4 address comes mapped into IPv6."""
+    return bool(peer) and parse_address(peer) in map(parse_address, addresses)
 
 
 def _secret(authorization: str) -> str | None:

@@ -194,10 +194,19 @@ def _search_router() -> APIRouter:
         _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
         query = qido.parse_query(level, request.query_params.multi_items(), scope)
         found = qido.search(catalog, level, query, root)
-        headers = {}
+        answer = Response(json.dumps(found), media_type=DICOM_JSON)
         if query.is_fuzzy:
-            headers["Warning"] = '299 cspine: "The fuzzymatching parameter is not supported. Only literal matching."'
-        return Response(json.dumps(found), media_type=DICOM_JSON, headers=headers)
+            answer.headers.append(
+                "Warning", '299 cspine: "The fuzzymatching parameter is not supported. Only literal matching."'
+            )
+        # Who names no limit would take the first thousand for all (PS3.18 8.3.4.4).
+        is_full = len(found) == query.limit
+        num_left = catalog.num_matches(level, query.conditions) - query.offset - len(found) if is_full else 0
+        if num_left > 0:
+            answer.headers.append(
+                "Warning", f'299 cspine: "There are {num_left} additional results that can be requested"'
+            )
+        return answer
 
     @router.get("/studies")
     def studies(request: Request, catalog: CatalogOf, root: RootOf) -> Response:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset, dcmread
+from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from sqlalchemy import (
     JSON,
@@ -28,6 +29,7 @@ from sqlalchemy import (
     Float,
     Integer,
     MetaData,
+    Select,
     String,
     Table,
     create_engine,
@@ -41,9 +43,10 @@ from sqlalchemy import (
 from model import PARSE_ERRORS
 from node.case import Case
 from node.index import Index
+from node.web.attributes import attribute_json, completed
 from node.web.matching import Condition
 
-_VERSION = 2  # of the tables below; a file of another version is made anew
+_VERSION = 3  # of the tables below; a file of another version is made anew
 
 
 class Level(Enum):
@@ -222,6 +225,19 @@ class Catalog:
 
     def find(self, level: Level, conditions: Sequence[Condition], *, limit: int, offset: int) -> list[dict[str, Any]]:
         """DICOM JSON of what matches, in a stable order, without URLs."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(self._matching(level, conditions).limit(limit).offset(offset)).mappings().all()
+            answers = [_merged(row) for row in rows]
+            _count(connection, level, answers)
+        return answers
+
+    def num_matches(self, level: Level, conditions: Sequence[Condition]) -> int:
+        """How many there are of what `find` finds."""
+        matching = self._matching(level, conditions).order_by(None).subquery()
+        with self._engine.connect() as connection:
+            return connection.execute(select(func.count()).select_from(matching)).scalar_one()
+
+    def _matching(self, level: Level, conditions: Sequence[Condition]) -> Select[Any]:
         table = _TABLES[level]
         joined = _instances.join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID).join(
             _studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID
@@ -244,11 +260,7 @@ class Catalog:
         query = select(*columns).select_from(source).where(*wanted).order_by(*order)
         if level is not Level.INSTANCE:
             query = query.group_by(table.c[level.uid_keyword])
-        with self._engine.connect() as connection:
-            rows = connection.execute(query.limit(limit).offset(offset)).mappings().all()
-            answers = [_merged(row) for row in rows]
-            _count(connection, level, answers)
-        return answers
+        return query
 
     def files(
         self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
@@ -346,7 +358,7 @@ def _transfer_syntax_of(meta: bytes) -> str:
 def _read(path: str) -> _Read | None:
     """The rows of a file; None when it has just gone or is no DICOM."""
     try:
-        ds = dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS)
+        ds = completed(dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS))
         return _Read(
             texts={level: {keyword: _text(ds, keyword) for keyword in level.keywords} for level in Level},
             attributes={level: _json(ds, level.keywords) for level in Level},
@@ -430,16 +442,8 @@ def _count(connection: Connection, level: Level, answers: list[dict[str, Any]]) 
 
 
 def _json(ds: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
-    """DICOM JSON (PS3.18 F) of these attributes; what cannot be read is left out, what is missing is empty."""
-    made: dict[str, Any] = {}
-    for keyword in keywords:
-        tag = Tag(keyword)
-        try:
-            if keyword in ds:
-                made[f"{tag:08X}"] = ds[keyword].to_json_dict(None, 1024)
-        except PARSE_ERRORS:
-            continue
-    return made
+    """DICOM JSON (PS3.18 F) of those of these attributes that it has."""
+    return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
 
 
 def _text(ds: Dataset, keyword: str) -> str:
@@ -450,7 +454,7 @@ def _text(ds: Dataset, keyword: str) -> str:
         return ""
     if value is None:
         return ""
-    return "\\".join(map(str, value)) if isinstance(value, list) else str(value).strip()
+    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value).strip()
 
 
 def _whole(text: str) -> int:

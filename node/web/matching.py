@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
-from sqlalchemy import ColumnElement, and_
+from sqlalchemy import ColumnElement, and_, or_
 
 _RANGES = ("DA", "TM", "DT")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
@@ -34,9 +34,24 @@ class Condition:
             return column.in_([uid for uid in re.split(r"[,\\]", self.value) if uid])
         if vr in _NO_WILDCARDS:
             return column == self.value
-        if vr == "PN" or "*" in self.value or "?" in self.value:  # names are matched whatever their case
-            return column.like(_as_like(self.value), escape="!")
-        return column == self.value
+        if vr == "PN":
+            return _is_name(column, self.value)
+        if vr == "CS":  # a code has no comma: viewers ask for several modalities so, others as DICOM joins values
+            return or_(*(_fits(column, code) for code in {self.value, *re.split(r"[,\\]", self.value)} if code))
+        return _fits(column, self.value)
+
+
+def _fits(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
+    """A value, or a pattern."""
+    is_pattern = "*" in value or "?" in value
+    return column.like(_as_like(value), escape="!") if is_pattern else column == value
+
+
+def _is_name(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
+    """A name, or one of its component groups (PS3.5 6.2.1.2), whatever the case."""
+    pattern = _as_like(name)
+    places = (pattern,) if "=" in name else (pattern, f"{pattern}=%", f"%={pattern}", f"%={pattern}=%")
+    return or_(*(column.like(place, escape="!") for place in places))
 
 
 def _as_like(pattern: str) -> str:

@@ -11,6 +11,7 @@ from pydicom import dcmread
 from pydicom.tag import Tag
 
 from model import PARSE_ERRORS
+from node.web.attributes import attribute_json, completed
 from node.web.catalog import Catalog, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
@@ -99,7 +100,8 @@ def read_attributes(catalog: Catalog, uids: Sequence[str], keywords: Iterable[st
     if not files:
         return {}
     try:
-        ds = dcmread(files[0].path, stop_before_pixels=True, specific_tags=[Tag(keyword) for keyword in keywords])
-        return {f"{Tag(keyword):08X}": ds[keyword].to_json_dict(None, 1024) for keyword in keywords if keyword in ds}
+        tags = [Tag(keyword) for keyword in keywords]
+        ds = completed(dcmread(files[0].path, stop_before_pixels=True, specific_tags=tags))
+        return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
     except (OSError, *PARSE_ERRORS):
         return {}

@@ -6,6 +6,7 @@ Reference: PS3.18 10.4.1.1.3 (rendered), 8.3.5 (window, viewport, quality).
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,13 @@ from node.web.wado import CannotGiveError, NotThereError
 
 _MAX_PIXELS = 4096  # of a side of a picture
 _BONE = (400.0, 1800.0)  # centre and width of a window for CT that names none
+_MACROS = {  # of functional groups, by attribute
+    "RescaleSlope": "PixelValueTransformationSequence",
+    "RescaleIntercept": "PixelValueTransformationSequence",
+    "WindowCenter": "FrameVOILUTSequence",
+    "WindowWidth": "FrameVOILUTSequence",
+    "PixelSpacing": "PixelMeasuresSequence",
+}
 MEDIA_TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 
 
@@ -77,7 +85,7 @@ def render(instance: StoredInstance, media_type: str, view: View, frame_number: 
         picture = Image.fromarray(_grey_or_rgb(ds, frame_number - 1, view))
     except (*PARSE_ERRORS, RuntimeError) as error:
         raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be decoded") from error
-    picture = _with_square_pixels(picture, ds)
+    picture = _with_square_pixels(picture, ds, frame_number - 1)
     if view.size:
         picture.thumbnail(view.size, Image.Resampling.LANCZOS)
     encoded = BytesIO()
@@ -92,9 +100,9 @@ def _grey_or_rgb(ds: Dataset, index: int, view: View) -> NDArray[np.uint8]:
         return np.asarray(pixels, np.uint8)
     if int(ds.BitsAllocated) == 1:
         return (pixels * 255).astype(np.uint8)
-    slope, intercept = float(ds.get("RescaleSlope") or 1), float(ds.get("RescaleIntercept") or 0)
-    values = pixels * np.float32(slope) + np.float32(intercept)
-    centre, width = view.window or _own_window(ds)
+    slope, intercept = _of_frame(ds, index, "RescaleSlope"), _of_frame(ds, index, "RescaleIntercept")
+    values = pixels * np.float32(slope or 1) + np.float32(intercept or 0)
+    centre, width = view.window or _own_window(ds, index)
     # PS3.3 C.11.2.1.2.1, linear.
     shown = np.clip((values - (centre - 0.5)) / max(width - 1, 1) + 0.5, 0, 1) * 255
     if ds.get("PhotometricInterpretation") == "MONOCHROME1":
@@ -102,18 +110,36 @@ def _grey_or_rgb(ds: Dataset, index: int, view: View) -> NDArray[np.uint8]:
     return np.asarray(np.rint(shown), np.uint8)
 
 
-def _own_window(ds: Dataset) -> tuple[float, float]:
-    """The first window of the Instance; one for bone where it has none."""
+def _of_frame(ds: Dataset, index: int, keyword: str) -> Any:
+    """An attribute of the Instance, or of this frame of an Enhanced one, which may stand in the shared groups.
+
+    Reference: PS3.3 C.7.6.16.
+    """
+    if keyword in ds:
+        return ds.get(keyword)
+    per_frame = ds.get("PerFrameFunctionalGroupsSequence") or []
+    for groups in (*per_frame[index : index + 1], *(ds.get("SharedFunctionalGroupsSequence") or [])):
+        for macro in groups.get(_MACROS[keyword]) or []:
+            if keyword in macro:
+                return macro.get(keyword)
+    return None
+
+
+def _own_window(ds: Dataset, index: int) -> tuple[float, float]:
+    """The first window of the frame; one for bone where it has none."""
     found = []
     for keyword in ("WindowCenter", "WindowWidth"):
-        value = ds.get(keyword)
-        first = value[0] if isinstance(value, list) or hasattr(value, "append") else value
-        found.append(float(first) if first not in (None, "") else 0.0)
+        try:
+            value = _of_frame(ds, index, keyword)
+            first = value[0] if isinstance(value, list) or hasattr(value, "append") else value
+            found.append(float(first) if first not in (None, "") else 0.0)
+        except PARSE_ERRORS:  # it is no number, which says nothing of the pixels
+            found.append(0.0)
     return (found[0], found[1]) if found[1] > 0 else _BONE
 
 
-def _with_square_pixels(picture: Image.Image, ds: Dataset) -> Image.Image:
-    spacing = ds.get("PixelSpacing")
+def _with_square_pixels(picture: Image.Image, ds: Dataset, index: int) -> Image.Image:
+    spacing = _of_frame(ds, index, "PixelSpacing")
     if not spacing or len(spacing) != 2 or min(float(value) for value in spacing) <= 0:
         return picture
     ratio = float(spacing[0]) / float(spacing[1])

@@ -41,10 +41,12 @@ class Stored:
 
     @property
     def status(self) -> int:
-        """Of HTTP (PS3.18 table 10.5.3-1)."""
+        """Of HTTP (PS3.18 table 10.5.3-1). 409 would be the same again; 503 asks the sender to come back."""
         if not self.failed:
             return 200
-        return 202 if self.taken else 409
+        if self.taken:
+            return 202
+        return 503 if any(status == OUT_OF_RESOURCES for _, status, _ in self.failed) else 409
 
     def to_json(self, root: str) -> dict[str, Any]:
         """The Store Instances Response Module as DICOM JSON. root: the address of the service."""
@@ -55,13 +57,13 @@ class Stored:
                 for announced in self.taken
             ]
             answer["00081199"] = {"vr": "SQ", "Value": items}
-        if self.failed:
-            failures = [
+        for announced, status, comment in self.failed:
+            # What names no Instance stands in Other Failures: the items of Failed SOP must.
+            failures = answer.setdefault("00081198" if announced else "0008119A", {"vr": "SQ", "Value": []})
+            failures["Value"].append(
                 (_reference(announced) if announced else {})
                 | {"00081197": {"vr": "US", "Value": [status]}, "00000902": {"vr": "LO", "Value": [comment[:64]]}}
-                for announced, status, comment in self.failed
-            ]
-            answer["00081198"] = {"vr": "SQ", "Value": failures}
+            )
         return answer
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import DataElement, Dataset, dcmread
+from pydicom import Dataset, dcmread
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
@@ -19,13 +19,13 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from model import PARSE_ERRORS
 from node.web.accept import Offer
+from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
 from node.web.multipart import end_of, part_head
 
 DICOM, OCTETS = "application/dicom", "application/octet-stream"
 _PIXEL_TAGS = {Tag("PixelData"), Tag("FloatPixelData"), Tag("DoubleFloatPixelData")}
-_INLINE_BYTES = 1024  # longer values are bulk data
-_BULK_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "UN")
+_INLINE_CHARACTERS = 1368  # of Base64, for 1024 bytes; longer values are bulk data
 _NUM_READ, _NUM_OPEN = 8, 32  # files that are read, or only opened, before the first of them is sent
 # Media types of compressed frames (PS3.18 table 8.7.3-5).
 _IMAGE_TYPES = {
@@ -139,16 +139,13 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
     """
     url = f"{instance_url(instance, root)}/bulkdata"
     try:
-        ds = dcmread(instance.path, stop_before_pixels=True)
-        made: dict[str, Any] = {}
-        for element in ds:
-            name = f"{element.tag:08X}"
-            if _is_bulk(element):
-                made[name] = {"vr": element.VR, "BulkDataURI": f"{url}/{name}"}
-            else:
-                made[name] = element.to_json_dict(None, 1 << 31)
+        ds = completed(dcmread(instance.path, stop_before_pixels=True))
     except PARSE_ERRORS as error:
         raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
+    made = dataset_json(ds)
+    for name, told in made.items():
+        if len(told.get("InlineBinary", "")) > _INLINE_CHARACTERS:
+            made[name] = {"vr": told["vr"], "BulkDataURI": f"{url}/{name}"}
     if "Rows" in ds:
         made["7FE00010"] = {"vr": "OW", "BulkDataURI": f"{url}/7FE00010"}
     return dict(sorted(made.items()))
@@ -160,10 +157,6 @@ def instance_url(instance: StoredInstance, root: str) -> str:
         f"{root}/studies/{instance.study_instance_uid}/series/{instance.series_instance_uid}"
         f"/instances/{instance.sop_instance_uid}"
     )
-
-
-def _is_bulk(element: DataElement) -> bool:
-    return element.VR in _BULK_VRS and isinstance(element.value, bytes) and len(element.value) > _INLINE_BYTES
 
 
 def bulk_data(instance: StoredInstance, name: str) -> bytes:

@@ -305,8 +305,17 @@ def _drop(*keywords: str) -> Callable[[Dataset], None]:
     return change
 
 
+def _put(ds: Dataset, *values: tuple[str, bytes]) -> None:
+    for keyword, text in values:
+        tag = Tag(keyword)
+        ds[tag] = pydicom.dataelem.RawDataElement(
+            tag, pydicom.datadict.dictionary_VR(tag), len(text), text, 0, False, True
+        )
+
+
 def _odd_values(ds: Dataset) -> None:
-    for keyword, text in (
+    _put(
+        ds,
         ("PatientSex", b"X "),
         ("PatientBirthDate", b"19??"),
         ("StudyDate", b"01/02/2026"),
@@ -314,11 +323,19 @@ def _odd_values(ds: Dataset) -> None:
         ("SliceThickness", b""),
         ("PatientAge", b"45"),
         ("PatientSize", b"1,80"),
-    ):
-        tag = Tag(keyword)
-        ds[tag] = pydicom.dataelem.RawDataElement(
-            tag, pydicom.datadict.dictionary_VR(tag), len(text), text, 0, False, True
-        )
+    )
+
+
+def _unreadable_values(ds: Dataset) -> None:
+    """Text where binary numbers belong, as scanners write in Implicit VR, and a sequence that breaks off."""
+    patient = b"\x10\0\x20\0LO\x02\x002 \x10\0\x22\0CS\x04\x00TEXT"
+    item = b"\xfe\xff\x00\xe0\x22\0\0\0" + patient + b"\x18\x00\x24\x93FD\x04\x0012.5"
+    _put(
+        ds,
+        ("CTDIvol", b"12.5"),
+        ("ReferencedStudySequence", b"\1\2\3\4\5\6"),
+        ("OtherPatientIDsSequence", item),
+    )
 
 
 @pytest.mark.parametrize(
@@ -333,6 +350,7 @@ def _odd_values(ds: Dataset) -> None:
         pytest.param(_drop("FrameOfReferenceUID"), id="FrameOfReferenceUID missing"),
         pytest.param(_drop("SliceThickness", "PositionReferenceIndicator"), id="thickness missing"),
         pytest.param(_odd_values, id="invalid values"),
+        pytest.param(_unreadable_values, id="unreadable values"),
     ],
 )
 def test_headers_that_break_the_standard_still_give_valid_results(

@@ -13,6 +13,7 @@ import pypdfium2
 import pytest
 
 from model import Analysis, SliceWeight, Volume, read_series
+from model.bundle import DEFAULT_BUNDLE, read_bundle
 from node.encode import ResultObject, encode_results
 from node.encode.keyslices import attention_by_plane, key_planes
 from node.profiles import Kind, Profile
@@ -302,6 +303,17 @@ def test_the_pdf_says_in_text_what_was_found_and_not_who_it_is(tmp_path: Path) -
     )
     assert code_of(ds.ConceptNameCodeSequence) == ("126000", "DCM")
     assert "CreationDate" not in document.get_metadata_dict(skip_empty=True)
+
+
+def test_the_overview_says_in_full_what_the_model_of_the_package_was_trained_on(tmp_path: Path) -> None:
+    volume = series(tmp_path)
+    analysis = analysis_of(volume)
+    model = read_bundle(DEFAULT_BUNDLE).info
+    analysis = replace(analysis, findings=replace(analysis.findings, model=model))
+    _, document = _pdf(encode(volume, analysis, tmp_path / "out", (Kind.SUMMARY_PDF,))["summary.pdf"])
+    overview = " ".join(document[0].get_textpage().get_text_range().split())
+    assert model.trained_on in overview
+    assert "a fracture is suspected" in overview
 
 
 # --- In an archive -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from aiosmtpd.controller import Controller
 from fhir.resources.R4B.bundle import Bundle
 
 from model import LEVELS
+from model.bundle import DEFAULT_BUNDLE, read_bundle
 from node.notify import fhir, hl7_oru, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient
@@ -114,6 +115,14 @@ def test_fhir_resources_are_valid_and_refer_to_each_other() -> None:
     assert report.subject.identifier.value == "P-4711"
 
 
+@pytest.mark.parametrize("name", ["", "^", "Doe"])
+def test_fhir_of_a_patient_of_whom_little_is_known_is_valid(name: str) -> None:
+    notice = replace(POSITIVE, patient=Patient(name=name, patient_id=" ", accession_number=" "))
+    report = Bundle.model_validate(fhir.transaction(notice)).entry[0].resource
+    assert (report.subject.identifier.value, report.subject.display) == ("unknown", "Doe" if name == "Doe" else None)
+    assert report.basedOn is None
+
+
 def test_fhir_says_of_a_series_that_was_not_analysed_that_there_is_no_result() -> None:
     bundle = Bundle.model_validate(fhir.transaction(REFUSED))
     (report,) = [entry.resource for entry in bundle.entry]
@@ -143,7 +152,48 @@ def test_hl7_delimiters_in_a_text_are_escaped() -> None:
     notice = replace(POSITIVE, text="a|b^c&d~e\\f")
     read = hl7.parse(hl7_oru.compose(notice, Hl7Target(type="hl7", name="h", host="h")))
     (conclusion,) = [str(obx[5]) for obx in read.segments("OBX") if "121077" in str(obx[3])]
+    assert not set(conclusion) & set("|^&~")
     assert read.unescape(conclusion).startswith("a|b^c&d~e\\f")
+
+
+def test_hl7_says_what_the_model_of_the_package_was_trained_on_in_full() -> None:
+    trained_on = read_bundle(DEFAULT_BUNDLE).info.trained_on
+    told = findings(C5=0.9)
+    told["model"] |= {"trained_on": trained_on}
+    text = "Series not analysed: " + "a long reason, " * 40
+    message = hl7_oru.compose(replace(POSITIVE, findings=told, text=text), Hl7Target(type="hl7", name="h", host="h"))
+    read = hl7.parse(message)
+    values = {str(obx[3]).split("^")[0]: (str(obx[2]), read.unescape(str(obx[5]))) for obx in read.segments("OBX")}
+    assert values["111001"] == ("TX", f"m 1.2: {trained_on}")
+    assert values["121077"][1].startswith(text.strip())
+
+
+@pytest.mark.parametrize(
+    ("patient", "segment"),
+    [
+        (Patient(patient_id="A&B^C", name="O&Brien^J|n"), r"PID|1||A\T\B\S\C||O\T\Brien^J\F\n"),
+        (Patient(patient_id="1", name="Yamada^Tarou=山田^太郎=やまだ^たろう"), "PID|1||1||Yamada^Tarou"),
+        (Patient(patient_id="1", name="=山田^太郎"), "PID|1||1||山田^太郎"),
+        (Patient(patient_id="1", birth_date="1970.01.31", name="A"), "PID|1||1||A"),
+        (Patient(patient_id="1", name="A\r\nOBX|1^B"), r"PID|1||1||A OBX\F\1^B"),
+        (
+            Patient(patient_id="1", issuer="Universitätsklinikum zu Köln"),
+            "PID|1||1^^^&Universitätsklinikum zu Köln&L||",
+        ),
+    ],
+)
+def test_odd_patients_fit_into_hl7(patient: Patient, segment: str) -> None:
+    message = hl7_oru.compose(replace(POSITIVE, patient=patient), Hl7Target(type="hl7", name="h", host="h"))
+    assert message.split("\r")[1] == segment
+    assert all(line[:3] in ("MSH", "PID", "OBR", "OBX", "") for line in message.split("\r"))
+
+
+def test_what_hl7_cannot_hold_is_given_up_and_names_no_patient() -> None:
+    notice = replace(POSITIVE, patient=replace(PATIENT, sex="x" * 300))
+    with pytest.raises(NotifyError, match="cannot be put into HL7") as caught:
+        hl7_oru.send(notice, Hl7Target(type="hl7", name="h", host="127.0.0.1", port=9))
+    assert caught.value.permanent
+    assert "xxx" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

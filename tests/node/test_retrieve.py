@@ -111,6 +111,25 @@ def test_c_get_gives_a_compressed_instance_as_it_is_to_who_takes_it(held: Held) 
     assert said[-1][0].Status == 0x0000
 
 
+def test_c_get_gives_an_instance_that_lacks_its_sop_class(held: Held, tmp_path: Path) -> None:
+    """As those of RSNA 2022, which the node takes."""
+    paths = make_ct_series(held.index.data_dir / "instances" / "bare", num_slices=2)
+    sent = [dcmread(path) for path in paths]
+    for ds, path in zip(sent, paths, strict=True):
+        del ds.SOPClassUID, ds.Modality
+        ds.save_as(path)
+    hold(held.index, paths)
+    study = sent[0].StudyInstanceUID
+    got, said = c_get(
+        held, {CTImageStorage: [ExplicitVRLittleEndian]}, QueryRetrieveLevel="STUDY", StudyInstanceUID=study
+    )
+    assert said[-1][0].Status == 0x0000
+    assert {ds.SOPInstanceUID for ds in got} == {ds.SOPInstanceUID for ds in sent}
+    case = held.index.case(sent[0].SeriesInstanceUID)
+    assert case is not None
+    assert held.index.delete_case(case) is not None
+
+
 def test_c_get_names_what_was_not_taken(held: Held) -> None:
     got, said = c_get(
         held, {CTImageStorage: [ExplicitVRLittleEndian]}, num_taken=NUM_SLICES - 1, QueryRetrieveLevel="STUDY",

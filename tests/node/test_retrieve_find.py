@@ -42,10 +42,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
         ({"StudyDate": "-20260101"}, [0]),
         ({"ModalitiesInStudy": "SR"}, [0]),
         ({"ModalitiesInStudy": "MR"}, []),
+        ({"ModalitiesInStudy": ["SR", "MR"]}, [0]),
         ({"AccessionNumber": "ACC9"}, []),
     ],
 )
-def test_c_find_matches(held: Held, keys: dict[str, str], numbers: list[int]) -> None:
+def test_c_find_matches(held: Held, keys: dict[str, object], numbers: list[int]) -> None:
     found, statuses = ask(held.peer, "STUDY", **({"StudyInstanceUID": ""} | keys))
     assert [held.studies.index(answer.StudyInstanceUID) for answer in found] == numbers
     assert statuses <= {0xFF00, 0x0000}

@@ -1,5 +1,6 @@
 """Who may do what over HTTP: loopback, tokens, the word of a proxy, other origins."""
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_a_proxy_is_believed_and_nobody_else(serve: Serve) -> None:
     assert requests.post(f"{believed.url}/studies", headers={"X-User": "eva"}).status_code == 403
     other = serve(trusted_proxy=TrustedProxy(addresses=("10.0.0.1",), user_header="X-User"))
     assert requests.get(f"{other.url}/studies", headers={"X-User": "eva"}).status_code == 401
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine does not listen on IPv4 and IPv6 at once")
+def test_a_proxy_is_believed_where_the_node_listens_on_every_address(index: Index) -> None:
+    web = WebConfig(host="::", trusted_proxy=TrustedProxy(addresses=("127.0.0.1",)))
+    listening = socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    server = WebServer(Config(web=web), index, listening)
+    try:
+        assert requests.get(f"{server.url}/studies", headers={"X-Remote-User": "eva"}).status_code == 200
+        assert requests.get(f"{server.url}/studies").status_code == 401
+    finally:
+        server.stop()
 
 
 def test_a_header_that_names_another_address_changes_nothing(serve: Serve) -> None:
