@@ -108,14 +108,14 @@ class Plan:
     num_coarse: int = 1100
     num_fine: int = 1400
     num_phantoms: int = 90
-    num_stacks: int = 560
+    num_stacks: int = 820
     num_phantom_stacks: int = 60
     num_patients: int = 100
-    num_held_out_stacks: int = 60
+    num_held_out_stacks: int = 90
     num_held_out_series: int = 8
     coarse_steps: tuple[int, ...] = (1800, 1300, 12500, 7800, 2600, 9000)
-    fine_steps: tuple[int, ...] = (2000, 8900, 1350, 3600)
-    fracture_steps: tuple[tuple[int, int], ...] = ((5700, 5400), (11000, 3650))
+    fine_steps: tuple[int, ...] = (2000, 8900, 1350, 3600, 1250)
+    fracture_steps: tuple[tuple[int, int], ...] = ((5700, 5400), (11000, 3650), (8000, 2700))
     batch_size: int = 4
     num_workers: int = 2
 
