@@ -1,0 +1,142 @@
+"""DICOMweb over Instances that are not as most are: names in three scripts, values that are none, Enhanced CT."""
+
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
+from pydicom.tag import BaseTag
+from pydicom.uid import CTImageStorage
+
+from node.config import Config
+from node.index import Index
+from tests.factories import make_ct_series, make_enhanced_ct
+from tests.node.test_web import path_of, uids_of, values
+from tests.web_server import WebServer, hold
+
+
+@pytest.mark.parametrize(
+    ("query", "is_found"),
+    [
+        ("PatientName=yamada^tarou", True),
+        ("PatientName=山田*", True),
+        ("PatientName=山田^太郎", True),
+        ("PatientName=やまだ^?ろう", True),
+        ("PatientName=Yamada^Tarou=山田^太郎=やまだ^たろう", True),
+        ("PatientName=太郎*", False),
+        ("PatientName=Yamada", False),
+        ("StudyDescription=HWS%5Cnativ", True),
+        ("StudyDescription=HWS", False),
+    ],
+)
+def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
+    japanese: WebServer, query: str, is_found: bool
+) -> None:
+    assert len(japanese.get(f"/studies?{query}").json()) == is_found
+
+
+@pytest.fixture(scope="module")
+def japanese(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Holds one Study with a name in three scripts, and a description with a backslash in it."""
+
+    def edit(_i: int, ds: Dataset) -> None:
+        ds.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
+        ds.PatientName, ds.StudyDescription = "Yamada^Tarou=山田^太郎=やまだ^たろう", "HWS\\nativ"
+
+    index = Index(tmp_path_factory.mktemp("japanese"))
+    hold(index, make_ct_series(index.data_dir / "instances", num_slices=1, edit=edit))
+    server = WebServer(Config(), index)
+    yield server
+    server.stop()
+    index.close()
+
+
+def _make_odd(path: Path) -> None:
+    """What scanners and archives do write: a decimal comma, text for a number, no number at all."""
+    ds = dcmread(path)
+    ds.add_new("SingleCollimationWidth", "FD", float("nan"))
+    for tag, vr, value in (
+        (0x00180060, "DS", b"12,5"),
+        (0x00181151, "IS", b"high"),
+        (0x00280106, "US", b"\1\0\2\0"),
+        (0x00281050, "DS", b"bone"),
+        (0x00081140, "SQ", b"\1\2\3\4\5\6"),
+    ):
+        ds._dict[BaseTag(tag)] = RawDataElement(BaseTag(tag), vr, len(value), value, 0, False, True)
+    item = Dataset()
+    item.CodeMeaning = "Neck"
+    item._dict[BaseTag(0x00180060)] = ds._dict[BaseTag(0x00180060)]
+    ds.ProcedureCodeSequence = [item]
+    ds.save_as(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # of pydicom; the service switches them off
+def test_a_value_that_cannot_be_read_hides_nothing_else(index: Index) -> None:
+    paths = make_ct_series(index.data_dir / "instances" / "odd", num_slices=2)
+    _make_odd(paths[0])
+    hold(index, paths)
+    server = WebServer(Config(), index)
+    try:
+        answer = server.get(path_of(paths[0], 2) + "/metadata")
+        assert answer.status_code == 200
+        told = json.loads(answer.text, parse_constant=pytest.fail)[0]  # NaN is no JSON
+        assert told["00080018"]["Value"] == [uids_of(paths[0])[2]]
+        assert told["00189306"] == {"vr": "FD"}
+        assert [told[tag] for tag in ("00180060", "00181151", "00081140")] == [{"vr": v} for v in ("DS", "IS", "SQ")]
+        assert told["00081032"]["Value"][0]["00080104"]["Value"] == ["Neck"]
+        found = server.get(path_of(paths[0], 2) + "/instances?includefield=KVP,SliceThickness,SingleCollimationWidth")
+        first = json.loads(found.text, parse_constant=pytest.fail)[0]
+        assert first["00180050"]["Value"] == [1.0]
+        assert first["00180060"] == {"vr": "DS"}
+        assert server.get(path_of(paths[0]) + "/rendered", "image/png").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_an_instance_that_lacks_sop_class_and_modality_is_told_as_it_was_taken(index: Index) -> None:
+    """The Instances of RSNA 2022 are like that; no viewer shows what is of no class."""
+    paths = make_ct_series(index.data_dir / "instances" / "bare", num_slices=3)
+    for path in paths:
+        ds = dcmread(path)
+        del ds.SOPClassUID, ds.Modality
+        ds.save_as(path)
+    hold(index, paths)
+    server = WebServer(Config(), index)
+    try:
+        (study,) = server.get("/studies?ModalitiesInStudy=CT&includefield=00080060").json()
+        assert study["00080060"]["Value"] == study["00080061"]["Value"] == ["CT"]
+        (series,) = server.get(path_of(paths[0], 1) + "/series").json()
+        assert series["00080060"]["Value"] == ["CT"]
+        for told in ("/instances", "/metadata"):
+            assert values(server.get(path_of(paths[0], 2) + told).json(), "00080016") == [CTImageStorage] * 3
+    finally:
+        server.stop()
+
+
+def test_a_rendered_frame_of_enhanced_ct_is_windowed_in_its_own_hounsfield_units(index: Index) -> None:
+    """Rescale, window and spacing stand in the functional groups; each frame has an intercept of its own here."""
+    path = make_enhanced_ct(index.data_dir / "enhanced.dcm", num_frames=4)
+    ds = dcmread(path)
+    for item in ds.PerFrameFunctionalGroupsSequence:
+        window = Dataset()
+        window.WindowCenter, window.WindowWidth = [200, 40], [1000, 400]
+        item.FrameVOILUTSequence = [window]
+    ds.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1, 1]
+    ds.save_as(path)
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        for number, item in enumerate(ds.PerFrameFunctionalGroupsSequence, start=1):
+            hu = ds.pixel_array[number - 1] + float(item.PixelValueTransformationSequence[0].RescaleIntercept)
+            for query, centre, width in (("", 200, 1000), ("?window=0,600", 0, 600)):
+                answer = server.get(f"{path_of(path)}/frames/{number}/rendered{query}", "image/png")
+                shown = np.asarray(Image.open(BytesIO(answer.content)), float)
+                expected = np.clip((hu - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * 255
+                assert np.abs(shown - expected).max() <= 1
+    finally:
+        server.stop()
