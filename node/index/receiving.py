@@ -42,6 +42,10 @@ class NewInstance:
     def series_instance_uid(self) -> str:
         return str(self.headers[0]["series_instance_uid"])
 
+    @property
+    def study_instance_uid(self) -> str:
+        return str(self.headers[0]["study_instance_uid"])
+
 
 class Receiving(Cases):
     """Rows of what came."""

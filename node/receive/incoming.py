@@ -8,6 +8,7 @@ Reference: PS3.10 7.1.
 
 from functools import cache
 
+from node.index import NewInstance
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.elements import find_elements
 from node.receive.headers import Announced
@@ -79,8 +80,8 @@ class IncomingFile:
         self._head.clear()
         return rest
 
-    def finish(self) -> None:
-        """Makes it durable; called in a thread.
+    def finish(self) -> NewInstance:
+        """Makes it durable, and says what it is; called in a thread.
 
         Raises:
             RefusedError, OSError, SQLAlchemyError: it is not taken.
@@ -89,7 +90,7 @@ class IncomingFile:
             raise self.refusal
         if self._arriving is None:
             raise RefusedError(CANNOT_UNDERSTAND, "it is not a DICOM file (PS3.10 7.1)")
-        self._arriving.finish()
+        return self._arriving.finish()
 
     def abandon(self) -> None:
         """It broke off."""

@@ -91,8 +91,8 @@ class Arriving:
             self._prefix += piece[:num_wanted]
         self._write(piece)
 
-    def finish(self) -> None:
-        """Returns once the Instance is safely on disk and in the index, or was already.
+    def finish(self) -> NewInstance:
+        """What came, once it is safely on disk and in the index, or was already.
 
         File and row go to disk at the same time, one sync in place of two that wait for each other. Should the row get
         there alone, the Instance was not acknowledged, and `reconcile.py` finds it by its checksum.
@@ -118,6 +118,7 @@ class Arriving:
                 _check_same(self._store.index.find_instance(instance.sop_instance_uid), self._path)
                 self.abandon()
             self._file.close()
+            return instance
         except BaseException:
             self.abandon()
             raise

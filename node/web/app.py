@@ -31,7 +31,7 @@ from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
 from node.web.matching import QueryError
-from node.web.multipart import MultipartError, MultipartReader, TooManyPartsError, boundary_of
+from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError, boundary_of
 from node.web.settings import WebConfig
 from node.web.stow import TooLargeError, store_parts
 from node.web.tokens import Tokens
@@ -56,6 +56,7 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     for error, status in (
         (QueryError, 400),
         (MultipartError, 400),
+        (MediaTypeError, 415),
         (TooManyPartsError, 413),
         (ClientDisconnect, 400),
         (TooLargeError, 413),

@@ -22,6 +22,10 @@ class TooManyPartsError(MultipartError):
     """The body has more parts than are taken."""
 
 
+class MediaTypeError(MultipartError):
+    """The body is no multipart/related."""
+
+
 @dataclass(frozen=True)
 class PartBegins:
     """A part's headers, names in lower case."""
@@ -61,11 +65,12 @@ def boundary_of(content_type: str) -> str:
     """The boundary of a multipart/related body.
 
     Raises:
-        MultipartError: it is not one, or has no usable boundary.
+        MediaTypeError: it is not one.
+        MultipartError: it has no usable boundary.
     """
     kind, parameters = parse_content_type(content_type)
     if kind != "multipart/related":
-        raise MultipartError(f"Content-Type is {kind or 'missing'}; multipart/related is needed")
+        raise MediaTypeError(f"Content-Type is {kind or 'missing'}; multipart/related is needed")
     boundary = parameters.get("boundary", "")
     if not _BOUNDARY.fullmatch(boundary):
         raise MultipartError("multipart/related has no boundary, or one that RFC 2046 does not allow")

@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from model import PARSE_ERRORS
+from node.index import NewInstance
 from node.process import describe_error
 from node.receive.headers import Announced
 from node.receive.incoming import IncomingFile
@@ -36,7 +37,7 @@ class TooLargeError(Exception):
 class Stored:
     """What became of the parts of a request."""
 
-    taken: list[Announced] = field(default_factory=list)
+    taken: list[tuple[Announced, NewInstance]] = field(default_factory=list)
     failed: list[tuple[Announced | None, int, str]] = field(default_factory=list)
 
     @property
@@ -53,8 +54,8 @@ class Stored:
         answer: dict[str, Any] = {}
         if self.taken:
             items = [
-                _reference(announced) | {"00081190": {"vr": "UR", "Value": [f"{root}/{_path(announced)}"]}}
-                for announced in self.taken
+                _reference(announced) | {"00081190": {"vr": "UR", "Value": [f"{root}/{_path(instance)}"]}}
+                for announced, instance in self.taken
             ]
             answer["00081199"] = {"vr": "SQ", "Value": items}
         for announced, status, comment in self.failed:
@@ -74,8 +75,9 @@ def _reference(announced: Announced) -> dict[str, Any]:
     }
 
 
-def _path(announced: Announced) -> str:
-    return f"instances?SOPInstanceUID={announced.sop_instance_uid}"
+def _path(instance: NewInstance) -> str:
+    study, series = instance.study_instance_uid, instance.series_instance_uid
+    return f"studies/{study}/series/{series}/instances/{instance.sop_instance_uid}"
 
 
 async def store_parts(
@@ -137,9 +139,9 @@ async def _finish(part: IncomingFile, stored: Stored) -> None:
     """Makes a part durable and notes how that went."""
     cause = ""
     try:
-        await asyncio.to_thread(part.finish)
+        instance = await asyncio.to_thread(part.finish)
         assert part.announced is not None
-        stored.taken.append(part.announced)
+        stored.taken.append((part.announced, instance))
         return
     except RefusedError as refusal:
         status, comment = refusal.status, str(refusal)

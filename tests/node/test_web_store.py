@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,9 @@ def test_what_is_acknowledged_is_stored_as_it_came(web: WebServer, index: Index,
         (same,) = [other for other in stored if other.SOPInstanceUID == ds.SOPInstanceUID]
         assert same == ds
         assert same.file_meta.TransferSyntaxUID == ds.file_meta.TransferSyntaxUID
-    again = items(answer, "00081199")[0]["00081190"]["Value"][0]
-    assert len(requests.get(again, timeout=10).json()) == 1
+    item = items(answer, "00081199")[0]
+    again = requests.get(item["00081190"]["Value"][0], headers={"Accept": "application/dicom"}, timeout=10)
+    assert dcmread(BytesIO(again.content)).SOPInstanceUID == item["00081155"]["Value"][0]
 
 
 def test_a_request_that_ended_counts_as_a_released_association(web: WebServer, index: Index, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_an_address_that_names_a_study_takes_no_other(web: WebServer, index: Ind
 @pytest.mark.parametrize(
     ("content_type", "body", "status"),
     [
-        ("application/dicom", b"x", 400),
+        ("application/dicom", b"x", 415),
         ("multipart/related; type=application/dicom", b"x", 400),
         (KIND, b"", 400),
         (KIND, b"--yy\r\n\r\nx\r\n--yy--", 400),
