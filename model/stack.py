@@ -188,13 +188,19 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
 
 
 def _series_name(headers: Sequence[SliceHeader]) -> str:
-    """ "Series <UID>" for messages; refuses headers of none or of several Series."""
+    """ "Series <UID>" for messages; refuses headers of none or of several Series, or of one in several Studies."""
     uids = sorted({header.series_instance_uid for header in headers})
     if not uids:
         raise IncompleteSeries("There are no DICOM Instances here; a CT Series is needed.")
     if len(uids) > 1:
         raise SeriesError(
             f"These Instances belong to {len(uids)} Series: {', '.join(uids)}. Give the Instances of one Series only."
+        )
+    studies = sorted({header.study_instance_uid for header in headers})
+    if len(studies) > 1:
+        raise SeriesError(
+            f"Series {uids[0]} comes in {len(studies)} Studies: {', '.join(studies)}. A Series is of one Study: two "
+            "patients may be mixed here. Send the Series again, with a SeriesInstanceUID of its own in each Study."
         )
     return f"Series {uids[0]}"
 

@@ -90,7 +90,8 @@ def make_ct_series(
     )
     if positions_lps_mm is not None:
         positions = np.asarray(positions_lps_mm, float)
-    series_uid, study_uid = series_instance_uid or generate_uid(), study_instance_uid or generate_uid()
+    series_uid = series_instance_uid or generate_uid()
+    study_uid = study_instance_uid or generate_uid(entropy_srcs=[series_uid])  # what comes late is of the same Study
     frame_of_reference_uid = generate_uid()
     paths = []
     for i, position in enumerate(positions[::-1] if reverse else positions):

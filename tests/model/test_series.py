@@ -281,6 +281,17 @@ def test_several_series_are_refused_and_listed(tmp_path: Path) -> None:
         read_series(paths, SMALL)
 
 
+def test_a_series_that_comes_in_two_studies_is_refused(tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path / "a", series_instance_uid="1.2.3")
+    for path in paths[len(paths) // 2 :]:
+        ds = pydicom.dcmread(path)
+        ds.StudyInstanceUID = "1.2.99"
+        ds.save_as(path)
+
+    with pytest.raises(SeriesError, match=r"comes in 2 Studies: .*1\.2\.99.*two patients may be mixed"):
+        read_series(paths, SMALL)
+
+
 def test_files_that_are_not_dicom_are_left_out_with_a_warning(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not DICOM" * 100)
 
