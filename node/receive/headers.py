@@ -231,7 +231,9 @@ def _check_inflates(encoded: Encoded, num_bytes: int) -> None:
         file.seek(encoded.start)
         while piece := inflating.unconsumed_tail or file.read(_INFLATED_BYTES):
             num_inflated += len(inflating.decompress(piece, _INFLATED_BYTES))
-            if inflating.eof or num_inflated > num_bytes + _MAX_HEADER_BYTES:
+            if num_inflated > num_bytes + _MAX_HEADER_BYTES:  # what is left could fill the memory: it is not looked at
+                raise RefusedError(CANNOT_UNDERSTAND, "the deflated dataset is far longer than it says")
+            if inflating.eof:
                 break
     num_inflated += len(inflating.flush())
     if not inflating.eof or num_inflated < num_bytes:

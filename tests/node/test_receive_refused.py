@@ -5,6 +5,7 @@ import io
 import os
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,19 @@ def test_garbage_is_refused_with_0xc000_and_the_association_lives_on(
     association.release()
 
 
-@pytest.mark.parametrize("damage", [lambda encoded: encoded[:-100], lambda encoded: encoded[:-200] + b"\xff" * 200])
-def test_a_deflated_dataset_that_is_cut_off_or_damaged_is_refused_with_0xc000(
+def with_a_bomb(encoded: bytes) -> bytes:
+    """A deflated dataset with 200 MB of nothing behind it."""
+    deflating = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    whole = zlib.decompress(encoded, -zlib.MAX_WBITS) + bytes(200 << 20)
+    return deflating.compress(whole) + deflating.flush()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda encoded: encoded[:-100], lambda encoded: encoded[:-200] + b"\xff" * 200, with_a_bomb],
+    ids=["cut off", "damaged", "bomb"],
+)
+def test_a_deflated_dataset_that_is_cut_off_damaged_or_a_bomb_is_refused_with_0xc000(
     receiver: Config, index: Index, tmp_path: Path, damage: Callable[[bytes], bytes]
 ) -> None:
     """Its beginning, which is all that is needed of it here, can be read; what comes later could not read the file."""
