@@ -81,7 +81,7 @@ def stow(instances):
         if failed:
             orthanc.LogError(f"cspine: NOT SENT: {len(failed)} Instances that the node refused; its log says why")
     except urllib.error.HTTPError as error:
-        if error.code not in (400, 409, 413):  # these would be answered the same again
+        if error.code not in (400, 409, 413, 415):  # these would be answered the same again
             raise
         orthanc.LogError(f"cspine: NOT SENT: the node answered {error}; its log says why")
 

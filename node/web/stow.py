@@ -23,6 +23,7 @@ from node.receive.sender import Source
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, RefusedError
 from node.receive.store import Store
 from node.web.multipart import MultipartReader, PartBegins, PartData, PartEnds
+from node.web.wado import instance_url
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Stored:
         answer: dict[str, Any] = {}
         if self.taken:
             items = [
-                _reference(announced) | {"00081190": {"vr": "UR", "Value": [f"{root}/{_path(instance)}"]}}
+                _reference(announced) | {"00081190": {"vr": "UR", "Value": [instance_url(instance, root)]}}
                 for announced, instance in self.taken
             ]
             answer["00081199"] = {"vr": "SQ", "Value": items}
@@ -73,11 +74,6 @@ def _reference(announced: Announced) -> dict[str, Any]:
         "00081150": {"vr": "UI", "Value": [announced.sop_class_uid]},
         "00081155": {"vr": "UI", "Value": [announced.sop_instance_uid]},
     }
-
-
-def _path(instance: NewInstance) -> str:
-    study, series = instance.study_instance_uid, instance.series_instance_uid
-    return f"studies/{study}/series/{series}/instances/{instance.sop_instance_uid}"
 
 
 async def store_parts(

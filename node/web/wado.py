@@ -18,6 +18,7 @@ from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from model import PARSE_ERRORS
+from node.index import NewInstance
 from node.web.accept import Offer
 from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
@@ -151,7 +152,7 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
     return dict(sorted(made.items()))
 
 
-def instance_url(instance: StoredInstance, root: str) -> str:
+def instance_url(instance: StoredInstance | NewInstance, root: str) -> str:
     """The address of an Instance."""
     return (
         f"{root}/studies/{instance.study_instance_uid}/series/{instance.series_instance_uid}"

@@ -38,6 +38,14 @@ class Reader(VertebraUNet):
         return [torch.stack([(hu - 280).clamp(-5, 5), (hu - 280) / 40], dim=1)]
 
 
+def seen_as(level: np.ndarray, inside: np.ndarray) -> tuple[Volume, np.ndarray]:
+    """Bone where `inside`, as bright as `Reader` reads this level, in voxels of 1.5 mm; and the labels."""
+    labels = np.where(inside, level, 0).astype(np.uint8)
+    voxels_hu = np.where(inside, 280 + 40 * level, 0).astype(np.int16)
+    grid = Grid.axial(shape=labels.shape, spacing_mm=(1.5, 1.5, 1.5))
+    return Volume(study_instance_uid="1", series_instance_uid="2", voxels_hu=voxels_hu, grid=grid, slices=()), labels
+
+
 def neck(lean_deg: float) -> tuple[Volume, np.ndarray]:
     """A column of eight blocks, C1 on top, that leans forward; and its labels, with T1."""
     z, y, x = np.indices((140, 140, 60)).astype(np.float32) * np.float32(1.5)
@@ -46,10 +54,7 @@ def neck(lean_deg: float) -> tuple[Volume, np.ndarray]:
     front = (z - 105) * sine + (y - 105) * cosine
     level = np.floor((72 - up) / 18 + 1)
     inside = (level >= 1) & (level <= 8) & (np.abs(front) < 12) & (np.abs(x - 45) < 12)
-    labels = np.where(inside, level, 0).astype(np.uint8)
-    voxels_hu = np.where(inside, 280 + 40 * level, 0).astype(np.int16)
-    grid = Grid.axial(shape=(140, 140, 60), spacing_mm=(1.5, 1.5, 1.5))
-    return Volume(study_instance_uid="1", series_instance_uid="2", voxels_hu=voxels_hu, grid=grid, slices=()), labels
+    return seen_as(level, inside)
 
 
 @pytest.mark.parametrize(
@@ -92,14 +97,7 @@ def test_a_patient_turned_about_the_long_axis_is_looked_at_facing_forward(twist_
     level = np.floor((147 - z) / 18 + 1)
     body, process = (np.abs(left) < 20) & (np.abs(back + 10) < 12), (np.abs(left) < 7) & (np.abs(back - 14) < 14)
     inside = (level >= 1) & (level <= 8) & (body | process)
-    truth = np.where(inside, level, 0).astype(np.uint8)
-    volume = Volume(
-        study_instance_uid="1",
-        series_instance_uid="2",
-        voxels_hu=np.where(inside, 280 + 40 * level, 0).astype(np.int16),
-        grid=Grid.axial(shape=truth.shape, spacing_mm=(1.5, 1.5, 1.5)),
-        slices=(),
-    )
+    volume, truth = seen_as(level, inside)
     reader = Reader()
 
     labels, _ = find_vertebrae(volume, reader, SETTINGS, torch.device("cpu"))
@@ -145,14 +143,7 @@ def test_a_head_held_upright_on_a_neck_that_leans_is_taken_as_scanned_and_the_re
     front = np.where(z > 105, y - 75, (z - 105) * sine + (y - 75) * cosine)
     level = np.floor(down / 18 + 4)
     inside = (level >= 1) & (level <= 8) & (np.abs(front) < 12) & (np.abs(x - 45) < 12)
-    truth = np.where(inside, level, 0).astype(np.uint8)
-    volume = Volume(
-        study_instance_uid="1",
-        series_instance_uid="2",
-        voxels_hu=np.where(inside, 280 + 40 * level, 0).astype(np.int16),
-        grid=Grid.axial(shape=truth.shape, spacing_mm=(1.5, 1.5, 1.5)),
-        slices=(),
-    )
+    volume, truth = seen_as(level, inside)
 
     labels, vertebrae = find_vertebrae(volume, UprightReader(), SETTINGS, torch.device("cpu"))
 
