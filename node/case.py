@@ -87,7 +87,8 @@ class ObjectProgress:
 class Case:
     """A snapshot of one case. Times are seconds since the epoch; attempts counts analyses begun since it was complete.
 
-    queued_at: since when it has been waiting for a worker, or had; None before it is whole.
+    queued_at: since when it has been waiting for a worker, or had; None before it is whole. next_check_at: when
+    completeness is judged next.
 
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
     latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
@@ -110,6 +111,7 @@ class Case:
     last_received_at: float
     queued_at: float | None
     changed_at: float
+    next_check_at: float
     result_dir: Path | None
     summary: str
     won_s: float | None

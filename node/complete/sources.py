@@ -92,7 +92,7 @@ class Sources:
             while len(self._answers) > _MAX_KEPT:
                 del self._answers[next(iter(self._answers))]
         for case in cases:
-            self._index.check_again(case, self._index.now())
+            self._index.check_now(case)
 
 
 def count_instances(case: Case, source: Source, calling_ae_title: str) -> int:

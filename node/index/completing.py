@@ -91,9 +91,15 @@ class Completing(Cases):
         return carriers
 
     def check_again(self, case: Case, at: float) -> None:
-        """Has completeness judged again at `at`, or when an association ends."""
+        """Has completeness judged again at `at`, or when an association ends; as one may have since the snapshot."""
         with self._writing() as connection:
-            connection.execute(unmoved(case).values(next_check_at=at))
+            as_planned = _cases.c.next_check_at == case.next_check_at
+            connection.execute(unmoved(case).where(as_planned).values(next_check_at=at))
+
+    def check_now(self, case: Case) -> None:
+        """Has completeness judged again at once, whatever is planned."""
+        with self._writing() as connection:
+            connection.execute(unmoved(case).values(next_check_at=self.now()))
 
     def queue(self, case: Case, *, won_s: float = 0.0) -> bool:
         """The Series is whole. won_s: how much earlier than after the quiet time."""

@@ -208,6 +208,17 @@ def test_a_case_is_checked_after_the_quiet_time_or_when_its_association_ends(ind
     assert [case.series_instance_uid for case in index.cases_to_check()] == [SERIES]
     index.check_again(the_case(index), time.time() + 60)
     assert index.cases_to_check() == []
+    index.check_now(the_case(index))
+    assert [case.series_instance_uid for case in index.cases_to_check()] == [SERIES]
+
+
+def test_an_association_that_ends_while_its_series_is_judged_has_it_judged_again(index: Index) -> None:
+    association_id = index.open_association("SCANNER")
+    add(index, 1, association_id=association_id, quiet_time_s=60)
+    judged = the_case(index)  # it is still open: wait for the quiet time
+    index.end_association(association_id, released=True)
+    index.check_again(judged, time.time() + 60)
+    assert [case.series_instance_uid for case in index.cases_to_check()] == [SERIES]
 
 
 def test_how_each_association_ended_is_known(index: Index) -> None:
