@@ -16,7 +16,8 @@ from training.schedule import train
 
 PATCH_LEARNING_RATE, STACK_LEARNING_RATE = 3e-3, 1e-3
 SHARE_FRACTURED = 0.5
-"""Share of fractured vertebrae in a batch."""
+"""Share of fractured vertebrae in a batch. Of either kind each level comes as often: drawn as often as patients break
+them, C3 to C6 were too few, and their fractures were missed."""
 
 PATCH_PIXELS, PATCH_MARGIN, PATCHES_PER_STACK = 48, 12, 4
 """Side of a patch, what is cut with it and dropped after turning it, and how many come from a stack."""
@@ -55,12 +56,13 @@ def train_fracture_net(
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    fractured, intact = _vertebrae(paths)
+    fractured, intact = vertebrae_by_level(paths)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster
 
     def draw() -> Stack:
-        pool = fractured if rng.random() < SHARE_FRACTURED else intact
-        return read_stack(*pool[rng.integers(len(pool))])
+        levels = fractured if rng.random() < SHARE_FRACTURED else intact
+        of_level = levels[rng.integers(len(levels))]
+        return read_stack(*of_level[rng.integers(len(of_level))])
 
     def patch_loss(step: int) -> Tensor:
         batch = changed(collate([patch for _ in range(2 * batch_size) for patch in patches(draw(), rng)]), rng)
@@ -172,17 +174,20 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
     )
 
 
-def _vertebrae(paths: list[Path]) -> tuple[list[tuple[Path, int]], list[tuple[Path, int]]]:
-    """All cached vertebrae: the fractured and the intact."""
-    fractured: list[tuple[Path, int]] = []
-    intact: list[tuple[Path, int]] = []
+_Vertebrae = list[tuple[Path, int]]
+
+
+def vertebrae_by_level(paths: list[Path]) -> tuple[list[_Vertebrae], list[_Vertebrae]]:
+    """All cached vertebrae, by level: the fractured and the intact."""
+    found: dict[tuple[bool, int], _Vertebrae] = {}
     for path in paths:
         with np.load(path) as arrays:
-            for index, is_fractured in enumerate(arrays["fractured"]):
-                (fractured if is_fractured else intact).append((path, index))
+            for index, (is_fractured, level) in enumerate(zip(arrays["fractured"], arrays["levels"], strict=True)):
+                found.setdefault((bool(is_fractured), int(level)), []).append((path, index))
+    fractured, intact = ([found[key] for key in sorted(found) if key[0] is kind] for kind in (True, False))
     if not fractured or not intact:
         raise ValueError(
-            f"The {len(paths)} patients drawn hold {len(fractured)} fractured and {len(intact)} intact vertebrae; "
-            "both are needed. Draw more patients."
+            f"The {len(paths)} patients drawn hold {sum(map(len, fractured))} fractured and {sum(map(len, intact))} "
+            "intact vertebrae; both are needed. Draw more patients."
         )
     return fractured, intact

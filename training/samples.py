@@ -78,7 +78,8 @@ def classify_samples(
 ) -> dict[str, NDArray[Any]]:
     """All seven vertebrae as the fracture network sees them, stacked in level order, in the masks the U-Net draws.
 
-    `planes` int16 HU `(7, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(7, slices, Y, X)`, `fractured` bool.
+    `planes` int16 HU `(7, planes, Y, X)`, `masks` and `regions` uint8 0..255 `(7, slices, Y, X)`, `fractured` bool and
+    `levels` uint8 1..7.
     """
     grid = spine_grid(anatomy, rng, classify)
     phantom = render(
@@ -104,6 +105,7 @@ def classify_samples(
         "masks": np.stack(masks),
         "regions": np.stack(regions),
         "fractured": np.array(fractured),
+        "levels": np.arange(1, len(LEVELS) + 1, dtype=np.uint8),
     }
 
 

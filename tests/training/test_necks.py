@@ -13,6 +13,7 @@ from scipy import ndimage
 from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.networks import VertebraUNet
+from training.fractures import vertebrae_by_level
 from training.inserted.insertion import Inserted
 from training.necks import atlas as body
 from training.necks import stacks, train
@@ -145,6 +146,12 @@ def test_stacks_of_a_drawn_neck_hold_broken_vertebrae_with_their_regions(atlas: 
             assert arrays["regions"][intact].max(initial=0) == 0
             fractured += arrays["fractured"].tolist()
     assert 0 < sum(fractured) < len(fractured)
+    broken, intact = vertebrae_by_level(sorted(tmp_path.glob("*.npz")))
+    for vertebrae, is_broken in ((broken, True), (intact, False)):
+        for of_level in vertebrae:
+            assert {bool(np.load(path)["fractured"][index]) for path, index in of_level} == {is_broken}
+            assert len({int(np.load(path)["levels"][index]) for path, index in of_level}) == 1
+    assert sum(map(len, broken)) == sum(fractured)
 
 
 def test_in_outlines_of_the_networks_nothing_is_judged_that_they_number_wrongly(

@@ -14,9 +14,11 @@ from model.geometry import FloatArray, Grid
 from training.inserted.clefts import Cleft, cut
 from training.inserted.frame import VertebraFrame
 from training.inserted.region import (
+    OTHER_BONE_HU,
     Float32Array,
     Neighbourhood,
     coordinates,
+    distance_mm,
     edge_mm,
     half_space_share,
     neighbourhood,
@@ -45,7 +47,7 @@ def add_negatives(
     """Draws hard negatives for one vertebra, `mean_number` on average, and puts them into the volume."""
     added = []
     for _ in range(int(rng.poisson(mean_number))):
-        kind = str(rng.choice(list(NEGATIVES)))
+        kind = str(rng.choice(list(NEGATIVES), p=SHARES / SHARES.sum()))
         if add_negative(voxels_hu, labels, grid, frame, kind, rng):
             added.append(Negative(level=frame.level, kind=kind))
     return added
@@ -315,6 +317,47 @@ def _bent(site: Site) -> bool:
     return True
 
 
+def _worn_joint(site: Site) -> bool:
+    """A joint whose gap has narrowed to a line between dense margins: of dens and arch, of two facets."""
+    frame, rng = site.frame, site.rng
+    centre = _at_a_joint(frame, rng)
+    if centre is None:
+        return False
+    near = site.near(centre, 12)
+    own = near.own & (near.before > OTHER_BONE_HU)
+    to_own_mm = distance_mm(own, near.grid)
+    between_mm = to_own_mm + near.to_other_mm
+    z, y, x = np.unravel_index(between_mm.argmin(), between_mm.shape)
+    reach_mm = float(between_mm[z, y, x]) + rng.uniform(0.8, 2.0)
+    if reach_mm > 6:
+        return False
+    u, v, w = coordinates(frame.index_to_frame(near.grid), near.before.shape)
+    apart = np.sqrt((u - u[z, y, x]) ** 2 + (v - v[z, y, x]) ** 2 + (w - w[z, y, x]) ** 2)
+    sigma_mm = edge_mm(near.grid, np.array([0.7, 0.7, 0.14]))
+    share = half_space_share(np.abs(to_own_mm - near.to_other_mm) / 2 - np.float32(rng.uniform(0.15, 0.6)), sigma_mm)
+    share = share * half_space_share(np.float32(reach_mm) - between_mm, sigma_mm)
+    share = share * half_space_share(np.float32(rng.uniform(4, 9)) - apart, 1.0)
+    near.voxels_hu[:] += share * np.maximum(np.float32(rng.uniform(450, 950)) - near.voxels_hu, 0)
+    near.write(site.voxels_hu)
+    return True
+
+
+def _at_a_joint(frame: VertebraFrame, rng: np.random.Generator) -> FloatArray | None:
+    """A place of the vertebra where it may meet another: the front of the dens, or a facet."""
+    if frame.label == 2 and rng.random() < 0.7:
+        if (base := dens_base(frame)) is None:
+            return None
+        u, v, w = frame.points.T
+        dens = frame.points[(np.abs(u - base[0]) < 4) & (w > base[2] + 3)]
+        if not len(dens):
+            return None
+        front = float(np.percentile(dens[:, 1], 5))
+        return np.array([base[0] + rng.normal(0, 1), front, float(np.median(dens[:, 2])) + rng.normal(0, 1.5)])
+    u, v, _ = frame.points.T
+    beside = frame.points[(np.abs(u) > 8) & (v > frame.back - 6) & (v < frame.canal_back)]
+    return np.asarray(beside[rng.integers(len(beside))]) if len(beside) else None
+
+
 NEGATIVES: dict[str, Callable[[Site], bool]] = {
     "basivertebral_vein": _basivertebral_vein,
     "nutrient_canal": _nutrient_canal,
@@ -325,5 +368,9 @@ NEGATIVES: dict[str, Callable[[Site], bool]] = {
     "calcification": _calcification,
     "vacuum": _vacuum,
     "bent": _bent,
+    "worn_joint": _worn_joint,
 }
 """Every kind of hard negative that stands at one vertebra."""
+
+SHARES = np.array([4.0 if kind == "worn_joint" else 1.0 for kind in NEGATIVES])
+"""How often each is drawn: every neck of some age has worn joints."""
