@@ -148,7 +148,7 @@ def collate(stacks: list[Stack]) -> Batch:
 
 
 def changed(batch: Batch, rng: np.random.Generator) -> Batch:
-    """Each stack turned, scaled, shifted and mirrored within the slice, with other noise, offset and gain."""
+    """Each stack turned, scaled, shifted and mirrored within the slice, with another kernel, noise, offset and gain."""
     num_vertebrae = len(batch.fractured)
     theta = torch.zeros(num_vertebrae, 2, 3)
     for i in range(num_vertebrae):
@@ -162,6 +162,8 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
     points = F.affine_grid(theta, list(stacked.shape), align_corners=False)
     stacked = F.grid_sample(stacked, points, padding_mode="border", align_corners=False)
     planes_hu, masks, regions = torch.split(stacked, [num_planes, num_slices, num_slices], dim=1)
+    sharpness = torch.from_numpy(rng.uniform(-0.8, 1.2, size=(num_vertebrae, 1, 1, 1))).float()
+    planes_hu = planes_hu + sharpness * (planes_hu - F.avg_pool2d(planes_hu, 3, 1, 1, count_include_pad=False))
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, size=(num_vertebrae, 1, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-40, 40, size=(num_vertebrae, 1, 1, 1))).float()
     sigma = torch.from_numpy(rng.uniform(0, 25, size=(num_vertebrae, 1, 1, 1))).float()
