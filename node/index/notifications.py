@@ -83,6 +83,17 @@ class Notifications(Cases):
         """Notifications, the latest first."""
         return self._notifications(_query().order_by(_notifications.c.at.desc()).limit(limit))
 
+    def is_overtaken(self, notification: Notification) -> bool:
+        """Whether a later outcome of the case, results or a refusal, is noted for its target."""
+        later = select(_notifications.c.notification_id).where(
+            _notifications.c.case_id == notification.case_id,
+            _notifications.c.target == notification.target,
+            _notifications.c.about.in_((About.ANALYSED, About.NOT_ANALYSED)),
+            _notifications.c.notification_id > notification.notification_id,
+        )
+        with self._engine.connect() as connection:
+            return connection.scalar(later.limit(1)) is not None
+
     def settle_notification(
         self, notification: Notification, state: NotificationState, reason: str = "", next_attempt_at: float = 0.0
     ) -> None:

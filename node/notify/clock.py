@@ -86,7 +86,9 @@ def send(notice: Notice, target: Target) -> None:
 
 
 def make_notice(notification: Notification, index: Index, target: Target) -> Notice | None:
-    """What to say; None when it is about results that are no longer there, since newer ones are."""
+    """What to say; None when it is out of date: said after what came later, it would replace that at the receiver."""
+    if index.is_overtaken(notification):
+        return None
     findings = None
     if notification.result_dir is not None:
         findings = _read_findings(notification.result_dir)

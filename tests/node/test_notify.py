@@ -190,6 +190,29 @@ def test_results_that_were_replaced_before_they_were_told_are_not_told(
     assert told(web) == []
 
 
+def test_what_a_receiver_that_was_down_has_missed_is_not_told_after_the_newer_results(
+    index: Index, web: WebServer, target: WebhookTarget, clock: Clock
+) -> None:
+    all_results = target.model_copy(update={"when": Rule(events=("positive", "negative"))})
+    web.status = 503
+    finish(index, analysing(index), "a", C5=0.9)
+    notify_due(index, all_results)
+    web.status, web.got = 200, []
+    clock.now_s += 1
+    case = index.case(SERIES)
+    assert case is not None
+    assert index.retry(case)
+    finish(index, analysing(index), "b")
+    for _ in range(2):
+        notify_due(index, all_results)
+        clock.now_s += 60
+    assert told(web) == ["negative"]
+    assert {item.text: item.state for item in index.notifications()} == {
+        "Said a.": NotificationState.UNWANTED,
+        "Said b.": NotificationState.SENT,
+    }
+
+
 @pytest.mark.parametrize("patient_data", [False, True])
 def test_the_patient_is_named_only_where_that_is_switched_on(
     index: Index, web: WebServer, target: WebhookTarget, tmp_path: Path, patient_data: bool
