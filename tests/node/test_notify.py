@@ -137,6 +137,24 @@ def test_a_new_target_hears_nothing_of_old_cases(index: Index, web: WebServer, c
     assert told(web) == []
 
 
+def test_what_was_written_late_is_told_though_nothing_changes_after_it(
+    index: Index, web: WebServer, target: WebhookTarget, clock: Clock
+) -> None:
+    asking = target.model_copy(update={"when": Rule(events=("positive", "not-analysed"))})
+    clock.now_s += 10
+    index.refuse(analysing(index), "Series 1.2.3 has 5 slices.")
+    notify_due(index, asking)
+    clock.now_s -= 1  # another writer looked at the clock before that one, and had its turn after it
+    case = index.case(SERIES)
+    assert case is not None
+    assert index.retry(case)
+    finish(index, analysing(index), C5=0.9)
+    clock.now_s += 60
+    for _ in range(2):
+        notify_due(index, asking)
+    assert told(web) == ["not-analysed", "positive"]
+
+
 def test_a_receiver_that_was_down_hears_it_later(
     index: Index, web: WebServer, target: WebhookTarget, clock: Clock
 ) -> None:
