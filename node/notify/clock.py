@@ -23,7 +23,7 @@ from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarge
 log = logging.getLogger(__name__)
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 10.0, 3600.0
-_GIVE_UP_AFTER_S = 86400.0
+_MAX_ATTEMPTS = 33  # with these waits, about a day
 _FINDINGS_FILE = "findings.json"  # in a result folder
 _PATIENT_KEYWORDS = {
     "patient_id": "PatientID",
@@ -55,7 +55,7 @@ def notify_due(index: Index, target: Target) -> None:
 
 def _note_failure(index: Index, notification: Notification, error: NotifyError | OSError, where: str) -> None:
     now, attempts = index.now(), notification.attempts + 1
-    if (isinstance(error, NotifyError) and error.permanent) or now - notification.at > _GIVE_UP_AFTER_S:
+    if (isinstance(error, NotifyError) and error.permanent) or attempts >= _MAX_ATTEMPTS:
         reason = f"given up after {attempts} attempt(s): {error}"
         index.settle_notification(notification, NotificationState.FAILED, reason)
     else:
