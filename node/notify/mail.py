@@ -38,17 +38,27 @@ def send(notice: Notice, target: MailTarget) -> None:
             if target.user:
                 smtp.login(target.user, password)
             smtp.send_message(compose(notice, target))
-    except (smtplib.SMTPAuthenticationError, smtplib.SMTPNotSupportedError) as error:
+    except smtplib.SMTPNotSupportedError as error:
         raise NotifyError(f"{server} refuses user {target.user!r}; check user and password", permanent=True) from error
+    except smtplib.SMTPAuthenticationError as error:
+        problem = f"{server} refuses user {target.user!r} ({error.smtp_code}); check user and password"
+        raise NotifyError(problem, permanent=_is_final(error.smtp_code)) from error
     except smtplib.SMTPRecipientsRefused as error:
-        raise NotifyError(f"{server} refuses every recipient; check notify.targets.to", permanent=True) from error
+        codes = sorted({code for code, _ in error.recipients.values()})
+        problem = f"{server} refuses every recipient ({', '.join(map(str, codes))}); check notify.targets.to"
+        raise NotifyError(problem, permanent=all(map(_is_final, codes))) from error
     except smtplib.SMTPResponseException as error:
-        permanent = 500 <= error.smtp_code < 600
-        raise NotifyError(f"{server} answered {error.smtp_code}; see its log", permanent=permanent) from error
+        problem = f"{server} answered {error.smtp_code}; see its log"
+        raise NotifyError(problem, permanent=_is_final(error.smtp_code)) from error
     except ssl.SSLError as error:
         raise NotifyError(f"{server} has a certificate that is not trusted here", permanent=True) from error
     except (OSError, smtplib.SMTPException) as error:
         raise NotifyError(f"{server} does not answer ({type(error).__name__}); check that it runs") from error
+
+
+def _is_final(code: int) -> bool:
+    """Whether the same would be answered again. 4yz may pass: greylisting, a full disk. Reference: RFC 5321 4.2.1."""
+    return 500 <= code < 600
 
 
 def compose(notice: Notice, target: MailTarget) -> EmailMessage:

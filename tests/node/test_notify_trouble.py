@@ -1,0 +1,85 @@
+"""Receivers of notifications that answer oddly, and settings that cannot work: what is said, and is it tried again?"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from aiosmtpd.controller import Controller
+from aiosmtpd.smtp import AuthResult
+
+from node.notify import mail
+from node.notify.errors import NotifyError
+from node.targets import MailTarget
+from tests.node.test_notify_messages import POSITIVE
+
+
+class MailServer:
+    """refused: what it answers to a recipient or a user instead of taking it. taken: recipients of each message."""
+
+    def __init__(self, port: int) -> None:
+        self.refused: dict[str, str] = {}
+        self.taken: list[list[str]] = []
+        self.port = port
+
+    def authenticate(self, _server: Any, _session: Any, _envelope: Any, _mechanism: str, data: Any) -> AuthResult:
+        answer = self.refused.get(data.login.decode())
+        return AuthResult(success=answer is None, handled=False, message=answer)
+
+    async def handle_RCPT(  # noqa: N802 - named by aiosmtpd
+        self, _server: Any, _session: Any, envelope: Any, address: str, _options: Any
+    ) -> str:
+        if address in self.refused:
+            return self.refused[address]
+        envelope.rcpt_tos.append(address)
+        return "250 OK"
+
+    async def handle_DATA(self, _server: Any, _session: Any, envelope: Any) -> str:  # noqa: N802 - named by aiosmtpd
+        self.taken.append(envelope.rcpt_tos)
+        return "250 OK"
+
+
+@pytest.fixture
+def mail_server(free_port: Callable[[], int]) -> Iterator[MailServer]:
+    server, loop = MailServer(free_port()), asyncio.new_event_loop()
+    controller = Controller(
+        server,
+        hostname="127.0.0.1",
+        port=server.port,
+        loop=loop,
+        authenticator=server.authenticate,
+        auth_require_tls=False,
+    )
+    controller.start()
+    yield server
+    controller.stop()
+    loop.close()
+
+
+def mail_target(server: MailServer, **settings: Any) -> MailTarget:
+    values: dict[str, Any] = {"encryption": "none", "sender": "node@h", "to": ("a@h", "b@h")}
+    return MailTarget(type="mail", name="m", host="127.0.0.1", port=server.port, **values | settings)
+
+
+@pytest.mark.parametrize(("answer", "permanent"), [("450 4.2.0 Greylisted", False), ("550 5.1.1 No such user", True)])
+def test_a_mail_that_no_recipient_may_have_yet_is_sent_again(
+    mail_server: MailServer, answer: str, permanent: bool
+) -> None:
+    mail_server.refused = {"a@h": answer, "b@h": answer}
+    with pytest.raises(NotifyError, match=rf"refuses every recipient \({answer[:3]}\)") as caught:
+        mail.send(POSITIVE, mail_target(mail_server))
+    assert caught.value.permanent is permanent
+
+
+@pytest.mark.parametrize(
+    ("answer", "permanent"), [("454 4.7.0 Temporary authentication failure", False), ("535 5.7.8 Invalid", True)]
+)
+def test_a_mail_server_that_cannot_check_the_user_now_is_tried_again(
+    mail_server: MailServer, monkeypatch: pytest.MonkeyPatch, answer: str, permanent: bool
+) -> None:
+    monkeypatch.setenv("MAIL_PASSWORD", "secret")
+    mail_server.refused = {"node": answer}
+    target = mail_target(mail_server, encryption="starttls", user="node", secret_env="MAIL_PASSWORD")
+    with pytest.raises(NotifyError, match=rf"refuses user 'node' \({answer[:3]}\)") as caught:
+        mail.send(POSITIVE, target.model_copy(update={"encryption": "none"}))
+    assert caught.value.permanent is permanent
