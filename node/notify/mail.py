@@ -37,9 +37,10 @@ def send(notice: Notice, target: MailTarget) -> None:
                 smtp.starttls(context=tls)
             if target.user:
                 smtp.login(target.user, password)
-            smtp.send_message(compose(notice, target))
-    except smtplib.SMTPNotSupportedError as error:
-        raise NotifyError(f"{server} refuses user {target.user!r}; check user and password", permanent=True) from error
+            refused = smtp.send_message(compose(notice, target))
+    except smtplib.SMTPNotSupportedError as error:  # says which
+        problem = f"{server} lacks what is configured: {str(error).rstrip('.')}; check port, encryption and user"
+        raise NotifyError(problem, permanent=True) from error
     except smtplib.SMTPAuthenticationError as error:
         problem = f"{server} refuses user {target.user!r} ({error.smtp_code}); check user and password"
         raise NotifyError(problem, permanent=_is_final(error.smtp_code)) from error
@@ -54,6 +55,9 @@ def send(notice: Notice, target: MailTarget) -> None:
         raise NotifyError(f"{server} has a certificate that is not trusted here", permanent=True) from error
     except (OSError, smtplib.SMTPException) as error:
         raise NotifyError(f"{server} does not answer ({type(error).__name__}); check that it runs") from error
+    if refused:  # the others have it, and would get it again
+        who = ", ".join(f"{address} ({code})" for address, (code, _) in refused.items())
+        raise NotifyError(f"{server} took it, but not for {who}; check notify.targets.to", permanent=True)
 
 
 def _is_final(code: int) -> bool:

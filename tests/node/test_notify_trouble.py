@@ -83,3 +83,16 @@ def test_a_mail_server_that_cannot_check_the_user_now_is_tried_again(
     with pytest.raises(NotifyError, match=rf"refuses user 'node' \({answer[:3]}\)") as caught:
         mail.send(POSITIVE, target.model_copy(update={"encryption": "none"}))
     assert caught.value.permanent is permanent
+
+
+def test_a_mail_that_only_some_may_have_is_not_taken_for_sent(mail_server: MailServer) -> None:
+    mail_server.refused = {"b@h": "550 5.1.1 No such user"}
+    with pytest.raises(NotifyError, match=r"took it, but not for b@h \(550\); check notify.targets.to") as caught:
+        mail.send(POSITIVE, mail_target(mail_server))
+    assert mail_server.taken == [["a@h"]]
+    assert caught.value.permanent
+
+
+def test_a_mail_server_without_starttls_is_told_as_such(mail_server: MailServer) -> None:
+    with pytest.raises(NotifyError, match="STARTTLS extension not supported by server; check port, encryption"):
+        mail.send(POSITIVE, mail_target(mail_server, encryption="starttls"))
