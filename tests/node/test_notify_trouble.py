@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
+from node.index import Index
 from node.notify import mail
+from node.notify.clock import notify_due
 from node.notify.errors import NotifyError
-from node.targets import MailTarget
+from node.targets import MailTarget, Rule, WebhookTarget
+from tests.node.test_notify import analysing
 from tests.node.test_notify_messages import POSITIVE
 
 
@@ -96,3 +100,16 @@ def test_a_mail_that_only_some_may_have_is_not_taken_for_sent(mail_server: MailS
 def test_a_mail_server_without_starttls_is_told_as_such(mail_server: MailServer) -> None:
     with pytest.raises(NotifyError, match="STARTTLS extension not supported by server; check port, encryption"):
         mail.send(POSITIVE, mail_target(mail_server, encryption="starttls"))
+
+
+def test_a_secret_that_is_no_text_is_told_and_holds_up_nothing_else(
+    index: Index, free_port: Callable[[], int], tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_bytes("größtes".encode("latin-1"))
+    url = f"http://127.0.0.1:{free_port()}/"
+    target = WebhookTarget(type="webhook", name="hook", url=url, secret_file=tmp_path / "secret")
+    notify_due(index, target)
+    index.refuse(analysing(index), "Series 1.2.3 has 5 slices.")
+    notify_due(index, target.model_copy(update={"when": Rule(events=("not-analysed",))}))
+    (item,) = index.notifications()
+    assert item.reason.endswith("/secret is not UTF-8")
