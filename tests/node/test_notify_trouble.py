@@ -1,6 +1,8 @@
 """Receivers of notifications that answer oddly, and settings that cannot work: what is said, and is it tried again?"""
 
 import asyncio
+import socketserver
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,10 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 
 from node.index import Index
-from node.notify import mail
+from node.notify import hl7_oru, mail
 from node.notify.clock import notify_due
 from node.notify.errors import NotifyError
-from node.targets import MailTarget, Rule, WebhookTarget
+from node.targets import Hl7Target, MailTarget, Rule, WebhookTarget
 from tests.node.test_notify import analysing
 from tests.node.test_notify_messages import POSITIVE
 
@@ -113,3 +115,46 @@ def test_a_secret_that_is_no_text_is_told_and_holds_up_nothing_else(
     notify_due(index, target.model_copy(update={"when": Rule(events=("not-analysed",))}))
     (item,) = index.notifications()
     assert item.reason.endswith("/secret is not UTF-8")
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], int]]:
+    """Starts an MLLP server that answers with these bytes and keeps the connection; its port."""
+    servers = []
+    leave = threading.Event()
+
+    def start(answer: bytes) -> int:
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                frame = b""
+                while not frame.endswith(b"\x1c\r"):
+                    frame += self.rfile.read(1)
+                self.wfile.write(answer)
+                leave.wait(10)
+
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return int(server.server_address[1])
+
+    yield start
+    leave.set()
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK^R01^ACK|1|P|2.9\rMSA|AA|1\r\x1c\r",
+        b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|\rMSA|AA|1\r\x1c\r",
+        b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\nMSA|AA|1\n\x1c\r",
+        b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\r\nMSA|AA|1\r\n\x1c\r\n",
+        b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\rMSA|AA|1\r\x1c",
+    ],
+    ids=["another version", "no version", "line feeds", "a line feed at the end", "nothing at the end"],
+)
+def test_an_acknowledgement_in_another_form_is_one(answering: Callable[[bytes], int], answer: bytes) -> None:
+    target = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(answer), timeout_s=2)
+    hl7_oru.send(POSITIVE, target)
