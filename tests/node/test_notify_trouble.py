@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
+from pydantic import ValidationError
 
 from node.index import Index
 from node.notify import hl7_oru, mail
@@ -158,3 +159,10 @@ def answering() -> Iterator[Callable[[bytes], int]]:
 def test_an_acknowledgement_in_another_form_is_one(answering: Callable[[bytes], int], answer: bytes) -> None:
     target = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(answer), timeout_s=2)
     hl7_oru.send(POSITIVE, target)
+
+
+@pytest.mark.parametrize("name", ["University Hospital Zurich", "St. Mary & Sons"])
+def test_a_name_that_no_hl7_message_can_hold_is_refused_with_the_configuration(name: str) -> None:
+    for setting in ("sending_facility", "receiving_application", "receiving_facility"):
+        with pytest.raises(ValidationError, match=f"{setting}\n.*at most 20 printable characters, and none of"):
+            Hl7Target.model_validate({"type": "hl7", "name": "h", "host": "h", setting: name})
