@@ -15,6 +15,7 @@ from hl7apy.exceptions import HL7apyException
 from node import codes
 from node.notify.errors import NotifyError
 from node.notify.notice import NOTICE, Notice, Patient, derive_uuid
+from node.notify.trust import trusting
 from node.targets import Hl7Target
 
 _START, _END = b"\x0b", b"\x1c\r"
@@ -38,7 +39,7 @@ def send(notice: Notice, target: Hl7Target) -> None:
     try:
         with socket.create_connection((target.host, target.port), target.timeout_s) as plain:
             if target.tls:
-                context = ssl.create_default_context(cafile=target.ca_file)
+                context = trusting(target.ca_file)
                 with context.wrap_socket(plain, server_hostname=target.host) as secured:
                     answer = _exchange(secured, framed)
             else:

@@ -7,6 +7,7 @@ from email.utils import format_datetime
 
 from node.notify.errors import NotifyError
 from node.notify.notice import NOTICE, Event, Notice, suspected_levels
+from node.notify.trust import trusting
 from node.targets import MailTarget
 
 _SUBJECTS = {
@@ -26,7 +27,7 @@ def send(notice: Notice, target: MailTarget) -> None:
     """
     server = f"mail server {target.host}:{target.port}"
     password = target.read_secret()
-    tls = ssl.create_default_context(cafile=target.ca_file)
+    tls = trusting(target.ca_file)
     try:
         with (
             smtplib.SMTP_SSL(target.host, target.port, timeout=target.timeout_s, context=tls)

@@ -127,9 +127,8 @@ def answering() -> Iterator[Callable[[bytes], int]]:
     def start(answer: bytes) -> int:
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
-                frame = b""
-                while not frame.endswith(b"\x1c\r"):
-                    frame += self.rfile.read(1)
+                while self.rfile.read(1) not in (b"\x1c", b""):
+                    pass
                 self.wfile.write(answer)
                 leave.wait(10)
 
@@ -166,3 +165,17 @@ def test_a_name_that_no_hl7_message_can_hold_is_refused_with_the_configuration(n
     for setting in ("sending_facility", "receiving_application", "receiving_facility"):
         with pytest.raises(ValidationError, match=f"{setting}\n.*at most 20 printable characters, and none of"):
             Hl7Target.model_validate({"type": "hl7", "name": "h", "host": "h", setting: name})
+
+
+@pytest.mark.parametrize(("content", "why"), [(None, "No such file"), ("x", "it holds no certificates in PEM")])
+def test_a_list_of_authorities_that_cannot_be_used_is_told_as_such(
+    mail_server: MailServer, answering: Callable[[bytes], int], tmp_path: Path, content: str | None, why: str
+) -> None:
+    ca_file = tmp_path / "ca.pem"
+    if content is not None:
+        ca_file.write_text(content)
+    with pytest.raises(NotifyError, match=f"ca_file {ca_file} cannot be used: {why}"):
+        mail.send(POSITIVE, mail_target(mail_server, encryption="starttls", ca_file=ca_file))
+    hl7 = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(b""), tls=True, ca_file=ca_file)
+    with pytest.raises(NotifyError, match=f"ca_file {ca_file} cannot be used: {why}"):
+        hl7_oru.send(POSITIVE, hl7)
