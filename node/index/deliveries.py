@@ -56,7 +56,7 @@ class Deliveries(Cases):
         """Notes how an attempt went; the last one of a case to end makes the case DONE or FAILED.
 
         No change, and False, when the delivery has been retried, given up or replaced since; what the destination took
-        meanwhile of results that were replaced is noted as superseded.
+        meanwhile is noted as superseded, should it not be sent again.
         """
         values: dict[str, Any] = {
             "state": state,
@@ -73,14 +73,18 @@ class Deliveries(Cases):
         mine = _deliveries.c.delivery_id == delivery.delivery_id
         with self._writing() as connection:
             _lock_cases(connection, [delivery.case_id])
-            row = connection.execute(select(_deliveries).where(mine)).mappings().first()
+            # SQLite gives the number of a deleted delivery to the next one.
+            of_series = _cases.c.series_instance_uid == delivery.series_instance_uid
+            row = connection.execute(select(_deliveries).join(_cases).where(mine, of_series)).mappings().first()
             if row is None:
                 return False
-            if row["result_dir"] != str(delivery.result_dir.relative_to(self.data_dir)):
+            is_same = row["result_dir"] == str(delivery.result_dir.relative_to(self.data_dir))
+            is_same &= (row["state"], row["transaction_uid"]) == (delivery.state, delivery.transaction_uid)
+            # A transaction is asked for once, and its report may be noted in between.
+            is_same &= bool(delivery.transaction_uid) or row["changed_at"] == delivery.changed_at
+            if not is_same:
                 left_there = [*row["superseded"], *_keys_there(values["objects"])]
                 connection.execute(update(_deliveries).where(mine).values(superseded=left_there))
-                return False
-            if (row["state"], row["transaction_uid"]) != (delivery.state, delivery.transaction_uid):
                 return False
             connection.execute(update(_deliveries).where(mine).values(values))
             _settle_case(connection, delivery.case_id, self.now())

@@ -369,3 +369,27 @@ def test_what_a_destination_has_of_replaced_results_is_known(
     hand_over(index, make_results(index, "fedcba9876543210"), "folder", "pacs")
     assert set(the_delivery(index, "folder").superseded) == there
     assert the_delivery(index, "pacs").superseded == ()
+
+
+def test_a_retry_by_hand_counts_whatever_the_running_attempt_finds(index: Index, results: Path, clock: Clock) -> None:
+    hand_over(index, results, "pacs")
+    attempt = index.next_delivery("pacs")
+    assert attempt is not None
+    clock.now_s += 30
+    assert index.retry_delivery(the_delivery(index, "pacs"))
+    taken = {"1.2.3.1": ObjectProgress(state=ObjectState.TAKEN)}
+    assert not index.settle_delivery(attempt, DeliveryState.FAILED, "given up after 20 attempt(s)", objects=taken)
+    assert (the_delivery(index, "pacs").state, the_case(index).state) == (DeliveryState.PENDING, CaseState.DELIVERING)
+    assert the_delivery(index, "pacs").superseded == ("1.2.3.1",)  # should newer results come before it is tried
+
+
+def test_an_attempt_whose_case_was_deleted_says_nothing_of_the_next_one(index: Index, results: Path) -> None:
+    hand_over(index, results, "pacs")
+    attempt = index.next_delivery("pacs")
+    assert attempt is not None
+    assert index.delete_case(the_case(index)) is not None
+    hand_over(index, make_results(index, series_uid="1.2.4"), "pacs", series_uid="1.2.4")
+    assert the_delivery(index, "pacs").delivery_id == attempt.delivery_id  # SQLite gives numbers again
+    taken = {"1.2.3.1": ObjectProgress(state=ObjectState.TAKEN)}
+    assert not index.settle_delivery(attempt, DeliveryState.DONE, objects=taken)
+    assert the_delivery(index, "pacs").superseded == ()
