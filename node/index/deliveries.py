@@ -160,6 +160,8 @@ class Deliveries(Cases):
         }
         now = self.now()
         values = {**_FRESH, "objects": _to_json(objects), "next_attempt_at": now, "changed_at": now}
+        if again:  # what is there is to be replaced, should newer results come before it is sent
+            values["superseded"] = [*delivery.superseded, *delivery.objects]
         with self._writing() as connection:
             _lock_cases(connection, [delivery.case_id])
             if not connection.execute(_unmoved(delivery).values(values)).rowcount:

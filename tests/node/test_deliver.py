@@ -393,3 +393,15 @@ def test_an_attempt_whose_case_was_deleted_says_nothing_of_the_next_one(index: I
     taken = {"1.2.3.1": ObjectProgress(state=ObjectState.TAKEN)}
     assert not index.settle_delivery(attempt, DeliveryState.DONE, objects=taken)
     assert the_delivery(index, "pacs").superseded == ()
+
+
+def test_what_a_destination_has_is_known_though_it_was_to_be_sent_again(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    there = set(the_delivery(index, "folder").objects)
+    assert index.retry_delivery(the_delivery(index, "folder"))
+    add_instance(index, 2)
+    hand_over(index, make_results(index, "fedcba9876543210"), "folder")
+    assert set(the_delivery(index, "folder").superseded) == there
