@@ -15,6 +15,7 @@ _cases, _deliveries = tables.cases, tables.deliveries
 
 _UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
 _THERE = (ObjectState.TAKEN, ObjectState.VERIFIED)
+_UNSAID = "taken, and left out of the report on storage commitment"
 _FRESH: Mapping[str, Any] = {
     "state": DeliveryState.PENDING,
     "attempts": 0,
@@ -93,7 +94,8 @@ class Deliveries(Cases):
     def report_commitment(self, transaction_uid: str, committed: Collection[str], failed: Mapping[str, str]) -> bool:
         """Notes what a storage commitment report says, by SOP Instance UID; False if no delivery awaits it.
 
-        failed: with the reasons. The delivery is due at once, for the clock to decide what becomes of it.
+        failed: with the reasons. What it does not mention is to be sent again, too: asked again at once, a destination
+        would say the same. The delivery is due at once, for the clock to decide what becomes of it.
         """
         awaited = (_deliveries.c.state == DeliveryState.VERIFYING) & (_deliveries.c.transaction_uid == transaction_uid)
         with self._writing() as connection:
@@ -101,6 +103,8 @@ class Deliveries(Cases):
             if row is None or not transaction_uid:
                 return False
             objects = dict(row["objects"])
+            unsaid = {uid for uid, item in objects.items() if item["state"] == ObjectState.TAKEN} - set(committed)
+            failed = dict.fromkeys(unsaid, _UNSAID) | dict(failed)
             for uid in objects.keys() & set(committed):
                 objects[uid] = _to_json({uid: ObjectProgress(state=ObjectState.VERIFIED)})[uid]
             for uid in objects.keys() & failed.keys():
