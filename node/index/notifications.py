@@ -101,8 +101,15 @@ class Notifications(Cases):
     def settle_notification(
         self, notification: Notification, state: NotificationState, reason: str = "", next_attempt_at: float = 0.0
     ) -> None:
-        """Notes how an attempt went."""
-        mine = update(_notifications).where(_notifications.c.notification_id == notification.notification_id)
+        """Notes how an attempt went.
+
+        SQLite gives the number of a deleted notification to the next one, which is told by its target and time.
+        """
+        mine = update(_notifications).where(
+            _notifications.c.notification_id == notification.notification_id,
+            _notifications.c.target == notification.target,
+            _notifications.c.at == notification.at,
+        )
         attempts = notification.attempts + (state is not NotificationState.UNWANTED)
         with self._writing() as connection:
             connection.execute(

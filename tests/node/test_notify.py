@@ -234,6 +234,25 @@ def test_what_a_receiver_that_was_down_has_missed_is_not_told_after_the_newer_re
     }
 
 
+def test_the_end_of_one_whose_case_was_deleted_is_not_taken_for_anothers(
+    index: Index, target: WebhookTarget, clock: Clock
+) -> None:
+    index.note_events("other")
+    clock.now_s += 1
+    finish(index, analysing(index), C5=0.9)
+    index.note_events(target.name)
+    under_way = index.next_notification(target.name)
+    case = index.case(SERIES)
+    assert under_way is not None
+    assert case is not None
+    assert index.delete_case(case) is not None
+    finish(index, analysing(index), "b", C5=0.9)
+    index.note_events("other")
+    assert [item.notification_id for item in index.notifications()] == [under_way.notification_id]
+    index.settle_notification(under_way, NotificationState.SENT)
+    assert index.next_notification("other") is not None
+
+
 @pytest.mark.parametrize("patient_data", [False, True])
 def test_the_patient_is_named_only_where_that_is_switched_on(
     index: Index, web: WebServer, target: WebhookTarget, tmp_path: Path, patient_data: bool
