@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.multival import MultiValue
 
 from node.case import About, Notification, NotificationState
 from node.index import Index
@@ -124,5 +125,12 @@ def read_patient(paths: Iterable[Path]) -> Patient | None:
     """
     for path in paths:
         ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()])
-        return Patient(**{name: str(ds.get(keyword) or "") for name, keyword in _PATIENT_KEYWORDS.items()})
+        return Patient(**{name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()})
     return None
+
+
+def _first_text(value: Any) -> str:
+    """The value, of several (a backslash in an ID makes it two) the first, as result objects have it; "" for none."""
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    return str(value or "")

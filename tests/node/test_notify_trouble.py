@@ -11,12 +11,14 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import AuthResult
 from pydantic import ValidationError
+from pydicom import Dataset
 
 from node.index import Index
 from node.notify import hl7_oru, mail
-from node.notify.clock import notify_due
+from node.notify.clock import notify_due, read_patient
 from node.notify.errors import NotifyError
 from node.targets import Hl7Target, MailTarget, Rule, WebhookTarget
+from tests.factories import make_ct_series
 from tests.node.test_notify import analysing
 from tests.node.test_notify_messages import POSITIVE
 
@@ -179,3 +181,12 @@ def test_a_list_of_authorities_that_cannot_be_used_is_told_as_such(
     hl7 = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(b""), tls=True, ca_file=ca_file)
     with pytest.raises(NotifyError, match=f"ca_file {ca_file} cannot be used: {why}"):
         hl7_oru.send(POSITIVE, hl7)
+
+
+def test_of_an_id_and_a_name_in_several_parts_the_first_is_told(tmp_path: Path) -> None:
+    def edit(_: int, ds: Dataset) -> None:
+        ds.PatientID, ds.PatientName, ds.AccessionNumber = ["12", "34"], ["Doe^Jane", "Roe"], ["A1", "A2"]
+
+    patient = read_patient(make_ct_series(tmp_path, num_slices=1, edit=edit))
+    assert patient is not None
+    assert (patient.patient_id, patient.name, patient.accession_number) == ("12", "Doe^Jane", "A1")
