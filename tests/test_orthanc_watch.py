@@ -118,6 +118,23 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     assert len(held(index)) == 2
 
 
+def test_a_database_that_was_made_anew_is_noted_while_it_is_empty(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index.note_position("orthanc", 12)
+    source = watch(orthanc.url, begin="now")
+    for _ in range(3):
+        source.look()
+    assert caplog.text.count("action=source-anew") == 1
+    for number in range(2):  # before the next look more changes than there were, and a stable Series among the first
+        make_ct_series(tmp_path / f"{number}", num_slices=4)
+        orthanc.upload(tmp_path / f"{number}")
+        wait_until_stable(orthanc, number + 1)
+    assert orthanc.client.get_json("changes?last")["Last"] > 12
+    source.look()
+    assert list(held(index).values()) == [4, 4]
+
+
 def test_an_orthanc_that_is_restarted_in_the_middle_gives_the_rest(
     watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

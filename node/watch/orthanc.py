@@ -45,6 +45,7 @@ class OrthancWatch(Watch):
                 "action=source-anew source=%r: its changes begin anew, so it is looked through again", self.name
             )
             position = 0
+            self._index.note_position(self.name, position)  # or, once there are as many changes, nobody would know
         troubled = self._index.troubled_series(self.name)
         while position < last:
             changes = orthanc.changes(position)
