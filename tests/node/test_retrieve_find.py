@@ -78,6 +78,14 @@ def test_a_key_that_is_not_matched_is_answered_and_said_to_be_ignored(held: Held
     assert [answer.StationName for answer in found] == ["CT7"] * 3
 
 
+@pytest.mark.parametrize(("asked", "status"), [("A", 0xFF01), ("", 0xFF00), ("*", 0xFF00)])
+def test_a_key_in_a_sequence_is_not_matched_either(held: Held, asked: str, status: int) -> None:
+    item = Dataset()
+    item.RequestedProcedureID = asked
+    found, statuses = ask(held.peer, "SERIES", SeriesInstanceUID="", Modality="CT", RequestAttributesSequence=[item])
+    assert (len(found), statuses) == (3, {status, 0x0000})
+
+
 def test_series_and_images_are_found_below_their_study(held: Held) -> None:
     found, _ = ask(held.peer, "SERIES", StudyInstanceUID=held.studies[0], SeriesInstanceUID="", Modality="")
     assert {answer.Modality for answer in found} == {"CT", "SR"}
