@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 
 from model.phantom import Fracture
 from node.case import CaseState
@@ -116,6 +116,23 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     index.note_position("orthanc", 10**6)
     new.look()
     assert len(held(index)) == 2
+
+
+def test_ct_that_lacks_its_modality_is_fetched(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    def edit(_i: int, ds: Dataset) -> None:
+        del ds.Modality
+
+    (first, *_) = make_ct_series(tmp_path / "in/ct", num_slices=4, edit=edit)
+    other = dcmread(make_report(tmp_path / "in/report.dcm"))
+    del other.Modality
+    other.save_as(tmp_path / "in/report.dcm")
+    orthanc.upload(tmp_path / "in")
+    wait_until_stable(orthanc, 2)
+    watch(orthanc.url).look()
+    assert held(index) == {dcmread(first).SeriesInstanceUID: 4}
+    assert index.troubled_series("orthanc") == {}
 
 
 def test_a_database_that_was_made_anew_is_noted_while_it_is_empty(

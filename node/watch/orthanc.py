@@ -85,7 +85,8 @@ class OrthancWatch(Watch):
 
     def _fetch_wanted(self, orthanc: Orthanc, series_id: str) -> bool:
         series = orthanc.series_tags(series_id)
-        if series.get("Modality") != "CT":
+        # That of RSNA 2022 has none; the receiver takes it, too, and refuses by its SOP Class what is no CT.
+        if (series.get("Modality") or "CT") != "CT":
             return False
         instances = orthanc.instances(series_id)
         held = self._index.held_instances([instance.sop_instance_uid for instance in instances])
