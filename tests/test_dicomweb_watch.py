@@ -173,6 +173,15 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_it_grows(
     assert held(index) == {series_of(growing): 8, series_of(new): 8}
 
 
+@pytest.mark.parametrize("position", [12345, 30712])
+def test_the_position_of_an_orthanc_of_that_name_is_no_day(watch: Watch, index: Index, position: int) -> None:
+    index.note_position("pacs", position)
+    with StandIn().serving() as archive:
+        watch(archive.url, begin="now").look()
+        assert "StudyDate=20251231-" in archive.asked[0]
+    assert index.watched_source("pacs").position == 20260102
+
+
 def test_a_node_that_was_off_for_days_lists_those_days(
     watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,10 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     wait_until_stable(orthanc, 2)
     new.look()
     assert list(held(index)) == [dcmread(first).SeriesInstanceUID]
+    # As of a DICOMweb archive that was watched under this name.
+    index.note_position("orthanc", 20260101)
+    new.look()
+    assert len(held(index)) == 1
     # As after a change of Orthanc's database: numbers that it has not reached.
     index.note_position("orthanc", 10**6)
     new.look()

@@ -23,7 +23,7 @@ from node.peers import DicomWebSource
 from node.receive.incoming import IncomingFile
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import BusyError, Watch
+from node.watch.following import BusyError, Watch, day_of
 from node.watch.taking import NotStoredError, Taking
 from node.watch.web_archive import ListedSeries, NotGivenError, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
@@ -69,9 +69,8 @@ class DicomWebWatch(Watch):
         position = self._index.watched_source(self.name).position
         if position is None:
             return None
-        try:
-            day = _day(position)
-        except ValueError:
+        day = day_of(position)
+        if day is None:
             log.warning("action=position-forgotten source=%r: %d is no day; it begins anew", self.name, position)
             return None
         if day > _today():

@@ -14,7 +14,7 @@ from node.index import Index
 from node.peers import ClientTls, OrthancSource
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import BusyError, Watch, busy_error
+from node.watch.following import BusyError, Watch, busy_error, day_of
 from node.watch.taking import Taking
 from orthanc.client import GoneError, Instance, Orthanc, OrthancError
 
@@ -37,6 +37,9 @@ class OrthancWatch(Watch):
 
     def _follow_changes(self, orthanc: Orthanc) -> None:
         position, last = self._index.watched_source(self.name).position, orthanc.last_change()
+        if position is not None and last < position and day_of(position):
+            log.warning("action=position-forgotten source=%r: %d is a day; it begins anew", self.name, position)
+            position = None
         if position is None:
             position = last if self._source.begin == "now" else 0
             self._index.note_position(self.name, position)
