@@ -86,7 +86,8 @@ class Service:
             job_defaults={"coalesce": True, "max_instances": 1},
         )
         self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
-        self._held: set[int] = set()  # ids of the cases that workers have
+        # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
+        self._held: list[int] = []
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -215,7 +216,7 @@ class Service:
                 case = self._index.claim_next(partial(rank, config=self._config.priority, now=time.time()))
                 if case is None:
                     return
-                self._held.add(case.case_id)
+                self._held.append(case.case_id)
             try:
                 files = self._index.instance_files(case.series_instance_uid)
             except BaseException:
@@ -241,7 +242,7 @@ class Service:
 
     def _let_go(self, case: Case) -> None:
         with self._lock:
-            self._held.discard(case.case_id)
+            self._held.remove(case.case_id)
 
     def _settle(self, case: Case, outcome: JobOutcome) -> None:
         """Notes how an analysis ended."""

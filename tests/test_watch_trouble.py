@@ -217,6 +217,23 @@ def test_a_series_that_was_set_aside_is_asked_for_again_on_command_however_old(
     assert f"Series {gone} in 1 attempt:" in cspine("sources", "--config", config).output
 
 
+def test_a_clock_that_is_set_back_holds_up_no_series(watch: Watch, index: Index, ahead: Clock, tmp_path: Path) -> None:
+    broken, counted = make_ct_series(tmp_path / "broken"), make_ct_series(tmp_path / "counted")
+    ahead.ahead_s = 7200.0
+    with StandIn().serving() as archive:
+        archive.hold(broken)
+        archive.faults += [(f"{series_of(broken)}/instances?", 500, {})]
+        watched = watch(archive.url)
+        look(watched)
+        archive.hold(counted)
+        look(watched, 1)
+        index.note_position("pacs", 20300101)
+        ahead.ahead_s = 0.0
+        look(watched, 1)
+    assert held(index) == {series_of(broken): 8, series_of(counted): 8}
+    assert index.watched_source("pacs").position == 20260102
+
+
 def test_an_archive_that_falls_silent_as_a_whole_is_not_taken_for_series_in_trouble(
     watch: Watch,
     index: Index,

@@ -283,6 +283,26 @@ class Archive:
             yield 0xFF00, found
 
 
+@pytest.mark.parametrize("arguments", [("--patient", "p-1"), ("--accession", "ACC1"), ("--study", "1.2.1")])
+def test_of_an_archive_that_does_not_match_a_key_nobody_else_comes(fetch: Fetch, arguments: tuple[str, str]) -> None:
+    def all_it_has(event: evt.Event) -> Iterator[tuple[int, Dataset]]:
+        for number in range(3):
+            ds = Dataset()
+            if event.identifier.QueryRetrieveLevel == "STUDY":
+                ds.StudyInstanceUID, ds.PatientID, ds.AccessionNumber = f"1.2.{number}", f"P-{number} ", f"ACC{number}"
+            else:
+                ds.SeriesInstanceUID, ds.Modality = f"{event.identifier.StudyInstanceUID}.9", "CT"
+            yield 0xFF01, ds
+
+    ae = AE(ae_title="PACS")
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, all_it_has)])
+    result = fetch(server.socket.getsockname()[1], *arguments, "--list", ae_title="PACS")
+    server.shutdown()
+    assert result.exit_code == 0
+    assert {line.split(",")[0] for line in result.output.splitlines()} == {"Study 1.2.1 of no date"}
+
+
 def test_an_archive_without_c_get_is_named(studies: list[list[Path]], fetch: Fetch) -> None:
     archive = Archive(studies[0])
     result = fetch(archive.port, "--accession", "ACC0", ae_title="PACS")

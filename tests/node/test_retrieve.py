@@ -1,6 +1,7 @@
 """C-GET and C-MOVE for what the node holds: dcmtk's tools and pynetdicom."""
 
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -26,6 +27,7 @@ from pynetdicom.sop_class import (
 
 from node.config import ReceiveConfig, RetrieveConfig
 from node.conformance import OBJECTS
+from node.peers import DicomPeer
 from node.retrieve.scp import RESULT_SOP_CLASSES
 from node.send import associated
 from tests.factories import make_ct_series
@@ -210,6 +212,50 @@ def test_no_other_destination_gets_anything(held: Held, tmp_path: Path, destinat
 def test_a_destination_that_is_not_there_is_a_failure(held: Held, tmp_path: Path) -> None:
     said = movescu(held, tmp_path, "WORKSTATION", "QueryRetrieveLevel=STUDY", f"StudyInstanceUID={held.studies[2]}")
     assert "0xa801" in said
+
+
+def test_a_destination_that_cannot_be_reached_is_named_in_the_log_and_waited_for_as_long_as_is_set(
+    held: Held, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection, and no association
+        config = held.config.model_copy(
+            update={
+                "receive": ReceiveConfig(port=free_port(), min_free_disk_mb=0, associate_timeout_s=60),
+                "retrieve": RetrieveConfig(
+                    enabled=True,
+                    peers=(
+                        DicomPeer(name="1", host="127.0.0.1", port=free_port(), ae_title="CLOSED"),
+                        DicomPeer(name="2", host="no.such.host.invalid", port=104, ae_title="NOHOST"),
+                        DicomPeer(
+                            name="3", host="127.0.0.1", port=silent.getsockname()[1], ae_title="SILENT", timeout_s=0.5
+                        ),
+                    ),
+                ),
+            }
+        )
+        names = Dataset()
+        names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", held.studies[1]
+        model = StudyRootQueryRetrieveInformationModelMove
+        node = held.peer.model_copy(update={"port": config.receive.port})
+        with (
+            listening(config, held.index),
+            associated(node, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association,
+        ):
+            for title in ("CLOSED", "NOHOST", "SILENT"):
+                said = [status.get("Status") for status, _ in association.send_c_move(names, title, model)]
+                assert said == [0xA801], title
+    for told in ("CLOSED at 127.0.0.1", "NOHOST at no.such.host.invalid:104: ", "SILENT at 127.0.0.1"):
+        assert f"move-failed destination='{told.split()[0]}': {told}" in caplog.text
+    assert caplog.text.count("takes no association; check its host, port and AE title in retrieve.peers") == 2
+
+
+def test_nothing_to_move_is_no_failure_of_the_destination(held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    names = Dataset()
+    names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", "1.2.3"
+    model = StudyRootQueryRetrieveInformationModelMove
+    with associated(held.peer, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
+        assert [status.Status for status, _ in association.send_c_move(names, "WORKSTATION", model)] == [0x0000]
+    assert "action=move-failed" not in caplog.text
 
 
 def test_a_move_of_what_is_not_named_is_refused(held: Held, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from apscheduler.executors import base as executors
@@ -20,14 +20,16 @@ from tests.node.handed_over import SERIES, add_instance, the_case
 
 
 class _Workers:
-    """Takes jobs and never ends one."""
+    """Takes jobs and never ends one by itself."""
 
     def __init__(self) -> None:
         self.jobs: list[Job] = []
+        self.ends: list[Future[JobOutcome]] = []
 
     def submit(self, job: Job) -> "Future[JobOutcome]":
         self.jobs.append(job)
-        return Future()
+        self.ends.append(Future())
+        return self.ends[-1]
 
     def stop(self) -> None:
         pass
@@ -60,6 +62,22 @@ def test_a_database_that_fails_when_a_case_goes_to_a_worker_costs_no_worker(
     assert the_case(service._index).state is CaseState.QUEUED
     service._dispatch()
     assert [list(job.files) for job in workers.jobs] == [[f"{SERIES}.1"]]
+
+
+def test_a_case_that_grew_stays_with_its_second_worker_when_the_first_ends(make_config: Callable[..., Config]) -> None:
+    service, workers = Service(make_config(analyse={"workers": 2})), _Workers()
+    service._pool = cast(Any, workers)
+    try:
+        for number in (1, 2):  # the second comes while what there was of the Series is analysed
+            add_instance(service._index, number)
+            assert service._index.queue(the_case(service._index))
+            service._dispatch()
+        assert [len(job.files) for job in workers.jobs] == [1, 2]
+        workers.ends[0].cancel()
+        service._end_unheld()
+        assert the_case(service._index).state is CaseState.ANALYSING
+    finally:
+        service.stop()
 
 
 class _Clock(datetime):
