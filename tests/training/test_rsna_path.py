@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import click
 import numpy as np
 import psutil
 import pytest
@@ -252,55 +251,15 @@ def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: P
         (["regions", *where, "--fold", "0", "--cut", "none"], "then `cspine-train cut --name none --masks"),
         (["segment", *where, "--fold", "0", "--crop", "5,5,5"], "must be three multiples of 2"),
         (["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "48"], "Give at most 40, or cut with more"),
+        (
+            ["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "38"],
+            "needs a multiple of 4, here at most 40",
+        ),
     ):
         refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
         assert refused.exit_code == 1
         assert sentence in refused.output
-
-
-def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text("study: {epoch: 3}\n", encoding="utf-8")
-
-    refused = CliRunner().invoke(main, ["--config", str(path), "study"])
-
-    assert refused.exit_code == 2
-    assert "gives study epoch; its options are" in refused.output
-
-
-def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
-    from training.commands.config_file import read_config
-
-    read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
-    (tmp_path / "calibrate").mkdir()
-    points = {"level_operating_point": 0.3, "patient_operating_point": 0.5}
-    (tmp_path / "calibrate" / "calibration.json").write_text(json.dumps(points), encoding="utf-8")
-    for name in ("predictions.csv", "train.csv", "subgroups.csv"):
-        for folder in (tmp_path, tmp_path / "calibrate"):
-            (folder / name).touch()
-
-    # As downloaded from some places, the data set lies in a folder of its own.
-    (tmp_path / "rsna-2022").mkdir()
-    (tmp_path / "rsna-2022" / "train.csv").touch()
-    (tmp_path / "cache.json").write_text(json.dumps({"source": str(tmp_path / "rsna-2022")}), encoding="utf-8")
-
-    for name, *arguments in steps(tmp_path, tmp_path, tmp_path, tmp_path / "bundle", (0, 1)):
-        if name == "evaluate":
-            assert arguments[arguments.index("--truth") + 1] == str(tmp_path / "rsna-2022" / "train.csv")
-        command = main.commands[name]
-        assert isinstance(command, click.Command)
-        command.make_context(name, arguments)
-
-
-@pytest.mark.parametrize("text", ["[segment]", "segment: fast"])
-def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "config.yaml"
-    path.write_text(text, encoding="utf-8")
-
-    refused = CliRunner().invoke(main, ["--config", str(path), "segment"])
-
-    assert refused.exit_code == 2
-    assert "epochs: 10" in refused.output
+    assert not (tmp_path / "regions" / "fold0").exists(), "else the step would count as begun with what was refused"
 
 
 def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_reads_it(

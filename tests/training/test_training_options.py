@@ -1,0 +1,74 @@
+"""Options of the commands that train: their defaults, and the file that gives others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from model.networks import RegionUNet
+from training.cli import main
+from training.commands.everything import steps
+from training.steps.regions import RegionsPlan, check_sides
+
+
+def test_the_defaults_of_all_fit_one_another() -> None:
+    def default(command: str, option: str) -> Any:
+        return next(each.default for each in main.commands[command].params if each.name == option)
+
+    plan = RegionsPlan(
+        cut="any",
+        encoder=default("regions", "encoder"),
+        patch=default("regions", "patch"),
+        num_rounds=1,
+        threshold=0.5,
+    )
+    check_sides(plan, default("cut", "pixels"), RegionUNet(plan.encoder).unet.stride)
+    assert default("classify", "encoder") == plan.encoder
+
+
+def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("study: {epoch: 3}\n", encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "study"])
+
+    assert refused.exit_code == 2
+    assert "gives study epoch; its options are" in refused.output
+
+
+def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
+    from training.commands.config_file import read_config
+
+    read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
+    (tmp_path / "calibrate").mkdir()
+    points = {"level_operating_point": 0.3, "patient_operating_point": 0.5}
+    (tmp_path / "calibrate" / "calibration.json").write_text(json.dumps(points), encoding="utf-8")
+    for name in ("predictions.csv", "train.csv", "subgroups.csv"):
+        for folder in (tmp_path, tmp_path / "calibrate"):
+            (folder / name).touch()
+
+    # As downloaded from some places, the data set lies in a folder of its own.
+    (tmp_path / "rsna-2022").mkdir()
+    (tmp_path / "rsna-2022" / "train.csv").touch()
+    (tmp_path / "cache.json").write_text(json.dumps({"source": str(tmp_path / "rsna-2022")}), encoding="utf-8")
+
+    for name, *arguments in steps(tmp_path, tmp_path, tmp_path, tmp_path / "bundle", (0, 1)):
+        if name == "evaluate":
+            assert arguments[arguments.index("--truth") + 1] == str(tmp_path / "rsna-2022" / "train.csv")
+        command = main.commands[name]
+        assert isinstance(command, click.Command)
+        command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("text", ["[segment]", "segment: fast"])
+def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "segment"])
+
+    assert refused.exit_code == 2
+    assert "epochs: 10" in refused.output
