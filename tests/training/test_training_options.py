@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from model.networks import RegionUNet
 from training.cli import main
+from training.commands.config_file import read_config
 from training.commands.everything import steps
 from training.steps.regions import RegionsPlan, check_sides
 
@@ -40,8 +41,6 @@ def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
-    from training.commands.config_file import read_config
-
     read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
     (tmp_path / "calibrate").mkdir()
     points = {"level_operating_point": 0.3, "patient_operating_point": 0.5}
@@ -72,3 +71,14 @@ def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: s
 
     assert refused.exit_code == 2
     assert "epochs: 10" in refused.output
+
+
+@pytest.mark.parametrize(("text", "given"), [("0.4", ("0.4",)), ("[0.4, C2=0.3]", ("0.4", "C2=0.3"))])
+def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, text: str, given: tuple) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"evaluate: {{operating-point: {text}}}\n", encoding="utf-8")
+    parent = click.Context(main, default_map=read_config(path, main))
+
+    context = main.commands["evaluate"].make_context("evaluate", ["--out", str(tmp_path)], parent=parent)
+
+    assert context.params["given_points"] == given
