@@ -289,6 +289,28 @@ def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_
     assert "was fitted to other networks than there are now. Run `cspine-train calibrate` again" in refused.output
 
 
+def test_networks_of_different_cuts_or_encoders_do_not_go_together(
+    work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    changed = shutil.copytree(work, tmp_path / work.name)
+    where = ["--cache", str(rsna_cache.folder), "--work", str(changed)]
+    options = changed / "regions" / "fold0" / "options.json"
+    options.write_text(options.read_text().replace('"cut": "tiny"', '"cut": "fine"'))
+
+    for arguments, sentence in (
+        (["classify", *where, "--fold", "0", "--cut", "tiny"], "with --cut fine, and `classify` has --cut tiny"),
+        (
+            ["classify", *where, "--fold", "1", "--cut", "tiny", "--encoder", "residual-8"],
+            "residual-8: they must be the",
+        ),
+        (["calibrate", *where], "learned from different cuts: regions fold0 'fine', classify fold0 'tiny'"),
+        (["export", *where, "--out", str(tmp_path / "bundle")], "learned from different cuts"),
+    ):
+        refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
+        assert refused.exit_code == 1
+        assert sentence in refused.output
+
+
 def test_a_step_does_not_go_on_with_other_studies_or_folds_and_their_necks_are_made_anew(
     work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
 ) -> None:

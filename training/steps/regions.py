@@ -119,6 +119,21 @@ def check_sides(plan: RegionsPlan, num_pixels: int, stride: int) -> None:
         raise StepError(f"--patch is {plan.patch}; {plan.encoder} needs a multiple of {stride}, here at most {most}.")
 
 
+def require_same(work: Path, fold: int, **options: str) -> None:
+    """Refuses a finished fold that was trained with other options than these, for a step that must have the same.
+
+    Raises:
+        StepError: it was, or it is not finished.
+    """
+    before = read_options(work, "regions", fold)
+    for name, value in options.items():
+        if before[name] != value:
+            raise StepError(
+                f"{fold_folder(work, 'regions', fold)} was trained with --{name} {before[name]}, and `classify` has "
+                f"--{name} {value}: they must be the same. Give both the same."
+            )
+
+
 def opinion_sample(
     vertebrae: Sequence[Vertebra], rng: np.random.Generator
 ) -> tuple[list[Vertebra], NDArray[np.float64]]:
