@@ -1,5 +1,6 @@
 """The whole way from an RSNA-shaped data set to a bundle that runs, with tiny networks and a few steps of each."""
 
+import errno
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -241,6 +243,27 @@ def test_labels_that_are_believed_are_learned_from_in_the_next_round(
     assert {path.stem.split("-")[0] for path in necks.iterdir()} == others
     assert result(work, "segment", 0)["pseudo_label_rounds"] == [{"believed": len(others)}]
     assert (work / "segment" / "fold0" / "round1" / "weights.safetensors").exists()
+
+
+def test_a_round_that_ended_on_a_full_disk_says_of_each_study_what_it_would_have(
+    rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    write_text = Path.write_text
+
+    def full(path: Path, *values: Any, **named: Any) -> int:
+        if path.parent.name == "doubts":
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_text(path, *values, **named)
+
+    arguments = ["segment", "--cache", str(rsna_cache.folder), "--work", str(tmp_path / "full"), "--fold", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(config, *arguments)
+
+    run(config, *arguments)
+    assert result(tmp_path / "full", "segment", 0)["pseudo_label_rounds"] == [{"levels missing": 1}]
 
 
 def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
