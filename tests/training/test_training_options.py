@@ -82,3 +82,28 @@ def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, t
     context = main.commands["evaluate"].make_context("evaluate", ["--out", str(tmp_path)], parent=parent)
 
     assert context.params["given_points"] == given
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "sentence"),
+    [
+        ("all", ["--folds", "0,1,5"], "'0,1,5' names a fold that is none; they are 0 to 4"),
+        ("calibrate", ["--level-specificity", "95"], "is not in the range 0<=x<=1"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_runs(
+    tmp_path: Path, command: str, option: list[str], sentence: str
+) -> None:
+    where = ["--cache", str(tmp_path / "cache"), "--work", str(tmp_path / "work")]
+    more = ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")] if command == "all" else []
+
+    refused = CliRunner().invoke(main, [command, *where, *more, *option])
+
+    assert refused.exit_code == 2
+    assert sentence in " ".join(refused.output.split())
+
+
+def test_a_fold_that_is_named_twice_is_trained_once() -> None:
+    arguments = ["--rsna", "r", "--cache", "c", "--work", "w", "--out", "o", "--folds", "0,1,0"]
+
+    assert main.commands["all"].make_context("all", arguments).params["folds"] == (0, 1)
