@@ -173,10 +173,16 @@ def test_labels_of_a_set_on_the_neck_grid_give_the_same_stacks_but_for_its_coars
         study.write_labels("predicted", labels[1:])
 
 
-def test_a_bundle_finds_the_vertebrae_itself(rsna_cache: Cache) -> None:
+def test_a_bundle_finds_the_vertebrae_itself(
+    rsna_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = replace(rsna_cache, folds={uid(7): 0})
 
-    ((_, reason),) = cut(one, "bundle", SETTINGS, DEFAULT_BUNDLE)
+    with monkeypatch.context() as there:
+        there.chdir(DEFAULT_BUNDLE.parent)
+        ((_, reason),) = cut(one, "bundle", SETTINGS, Path(DEFAULT_BUNDLE.name))
+    monkeypatch.chdir(tmp_path)
+    assert cut_fingerprint(one, "bundle"), "wherever the next step runs"
 
     assert reason is None
     assert stacks_of(one, 7, "bundle").judged.sum() >= 4

@@ -64,6 +64,7 @@ def cut(
     folder = cache.folder / "cuts" / name
     size = CutSettings(num_slices=settings.num_slices, num_pixels=settings.num_pixels, pixel_mm=settings.pixel_mm)
     if isinstance(masks, Path):
+        masks = masks.absolute()  # later steps may run elsewhere
         read_bundle(masks)  # refused here rather than in every process
     with locked(cache.folder / "studies", shared=True), locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def _read_cut(cache: Cache, name: str) -> dict[str, Any]:
 
 def _labels_digest(studies: list[Study], masks: str) -> str:
     """Of the labels that a cut reads; of a bundle's, which are not kept, the same always."""
-    is_bundle = (Path(masks) / "bundle.json").is_file()
+    is_bundle = Path(masks).is_absolute()
     return digest(masks if is_bundle else [study.labels_fingerprint(masks) for study in studies])
 
 
