@@ -87,6 +87,7 @@ class Service:
         )
         self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
         self._held: set[int] = set()  # ids of the cases that workers have
+        self._is_stopping = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -147,6 +148,8 @@ class Service:
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
         log.info("action=stopping")
+        with self._lock:
+            self._is_stopping = True  # a job that runs just now may go on until the process ends
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
         for process in (self._receivers, self._web):
@@ -197,6 +200,8 @@ class Service:
         """
         max_attempts = self._config.analyse.max_attempts
         with self._lock:
+            if self._is_stopping:
+                return  # what a worker held goes back into the queue, and counts not
             lost = self._index.end_lost_attempts(self._held, "the node ended while it was analysed", max_attempts)
         for case in lost:
             log.warning(
@@ -212,6 +217,8 @@ class Service:
         assert self._pool is not None
         while len(self._held) < self._config.analyse.workers:
             with self._lock:
+                if self._is_stopping:
+                    return
                 case = self._index.claim_next(partial(rank, config=self._config.priority, now=time.time()))
                 if case is None:
                     return

@@ -25,6 +25,7 @@ from tests.node.sending import (
     wait_until,
 )
 from tests.receiver import listening
+from tests.waiting import WAIT_S
 from tests.wire import Peer, associate_rq, messages
 
 
@@ -134,6 +135,17 @@ def test_the_processes_stop_cleanly_while_an_association_is_open(
     wait_until(lambda: association.is_aborted)
     assert carried(index) == (0, 0, 1)
     assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
+
+
+def test_a_watch_that_runs_on_while_the_processes_end_replaces_none(receivers: tuple[Config, Receivers]) -> None:
+    """The scheduler of the service does not wait for its jobs when the node stops."""
+    _, running = receivers
+    processes = dict(running._processes)
+    running.terminate()
+    for process in processes.values():
+        process.join(WAIT_S)
+    running.watch()
+    assert running._processes == processes
 
 
 def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
