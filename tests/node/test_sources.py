@@ -188,6 +188,26 @@ def test_the_source_holds_more_so_the_rest_is_awaited(archive: Callable[[Respond
     assert (node.case().state, len(asked)) == (CaseState.QUEUED, 2)
 
 
+def test_what_comes_while_the_source_is_asked_has_it_asked_again(
+    archive: Callable[[Respond], Source], node: Node
+) -> None:
+    asked = []
+
+    def respond(event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        asked.append(event)
+        if len(asked) == 1:
+            node.send(WHOLE[35:])
+            node.check()
+        yield from tells(40)(event)
+
+    source = archive(respond)
+    with_source(node, source)
+    node.send(WHOLE[:35])
+    ask(node, source)
+    ask(node, source)
+    assert (node.case().state, len(asked)) == (CaseState.QUEUED, 2)
+
+
 def test_what_the_source_holds_and_does_not_send_is_awaited_no_longer_than_the_quiet_time(
     archive: Callable[[Respond], Source], node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
