@@ -248,7 +248,7 @@ def test_many_destinations_that_hang_hold_up_no_other(
         if destination.name == "healthy":
             reached.set()
         else:
-            released.wait(20)
+            released.wait(200)
 
     names = [*(f"dead-{number}" for number in range(12)), "healthy"]
     destinations = tuple(FolderDestination(type="folder", name=name, path=tmp_path / name) for name in names)
@@ -259,9 +259,9 @@ def test_many_destinations_that_hang_hold_up_no_other(
     node = service.Service(make_config(deliver={"destinations": destinations}))
     try:
         node.start()
-        assert reached.wait(5)
+        assert reached.wait(60)
         for _ in range(3):
-            assert checked.acquire(timeout=5)
+            assert checked.acquire(timeout=60)
     finally:
         released.set()
         node.stop()
