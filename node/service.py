@@ -83,7 +83,8 @@ class Service:
         num_threads += len(config.sources.each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
-            job_defaults={"coalesce": True, "max_instances": 1},
+            # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
         self._held: set[int] = set()  # ids of the cases that workers have

@@ -93,6 +93,15 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
 
 
+def test_a_job_whose_time_passed_while_the_machine_slept_or_was_busy_runs_then(service: Service) -> None:
+    """Not an hour later, as retention would."""
+    ran = threading.Event()
+    late = datetime.now() - timedelta(seconds=10)
+    service._scheduler.add_job(ran.set, "interval", hours=1, next_run_time=late)
+    service._scheduler.start()
+    assert ran.wait(20)
+
+
 class _Clock(datetime):
     """A clock that may be set back."""
 
