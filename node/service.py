@@ -83,11 +83,13 @@ class Service:
         num_threads += len(config.sources.each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
-            job_defaults={"coalesce": True, "max_instances": 1},
+            # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
         # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
         self._held: list[int] = []
+        self._is_stopping = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -148,6 +150,8 @@ class Service:
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
         log.info("action=stopping")
+        with self._lock:
+            self._is_stopping = True  # a job that runs just now may go on until the process ends
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
         for process in (self._receivers, self._web):
@@ -198,6 +202,8 @@ class Service:
         """
         max_attempts = self._config.analyse.max_attempts
         with self._lock:
+            if self._is_stopping:
+                return  # what a worker held goes back into the queue, and counts not
             lost = self._index.end_lost_attempts(self._held, "the node ended while it was analysed", max_attempts)
         for case in lost:
             log.warning(
@@ -213,6 +219,8 @@ class Service:
         assert self._pool is not None
         while len(self._held) < self._config.analyse.workers:
             with self._lock:
+                if self._is_stopping:
+                    return
                 case = self._index.claim_next(partial(rank, config=self._config.priority, now=time.time()))
                 if case is None:
                     return

@@ -35,7 +35,7 @@ MakeConfig = Callable[..., Config]
 @pytest.fixture
 def pacs(free_port: Callable[[], int]) -> DicomDestination:
     return DicomDestination(
-        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=5,
+        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=30,
         verify="storage-commitment",
     )  # fmt: skip
 

@@ -116,7 +116,7 @@ def server() -> Iterator[DicomWebServer]:
 @pytest.fixture
 def web(server: DicomWebServer) -> DicomWebDestination:
     url = f"http://127.0.0.1:{server.server_port}/dicom-web/"
-    return DicomWebDestination(type="dicomweb", name="web", url=url, timeout_s=5)
+    return DicomWebDestination(type="dicomweb", name="web", url=url, timeout_s=30)
 
 
 def test_all_objects_go_in_one_request_and_are_found_there(

@@ -82,7 +82,7 @@ def fetch(tmp_path: Path, cspine: Callable[..., "Result"]) -> Fetch:
     """Runs `cspine fetch --from pacs` with a peer at the port."""
 
     def run(port: int, *arguments: str, ae_title: str = "ORTHANC", receive_port: int = 11112) -> "Result":
-        peer = {"name": "pacs", "host": "127.0.0.1", "port": port, "ae_title": ae_title, "timeout_s": 5}
+        peer = {"name": "pacs", "host": "127.0.0.1", "port": port, "ae_title": ae_title, "timeout_s": 30}
         config = {
             "data_dir": "data",
             "receive": {"port": receive_port, "min_free_disk_mb": 0},

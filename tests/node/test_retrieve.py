@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,9 +30,10 @@ from node.peers import DicomPeer
 from node.retrieve.scp import RESULT_SOP_CLASSES
 from node.send import associated
 from tests.factories import make_ct_series
-from tests.node.retrieving import NUM_SLICES, STUDY_FIND, Held, ask, retrieve, tool
+from tests.node.retrieving import NUM_SLICES, STUDY_FIND, Held, ask, retrieve, tool, wait_for_cancel
 from tests.ports import free_port
 from tests.receiver import listening
+from tests.waiting import WAIT_S, wait_until
 from tests.web_server import hold
 
 if TYPE_CHECKING:
@@ -174,10 +174,8 @@ def workstation(held: Held, folder: Path) -> Iterator[None]:
     folder.mkdir()
     process = subprocess.Popen([tool("storescp"), "-od", str(folder), "+xa", str(held.store_port)])
     try:
-        deadline = time.monotonic() + 10
-        while subprocess.run([tool("echoscu"), "127.0.0.1", str(held.store_port)], capture_output=True).returncode:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        echo = [tool("echoscu"), "127.0.0.1", str(held.store_port)]
+        wait_until(lambda: subprocess.run(echo, capture_output=True).returncode == 0)
         yield
     finally:
         process.kill()
@@ -268,13 +266,12 @@ def test_a_move_of_what_is_not_named_is_refused(held: Held, tmp_path: Path) -> N
 
 
 def test_a_cancelled_c_move_sends_no_more(held: Held) -> None:
-    is_cancelled = threading.Event()
+    is_cancelled = False
     came: list[str] = []
 
     def on_c_store(event: evt.Event) -> int:
         if came:
-            is_cancelled.wait(10)
-            time.sleep(0.2)
+            wait_for_cancel()
         came.append(str(event.request.AffectedSOPInstanceUID))
         return 0x0000
 
@@ -289,9 +286,9 @@ def test_a_cancelled_c_move_sends_no_more(held: Held) -> None:
             said = []
             for status, _ in association.send_c_move(names, "WORKSTATION", model, msg_id=7):
                 said.append(status)
-                if not is_cancelled.is_set():
+                if not is_cancelled:
                     association.send_c_cancel(7, query_model=model)
-                    is_cancelled.set()
+                    is_cancelled = True
     finally:
         server.shutdown()
     last = said[-1]
@@ -352,7 +349,7 @@ def test_the_connection_still_stores_while_it_retrieves(held: Held, tmp_path: Pa
 
 def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: Path) -> None:
     """getscu writes each answer in two pieces unless TCP_NODELAY, a variable of dcmtk, is set."""
-    num = 30
+    num = 60
     made = make_ct_series(held.index.data_dir / "instances" / "many", num_slices=num)
     hold(held.index, made)
     study = f"StudyInstanceUID={dcmread(made[0]).StudyInstanceUID}"
@@ -361,11 +358,15 @@ def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: P
 
     def seconds(**environment: str) -> float:
         started = time.monotonic()
-        subprocess.run(arguments, env=os.environ | environment, check=True, timeout=30, cwd=tmp_path)
+        subprocess.run(arguments, env=os.environ | environment, check=True, timeout=WAIT_S, cwd=tmp_path)
         return time.monotonic() - started
 
     seconds()
-    assert min(seconds() for _ in range(2)) < min(seconds(TCP_NODELAY="1") for _ in range(2)) + num * 0.02
+    plain_s, undelayed_s = [], []
+    while len(plain_s) < 10 and (not plain_s or min(plain_s) > min(undelayed_s) + num * 0.02):  # a busy machine
+        plain_s.append(seconds())
+        undelayed_s.append(seconds(TCP_NODELAY="1"))
+    assert min(plain_s) <= min(undelayed_s) + num * 0.02
 
 
 # ---- a node whose cases are in PostgreSQL ----

@@ -2,8 +2,6 @@
 
 import shutil
 import subprocess
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from node.retention import finish_interrupted
 from node.retrieve import identifier, scp
 from node.send import associated
 from tests.factories import make_ct_series
-from tests.node.retrieving import NUM_SLICES, PATIENT_FIND, STUDY_FIND, Held, ask, tool
+from tests.node.retrieving import NUM_SLICES, PATIENT_FIND, STUDY_FIND, Held, ask, tool, wait_for_cancel
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.receiver import listening
@@ -219,7 +217,7 @@ def test_answers_are_those_of_orthanc(held: Held, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_c_find_ends_and_the_association_goes_on(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_cancelled, answers = threading.Event(), scp.answers
+    is_cancelled, answers = False, scp.answers
     query = Dataset()
     query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", ""
     with associated(held.peer, [(STUDY_FIND, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
@@ -229,17 +227,16 @@ def test_a_cancelled_c_find_ends_and_the_association_goes_on(held: Held, monkeyp
     def pausing(*arguments: Any) -> Iterator[Dataset]:
         for answer in answers(*arguments):
             yield answer
-            is_cancelled.wait(10)
-            time.sleep(0.2)  # for the request to get here
+            wait_for_cancel()
 
     monkeypatch.setattr(scp, "answers", pausing)
     with associated(held.peer, [(STUDY_FIND, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
         statuses = []
         for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=7):
             statuses.append(status.Status)
-            if not is_cancelled.is_set():
+            if not is_cancelled:
                 association.send_c_cancel(7, query_model=STUDY_FIND)
-                is_cancelled.set()
+                is_cancelled = True
         assert statuses == [0xFF00, 0xFE00]
         monkeypatch.setattr(scp, "answers", answers)
         again = [status.Status for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=8)]
