@@ -223,7 +223,9 @@ def test_results_that_are_gone_are_given_up_and_not_tried_for_ever(
 @pytest.fixture
 def dead(free_port: Callable[[], int]) -> DicomDestination:
     """A PACS where nothing listens."""
-    return DicomDestination(type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=30)
+    return DicomDestination(
+        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=30
+    )
 
 
 def test_a_dead_destination_does_not_keep_results_from_another(
