@@ -26,6 +26,7 @@ from tests.factories import make_ct_series, make_localizer, make_report, make_sc
 from tests.orthanc_server import STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
 from tests.running_node import RunningNode, phantom_series
+from tests.waiting import wait_until
 
 Watch = Callable[..., OrthancWatch]
 
@@ -55,10 +56,7 @@ def watch(make_config: Callable[..., Config], index: Index) -> Iterator[Watch]:
 
 
 def wait_until_stable(orthanc: OrthancServer, num_series: int) -> None:
-    deadline = time.monotonic() + 20
-    while orthanc.num_stable() < num_series:
-        assert time.monotonic() < deadline, orthanc.log()
-        time.sleep(0.1)
+    wait_until(lambda: orthanc.num_stable() >= num_series, orthanc.log)
 
 
 def held(index: Index) -> dict[str, int]:

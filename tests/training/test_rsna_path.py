@@ -381,7 +381,7 @@ def test_a_step_ends_with_the_run_of_all_that_began_it(rsna_folder: Path, config
                 time.sleep(0.02)
         finally:
             all_of_it.send_signal(signal.SIGKILL)
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
 
