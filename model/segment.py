@@ -130,7 +130,7 @@ def find_vertebrae(
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     scanned = _coarse(volume, network, settings, device)
-    if twist_deg := _twist_deg(scanned):
+    if twist_deg := turned_by_deg(scanned.found & (scanned.chain[0][1].numpy() < len(LEVELS) + 0.5), scanned.grid):
         facing = _coarse(_turned(volume, about_long_axis(-twist_deg)), network, settings, device)
         scanned, twist_deg = (facing, twist_deg) if facing.found.any() else (scanned, 0.0)
     looks, turn = [scanned], _to_upright(scanned)
@@ -197,16 +197,19 @@ def about_long_axis(turn_deg: float) -> FloatArray:
     return turn
 
 
-def _twist_deg(look: _Look) -> float:
-    """How far the patient is turned about the long axis; 0 if that is little, or cannot be told.
+def turned_by_deg(cervical: NDArray[np.bool_], grid: Grid) -> float:
+    """How far the patient is turned about the long axis, as `Vertebra.twist_deg`; 0 if that cannot be told either.
 
     A vertebra is its own mirror image about the midplane. Seen from above, all layers of the spine laid upon each
     other, that plane is the one whose mirror image fits best.
+
+    cervical: the voxels of C1..C7, `(Z, Y, X)`; of small ones, some are enough.
     """
-    where = np.argwhere(look.found & (look.chain[0][1].numpy() < len(LEVELS) + 0.5))
+    z, y, x = (max(1, int(SEEN_MM / spacing_mm)) for spacing_mm in grid.spacing_mm)
+    where = np.argwhere(cervical[::z, ::y, ::x]) * (z, y, x)
     if not len(where):
         return 0.0
-    points = look.grid.to_lps_mm(where.astype(float))[:, :2]
+    points = grid.to_lps_mm(where.astype(float))[:, :2]
     _, layer = np.unique(where[:, 0], return_inverse=True)
     middles = [np.bincount(layer, points[:, axis]) / np.bincount(layer) for axis in (0, 1)]
     seen = points - np.stack(middles, axis=1)[layer]

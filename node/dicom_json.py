@@ -10,9 +10,9 @@ from pydicom.datadict import keyword_for_tag
 
 
 def datasets_in(content: bytes) -> list[dict[str, Any]]:
-    """The datasets of an answer; none where it is anything else."""
+    """The datasets of an answer; none where it is anything else. A name that is not in UTF-8 counts as odd."""
     try:
-        found = json.loads(content)
+        found = json.loads(content.decode(json.detect_encoding(content), "replace"))
     except ValueError:
         return []
     listed = found if isinstance(found, list) else [found]

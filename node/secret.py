@@ -29,10 +29,13 @@ class WithSecret(BaseModel):
         """The secret as it is now; "" when none is configured.
 
         Raises:
-            OSError: the file or the variable is not there.
+            OSError: the file or the variable is not there, or the file is no text.
         """
         if self.secret_file is not None:
-            return self.secret_file.read_text(encoding="utf-8").strip()
+            try:
+                return self.secret_file.read_text(encoding="utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise OSError(f"{self.secret_file} is not UTF-8") from error
         if self.secret_env is not None:
             if not os.environ.get(self.secret_env):
                 raise OSError(f"the environment variable {self.secret_env} is not set")

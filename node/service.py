@@ -83,10 +83,13 @@ class Service:
         num_threads += len(config.sources.each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
-            job_defaults={"coalesce": True, "max_instances": 1},
+            # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
-        self._held: set[int] = set()  # ids of the cases that workers have
+        # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
+        self._held: list[int] = []
+        self._is_stopping = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -147,6 +150,8 @@ class Service:
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
         log.info("action=stopping")
+        with self._lock:
+            self._is_stopping = True  # a job that runs just now may go on until the process ends
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
         for process in (self._receivers, self._web):
@@ -197,6 +202,8 @@ class Service:
         """
         max_attempts = self._config.analyse.max_attempts
         with self._lock:
+            if self._is_stopping:
+                return  # what a worker held goes back into the queue, and counts not
             lost = self._index.end_lost_attempts(self._held, "the node ended while it was analysed", max_attempts)
         for case in lost:
             log.warning(
@@ -212,10 +219,12 @@ class Service:
         assert self._pool is not None
         while len(self._held) < self._config.analyse.workers:
             with self._lock:
+                if self._is_stopping:
+                    return
                 case = self._index.claim_next(partial(rank, config=self._config.priority, now=time.time()))
                 if case is None:
                     return
-                self._held.add(case.case_id)
+                self._held.append(case.case_id)
             try:
                 files = self._index.instance_files(case.series_instance_uid)
             except BaseException:
@@ -241,7 +250,7 @@ class Service:
 
     def _let_go(self, case: Case) -> None:
         with self._lock:
-            self._held.discard(case.case_id)
+            self._held.remove(case.case_id)
 
     def _settle(self, case: Case, outcome: JobOutcome) -> None:
         """Notes how an analysis ended."""

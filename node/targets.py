@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from node.notify.notice import Event, Notice, suspected_levels
 from node.secret import WithSecret
@@ -61,6 +61,14 @@ class _WithSecret(_Target, WithSecret):
     """A target that is told who we are."""
 
 
+def _check_namespace(value: str) -> str:
+    """A namespace ID (HL7 v2.5.1 2.A.33, HD.1) as a message can hold it."""
+    if len(value) > 20 or not value.isprintable() or set(value) & set("|^~\\&"):
+        raise ValueError("a name in an HL7 header has at most 20 printable characters, and none of | ^ ~ \\ &")
+    return value
+
+
+HL7Name = Annotated[str, AfterValidator(_check_namespace)]
 WebAddress = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
 
 
@@ -100,9 +108,9 @@ class Hl7Target(_Target):
     port: int = Field(default=2575, ge=1, le=65535)
     tls: bool = False
     ca_file: Path | None = None
-    sending_facility: str = ""
-    receiving_application: str = ""
-    receiving_facility: str = ""
+    sending_facility: HL7Name = ""
+    receiving_application: HL7Name = ""
+    receiving_facility: HL7Name = ""
     processing_id: Literal["P", "T", "D"] = "P"
     when: Rule = Rule(events=(Event.POSITIVE, Event.NEGATIVE, Event.UNDETERMINED))
 

@@ -136,7 +136,7 @@ class OhifStudy:
             }""",
             sop_instance_uid,
         )
-        self._page.wait_for_timeout(1500)  # the overlay is drawn in its own time
+        self._page.wait_for_timeout(500)  # the overlay is drawn in its own time: it may not be there yet
         self._page.screenshot(path=png)
         return np.asarray(imread(png))[..., :3]
 

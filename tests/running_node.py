@@ -18,6 +18,7 @@ from node.case import Case, CaseState
 from node.config import DicomDestination
 from node.index import Index
 from tests.ports import free_port
+from tests.waiting import WAIT_S
 
 SETTLED = {CaseState.DONE, CaseState.SKIPPED, CaseState.REFUSED, CaseState.FAILED}
 
@@ -50,7 +51,7 @@ class RunningNode:
         with self._log_path.open("a") as log:
             command = [sys.executable, "-m", "node", "serve", "--config", str(self.config_path)]
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_S
         while not self._listens():
             assert self.process.poll() is None, self.log()
             assert time.monotonic() < deadline, self.log()
@@ -62,7 +63,7 @@ class RunningNode:
         started = time.monotonic()
         self.process.send_signal(signal.SIGTERM)
         try:
-            self.process.wait(15)
+            self.process.wait(WAIT_S)
         finally:
             self.process.kill()
         return time.monotonic() - started
@@ -75,7 +76,7 @@ class RunningNode:
 
     def wait_until_gone(self) -> None:
         """Waits until none of its processes is left: none may outlive it."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + WAIT_S
         while left := [pid for pid in self.pids if psutil.pid_exists(pid)]:
             assert time.monotonic() < deadline, f"{left} outlived the node"
             time.sleep(0.1)

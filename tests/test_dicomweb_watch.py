@@ -109,6 +109,23 @@ def test_archives_of_any_make_give_all_new_ct_once(shape: Shape, watch: Watch, i
         assert archive.asked_for_files() == []
 
 
+def test_a_name_in_another_character_set_hides_no_series(watch: Watch, index: Index, tmp_path: Path) -> None:
+    class Latin1(StandIn):
+        def answer(self, path: str, accept: str) -> tuple[int, dict[str, str], bytes]:
+            status, headers, body = super().answer(path, accept)
+            return (
+                status,
+                headers,
+                body.replace(b'[{"', '[{"00100010": {"vr": "PN", "Value": ["Né"]}, "'.encode("latin-1"), 1),
+            )
+
+    paths = make_ct_series(tmp_path / "ct")
+    with Latin1().serving() as archive:
+        archive.hold(paths)
+        look(watch(archive.url))
+    assert held(index) == {series_of(paths): 8}
+
+
 def test_a_series_is_whole_at_the_archive_before_it_is_fetched(watch: Watch, index: Index, tmp_path: Path) -> None:
     paths = make_ct_series(tmp_path / "ct", num_slices=9)
     with StandIn().serving() as archive:
@@ -154,6 +171,15 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_it_grows(
         archive.hold(new)
         look(watched)
     assert held(index) == {series_of(growing): 8, series_of(new): 8}
+
+
+@pytest.mark.parametrize("position", [12345, 30712])
+def test_the_position_of_an_orthanc_of_that_name_is_no_day(watch: Watch, index: Index, position: int) -> None:
+    index.note_position("pacs", position)
+    with StandIn().serving() as archive:
+        watch(archive.url, begin="now").look()
+        assert "StudyDate=20251231-" in archive.asked[0]
+    assert index.watched_source("pacs").position == 20260102
 
 
 def test_a_node_that_was_off_for_days_lists_those_days(

@@ -25,6 +25,7 @@ from tests.orthanc_server import ORTHANC_FOLDER, STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
 from tests.receiver import listening
 from tests.running_node import RunningNode, phantom_series
+from tests.waiting import WAIT_S
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def start_receiver(config: Config, index: Index) -> Iterator[Callable[[], object
         yield lambda: running.enter_context(listening(config, index))
 
 
-def wait_until(condition: Callable[[], Any], what: str, log: Callable[[], str], timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], Any], what: str, log: Callable[[], str], timeout_s: float = WAIT_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {timeout_s:g} s\n{log()}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 
 from model.phantom import Fracture
 from node.case import CaseState
@@ -26,6 +26,7 @@ from tests.factories import make_ct_series, make_localizer, make_report, make_sc
 from tests.orthanc_server import STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
 from tests.running_node import RunningNode, phantom_series
+from tests.waiting import wait_until
 
 Watch = Callable[..., OrthancWatch]
 
@@ -55,10 +56,7 @@ def watch(make_config: Callable[..., Config], index: Index) -> Iterator[Watch]:
 
 
 def wait_until_stable(orthanc: OrthancServer, num_series: int) -> None:
-    deadline = time.monotonic() + 20
-    while orthanc.num_stable() < num_series:
-        assert time.monotonic() < deadline, orthanc.log()
-        time.sleep(0.1)
+    wait_until(lambda: orthanc.num_stable() >= num_series, orthanc.log)
 
 
 def held(index: Index) -> dict[str, int]:
@@ -112,10 +110,48 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     wait_until_stable(orthanc, 2)
     new.look()
     assert list(held(index)) == [dcmread(first).SeriesInstanceUID]
+    # As of a DICOMweb archive that was watched under this name.
+    index.note_position("orthanc", 20260101)
+    new.look()
+    assert len(held(index)) == 1
     # As after a change of Orthanc's database: numbers that it has not reached.
     index.note_position("orthanc", 10**6)
     new.look()
     assert len(held(index)) == 2
+
+
+def test_ct_that_lacks_its_modality_is_fetched(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    def edit(_i: int, ds: Dataset) -> None:
+        del ds.Modality
+
+    (first, *_) = make_ct_series(tmp_path / "in/ct", num_slices=4, edit=edit)
+    other = dcmread(make_report(tmp_path / "in/report.dcm"))
+    del other.Modality
+    other.save_as(tmp_path / "in/report.dcm")
+    orthanc.upload(tmp_path / "in")
+    wait_until_stable(orthanc, 2)
+    watch(orthanc.url).look()
+    assert held(index) == {dcmread(first).SeriesInstanceUID: 4}
+    assert index.troubled_series("orthanc") == {}
+
+
+def test_a_database_that_was_made_anew_is_noted_while_it_is_empty(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    index.note_position("orthanc", 12)
+    source = watch(orthanc.url, begin="now")
+    for _ in range(3):
+        source.look()
+    assert caplog.text.count("action=source-anew") == 1
+    for number in range(2):  # before the next look more changes than there were, and a stable Series among the first
+        make_ct_series(tmp_path / f"{number}", num_slices=4)
+        orthanc.upload(tmp_path / f"{number}")
+        wait_until_stable(orthanc, number + 1)
+    assert orthanc.client.get_json("changes?last")["Last"] > 12
+    source.look()
+    assert list(held(index).values()) == [4, 4]
 
 
 def test_an_orthanc_that_is_restarted_in_the_middle_gives_the_rest(

@@ -19,8 +19,8 @@ from node.send import associated, send_files
 from tests.factories import make_ct_series
 from tests.running_node import RunningNode
 
-QUIET_S = 6.0
-AT_ONCE_S = 3.0  # promised is 1 s; the machine may be busy with other tests
+QUIET_S = 16.0
+AT_ONCE_S = 8.0  # promised is 1 s; the machine may be busy with other tests
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def test_several_associations_in_parallel(node: RunningNode, series: list[Path])
     def send(part: list[Path]) -> None:
         with calling(node, "PARALLEL") as association:
             store(association, part[:1])
-            together.wait(30)
+            together.wait(60)
             store(association, part[1:])
-            together.wait(30)
+            together.wait(60)
 
     threads = [threading.Thread(target=send, args=(series[i::4],)) for i in range(4)]
     for thread in threads:

@@ -16,6 +16,7 @@ from node.web.app import make_app
 from node.web.catalog import Catalog
 from node.web.server import make_server
 from node.web.tokens import Tokens
+from tests.waiting import WAIT_S
 
 
 class WebServer:
@@ -33,7 +34,7 @@ class WebServer:
         self._server = make_server(app, config.web)
         self._thread = threading.Thread(target=self._server.run, args=([listening],), daemon=True)
         self._thread.start()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + WAIT_S
         while not self._server.started:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -41,11 +42,11 @@ class WebServer:
     def get(self, path: str, accept: str = "", **more: object) -> requests.Response:
         """The answer to a GET of a path below the service."""
         headers = {"Accept": accept} if accept else {}
-        return requests.get(self.url + path, headers=headers, timeout=20, **more)  # type: ignore[arg-type]
+        return requests.get(self.url + path, headers=headers, timeout=WAIT_S, **more)  # type: ignore[arg-type]
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(WAIT_S)
         self.store.close()
         self.catalog.close()
 

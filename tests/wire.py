@@ -13,6 +13,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE, ImplementationClassUIDNotific
 from pynetdicom.sop_class import Verification
 
 from node.config import DicomDestination, ReceiveConfig
+from tests.waiting import WAIT_S
 
 P_DATA_TF, A_RELEASE_RQ, A_RELEASE_RP, A_ABORT = 4, 5, 6, 7
 COMMAND, LAST = 1, 2  # message control header
@@ -98,7 +99,7 @@ def messages(sop_instance: str, dataset: bytes, piece: int = 4096) -> list[bytes
 class Peer:
     """A connection to the receiver."""
 
-    def __init__(self, at: DicomDestination | ReceiveConfig, timeout_s: float = 10.0) -> None:
+    def __init__(self, at: DicomDestination | ReceiveConfig, timeout_s: float = WAIT_S) -> None:
         self.socket = socket.create_connection((at.host, at.port), timeout_s)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

@@ -87,7 +87,8 @@ class Sources:
             state.is_silent = False
         with self._lock:
             for case in cases:
-                state.questions.pop(case.series_instance_uid, None)
+                if state.questions.get(case.series_instance_uid) is case:  # else more came, and it is asked again
+                    del state.questions[case.series_instance_uid]
                 self._answers[case.series_instance_uid] = case.num_instances, counts.get(case.series_instance_uid)
             while len(self._answers) > _MAX_KEPT:
                 del self._answers[next(iter(self._answers))]

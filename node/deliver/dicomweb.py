@@ -6,6 +6,7 @@ Reference: PS3.18 10.5 (Store), 10.6 (Search).
 import uuid
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from requests import Response
 
@@ -19,6 +20,7 @@ from node.send import SendError
 from node.status import Outcome, meaning_of
 
 _BLOCK_BYTES = 256 * 1024
+_FAILURE = 0x0110  # processing failure: it may pass
 _JSON = "application/dicom+json"
 
 _REFERENCED_SOP, _FAILED_SOP, _OTHER_FAILURES = "00081199", "00081198", "0008119A"
@@ -73,21 +75,18 @@ class DicomWebCourier:
             SendError: it says that not all were stored, and not which.
         """
         answer = next(iter(datasets_in(response.content)), {})
-        stored = {first_value(item, _REFERENCED_UID): item for item in items_of(answer, _REFERENCED_SOP)}
-        failed = {first_value(item, _REFERENCED_UID): item for item in items_of(answer, _FAILED_SOP)}
-        others = [
-            reason for item in items_of(answer, _OTHER_FAILURES) if (reason := first_value(item, _FAILURE_REASON))
-        ]
+        stored = {str(first_value(item, _REFERENCED_UID)): item for item in items_of(answer, _REFERENCED_SOP)}
+        failed = {str(first_value(item, _REFERENCED_UID)): item for item in items_of(answer, _FAILED_SOP)}
+        others = [item for item in items_of(answer, _OTHER_FAILURES) if first_value(item, _FAILURE_REASON)]
         for file in files:
             if file.key in failed:
-                yield file, self._judge(file, int(first_value(failed[file.key], _FAILURE_REASON) or 0x0110))
+                yield file, self._judge(file, _status(failed[file.key], _FAILURE_REASON) or _FAILURE)
             elif file.key in stored:
-                remark = first_value(stored[file.key], _WARNING_REASON)
-                yield file, self._judge(file, int(remark) if remark else 0)
+                yield file, self._judge(file, _status(stored[file.key], _WARNING_REASON))
             elif response.status_code == 200:  # some servers answer nothing more
                 yield file, ObjectProgress(state=ObjectState.TAKEN)
             elif others:
-                yield file, self._judge(file, int(others[0]))
+                yield file, self._judge(file, _status(others[0], _FAILURE_REASON) or _FAILURE)
             else:
                 raise SendError(
                     f"{self._peer.name} answered {response.status_code} and did not say what it did not store"
@@ -104,6 +103,14 @@ class DicomWebCourier:
             )
         state = ObjectState.WAITING if found.outcome is Outcome.LATER else ObjectState.REFUSED
         return ObjectProgress(state=state, reason=f"{self._peer.name} refused {file.path.name} with {said}")
+
+
+def _status(item: dict[str, Any], tag: str) -> int:
+    """The status that an item gives as its reason; 0 where it gives none, or one that is no number."""
+    try:
+        return int(first_value(item, tag))
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 class MultipartBody:

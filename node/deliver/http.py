@@ -157,7 +157,7 @@ def read_secret(auth: HttpAuth, name: str) -> str:
     """
     try:
         return auth.read_secret()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise SendError(f"the secret for {name} cannot be read: {error}", permanent=True) from error
 
 

@@ -44,7 +44,7 @@ class OrthancCourier:
         self._peer.close()
 
     def check(self) -> str:
-        system = _json(self._peer.request("GET", "system"))
+        system = _object(self._peer.request("GET", "system"))
         return f"is Orthanc {system.get('Version', 'of unknown version')}"
 
     def _upload(self, file: ResultFile) -> ObjectProgress:
@@ -55,7 +55,7 @@ class OrthancCourier:
             )
         if response.status_code >= 400:
             return ObjectProgress(state=ObjectState.REFUSED, reason=f"{file.path.name}: {self._peer.refusal(response)}")
-        answer = _json(response)
+        answer = _object(response)
         if answer.get("Status") == "FilteredOut":
             reason = f"{self._peer.name} filtered out {file.path.name}; let it pass ReceivedInstanceFilter there"
             return ObjectProgress(state=ObjectState.REFUSED, reason=reason)
@@ -90,18 +90,32 @@ class OrthancCourier:
 
     def _look_up(self, sop_instance_uid: str) -> str:
         """Orthanc's id of an Instance, "" if it is not there."""
-        found = _json(self._peer.request("POST", "tools/lookup", body=sop_instance_uid.encode()))
+        response = self._peer.request("POST", "tools/lookup", body=sop_instance_uid.encode())
+        found = _json(response)
+        if not isinstance(found, list) or not all(isinstance(item, dict) and "ID" in item for item in found):
+            raise _no_orthanc(response)
         ids = [item["ID"] for item in found if item.get("Type") == "Instance"]
         return str(ids[0]) if ids else ""
 
 
-def _json(response: Response) -> Any:
-    """The content of an answer.
+def _object(response: Response) -> dict[str, Any]:
+    """The JSON object of an answer.
 
     Raises:
-        SendError: it is no JSON, so this is no Orthanc.
+        SendError: it is none, so this is no Orthanc.
     """
+    found = _json(response)
+    if not isinstance(found, dict):
+        raise _no_orthanc(response)
+    return found
+
+
+def _json(response: Response) -> Any:
     try:
         return json.loads(response.content)
     except ValueError as error:
-        raise SendError(f"{response.url} does not answer like an Orthanc; check url", permanent=True) from error
+        raise _no_orthanc(response) from error
+
+
+def _no_orthanc(response: Response) -> SendError:
+    return SendError(f"{response.url} does not answer like an Orthanc; check url", permanent=True)

@@ -189,8 +189,12 @@ def make_segmentation(part: SegPart, profile: Profile, maker: Maker) -> Dataset:
     _set_items(ds, "SourceImageSequence", items(*references(frames, source)))
     _set_items(ds, "ReferencedSeriesSequence", items(referenced_series(frames, source)))
     # So that pydicom writes these bytes as they are. It then takes every VR as it is, too.
-    ds.set_original_encoding(False, True, convert_encodings(source.character_set))
+    ds.set_original_encoding(False, True, convert_encodings(_character_set(maker)))
     return ds
+
+
+def _character_set(maker: Maker) -> str:
+    return maker.source.character_set_for(maker.model.name, maker.model.version)
 
 
 def _is_volume(frames: Sequence[Frame], num_segments: int, source: Source) -> bool:
@@ -230,7 +234,7 @@ def _without_frames(part: SegPart, first: Frame, profile: Profile, maker: Maker)
         content_label=kind.content_label,
         content_description=description,
         transfer_syntax_uid=ExplicitVRLittleEndian,
-        specific_character_set=source.character_set,
+        specific_character_set=_character_set(maker),
         contributing_equipment=[processing_equipment(maker.node)],
         **maker.identification(name),
     )

@@ -190,10 +190,12 @@ def _drop_unreadable(ds: Dataset) -> None:
 
 
 def _is_valid(element: DataElement) -> bool:
-    values = element.value if element.VM > 1 else [element.value]
+    texts = ["" if value is None else str(value) for value in (element.value if element.VM > 1 else [element.value])]
+    if element.VR in ("DA", "TM") and any("-" in text for text in texts):  # a range, which is for queries
+        return False
     try:
-        for value in values:
-            validate_value(element.VR, "" if value is None else str(value), RAISE)
+        for text in texts:
+            validate_value(element.VR, text, RAISE)
     except ValueError:
         return False
     return True

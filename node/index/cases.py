@@ -27,8 +27,9 @@ class Cases(Database):
         return self._cases(query.where(_cases.c.state.in_(states)) if states else query)
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Something else whenever a case has come, changed, or gone."""
-        counted = (func.count(_cases.c.case_id), func.sum(_cases.c.num_instances), func.sum(_cases.c.changed_at))
+        """Something else whenever a case has come, changed, or gone, or something of it was purged."""
+        counted: list[Any] = [func.sum(_cases.c.num_instances), func.sum(_cases.c.changed_at)]
+        counted += [func.count(_cases.c[it]) for it in ("case_id", "originals_purged_at", "results_purged_at")]
         with self._engine.connect() as connection:
             return tuple(connection.execute(select(*counted)).one())
 

@@ -15,6 +15,7 @@ _cases, _deliveries = tables.cases, tables.deliveries
 
 _UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
 _THERE = (ObjectState.TAKEN, ObjectState.VERIFIED)
+_UNSAID = "taken, and left out of the report on storage commitment"
 _FRESH: Mapping[str, Any] = {
     "state": DeliveryState.PENDING,
     "attempts": 0,
@@ -56,7 +57,7 @@ class Deliveries(Cases):
         """Notes how an attempt went; the last one of a case to end makes the case DONE or FAILED.
 
         No change, and False, when the delivery has been retried, given up or replaced since; what the destination took
-        meanwhile of results that were replaced is noted as superseded.
+        meanwhile is noted as superseded, should it not be sent again.
         """
         values: dict[str, Any] = {
             "state": state,
@@ -73,14 +74,18 @@ class Deliveries(Cases):
         mine = _deliveries.c.delivery_id == delivery.delivery_id
         with self._writing() as connection:
             _lock_cases(connection, [delivery.case_id])
-            row = connection.execute(select(_deliveries).where(mine)).mappings().first()
+            # SQLite gives the number of a deleted delivery to the next one.
+            of_series = _cases.c.series_instance_uid == delivery.series_instance_uid
+            row = connection.execute(select(_deliveries).join(_cases).where(mine, of_series)).mappings().first()
             if row is None:
                 return False
-            if row["result_dir"] != str(delivery.result_dir.relative_to(self.data_dir)):
+            is_same = row["result_dir"] == str(delivery.result_dir.relative_to(self.data_dir))
+            is_same &= (row["state"], row["transaction_uid"]) == (delivery.state, delivery.transaction_uid)
+            # A transaction is asked for once, and its report may be noted in between.
+            is_same &= bool(delivery.transaction_uid) or row["changed_at"] == delivery.changed_at
+            if not is_same:
                 left_there = [*row["superseded"], *_keys_there(values["objects"])]
                 connection.execute(update(_deliveries).where(mine).values(superseded=left_there))
-                return False
-            if (row["state"], row["transaction_uid"]) != (delivery.state, delivery.transaction_uid):
                 return False
             connection.execute(update(_deliveries).where(mine).values(values))
             _settle_case(connection, delivery.case_id, self.now())
@@ -89,7 +94,8 @@ class Deliveries(Cases):
     def report_commitment(self, transaction_uid: str, committed: Collection[str], failed: Mapping[str, str]) -> bool:
         """Notes what a storage commitment report says, by SOP Instance UID; False if no delivery awaits it.
 
-        failed: with the reasons. The delivery is due at once, for the clock to decide what becomes of it.
+        failed: with the reasons. What it does not mention is to be sent again, too: asked again at once, a destination
+        would say the same. The delivery is due at once, for the clock to decide what becomes of it.
         """
         awaited = (_deliveries.c.state == DeliveryState.VERIFYING) & (_deliveries.c.transaction_uid == transaction_uid)
         with self._writing() as connection:
@@ -97,6 +103,8 @@ class Deliveries(Cases):
             if row is None or not transaction_uid:
                 return False
             objects = dict(row["objects"])
+            unsaid = {uid for uid, item in objects.items() if item["state"] == ObjectState.TAKEN} - set(committed)
+            failed = dict.fromkeys(unsaid, _UNSAID) | dict(failed)
             for uid in objects.keys() & set(committed):
                 objects[uid] = _to_json({uid: ObjectProgress(state=ObjectState.VERIFIED)})[uid]
             for uid in objects.keys() & failed.keys():
@@ -156,6 +164,8 @@ class Deliveries(Cases):
         }
         now = self.now()
         values = {**_FRESH, "objects": _to_json(objects), "next_attempt_at": now, "changed_at": now}
+        if again:  # what is there is to be replaced, should newer results come before it is sent
+            values["superseded"] = [*delivery.superseded, *delivery.objects]
         with self._writing() as connection:
             _lock_cases(connection, [delivery.case_id])
             if not connection.execute(_unmoved(delivery).values(values)).rowcount:

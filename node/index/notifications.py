@@ -12,7 +12,8 @@ from node.index.cases import Cases
 _cases, _targets, _notifications = tables.cases, tables.notify_targets, tables.notifications
 
 _OVERLAP_S = 60.0
-"""A case whose change was written late carries an earlier time; what was noted before is not noted again."""
+"""A case whose change was written late carries an earlier time, so these are looked at each time; what was noted
+before is not noted again."""
 
 
 class Notifications(Cases):
@@ -22,29 +23,32 @@ class Notifications(Cases):
         """Notes what has become of cases since the last call; at the first one for a target, nothing has."""
         now = self.now()
         with self._engine.connect() as connection:
-            seen_until = connection.scalar(select(_targets.c.seen_until).where(_targets.c.target == target))
-        if seen_until is None:
-            with self._writing() as connection:
-                connection.execute(_targets.insert().values(target=target, seen_until=now))
-            return
-        seen_until = min(seen_until, now)  # or what changes after the clock was set back would not count as new
-        changed = self._cases(select(_cases).where(_cases.c.changed_at > seen_until).order_by(_cases.c.changed_at))
-        if not changed:
-            return
-        late = self._cases(
-            select(_cases).where(_cases.c.changed_at > seen_until - _OVERLAP_S, _cases.c.changed_at <= seen_until)
+            stored = connection.scalar(select(_targets.c.seen_until).where(_targets.c.target == target))
+        # min: or what changes after the clock was set back would not count as new
+        seen_until = now if stored is None else min(stored, now)
+        recent = self._cases(
+            select(_cases).where(_cases.c.changed_at > seen_until - _OVERLAP_S).order_by(_cases.c.changed_at)
         )
-        rows = [row for case in (*late, *changed) for row in self._events(case, target)]
-        with self._writing() as connection:
-            noted = select(_notifications.c.case_id, _notifications.c.about, _notifications.c.subject).where(
-                _notifications.c.target == target, _notifications.c.case_id.in_({row["case_id"] for row in rows})
-            )
+        rows = [row for case in recent for row in self._events(case, target)]
+        seen_until = min(max([seen_until, *(case.changed_at for case in recent)]), now)
+        noted = select(_notifications.c.case_id, _notifications.c.about, _notifications.c.subject).where(
+            _notifications.c.target == target, _notifications.c.case_id.in_({row["case_id"] for row in rows})
+        )
+        with self._engine.connect() as connection:
             known = {tuple(found) for found in connection.execute(noted)}
-            new = [row for row in rows if (row["case_id"], row["about"], row["subject"]) not in known]
+        new = [row for row in rows if (row["case_id"], row["about"], row["subject"]) not in known]
+        if not new and seen_until == stored:
+            return
+        if stored is None:
+            older = {"state": NotificationState.UNWANTED, "reason": "it is older than this target"}
+            new = [row | older for row in new]
+        with self._writing() as connection:
             if new:
                 connection.execute(_notifications.insert(), new)
-            mine = update(_targets).where(_targets.c.target == target)
-            connection.execute(mine.values(seen_until=min(changed[-1].changed_at, now)))
+            if stored is None:
+                connection.execute(_targets.insert().values(target=target, seen_until=seen_until))
+            else:
+                connection.execute(update(_targets).where(_targets.c.target == target).values(seen_until=seen_until))
 
     def _events(self, case: Case, target: str) -> list[dict[str, Any]]:
         """What the case says has become of it; results stay told of when their delivery fails."""
@@ -83,11 +87,29 @@ class Notifications(Cases):
         """Notifications, the latest first."""
         return self._notifications(_query().order_by(_notifications.c.at.desc()).limit(limit))
 
+    def is_overtaken(self, notification: Notification) -> bool:
+        """Whether a later outcome of the case, results or a refusal, is noted for its target."""
+        later = select(_notifications.c.notification_id).where(
+            _notifications.c.case_id == notification.case_id,
+            _notifications.c.target == notification.target,
+            _notifications.c.about.in_((About.ANALYSED, About.NOT_ANALYSED)),
+            _notifications.c.notification_id > notification.notification_id,
+        )
+        with self._engine.connect() as connection:
+            return connection.scalar(later.limit(1)) is not None
+
     def settle_notification(
         self, notification: Notification, state: NotificationState, reason: str = "", next_attempt_at: float = 0.0
     ) -> None:
-        """Notes how an attempt went."""
-        mine = update(_notifications).where(_notifications.c.notification_id == notification.notification_id)
+        """Notes how an attempt went.
+
+        SQLite gives the number of a deleted notification to the next one, which is told by its target and time.
+        """
+        mine = update(_notifications).where(
+            _notifications.c.notification_id == notification.notification_id,
+            _notifications.c.target == notification.target,
+            _notifications.c.at == notification.at,
+        )
         attempts = notification.attempts + (state is not NotificationState.UNWANTED)
         with self._writing() as connection:
             connection.execute(

@@ -86,7 +86,9 @@ def _mark(connection: Connection, case: Case, marked: Update, paths: Sequence[st
     Raises:
         _MovedOnError: it has changed, or is being delivered again.
     """
-    finished = marked.where(_cases.c.state.in_(sorted(FINISHED)), _nothing_pending())
+    # Since when: it may have been analysed again, and be as it was.
+    same = _cases.c.changed_at == case.changed_at
+    finished = marked.where(_cases.c.state.in_(sorted(FINISHED)), same, _nothing_pending())
     if not connection.execute(finished).rowcount:
         raise _MovedOnError
     if paths:

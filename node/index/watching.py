@@ -65,8 +65,8 @@ class TroubledSeries:
         return self.next_attempt_at is None
 
     def rests_at(self, now: float) -> bool:
-        """Whether its next attempt is still to come."""
-        return self.next_attempt_at is not None and now < self.next_attempt_at
+        """Whether its next attempt is still to come; not once the clock was set back behind the last one."""
+        return self.next_attempt_at is not None and self.failed_at <= now < self.next_attempt_at
 
 
 class Watching(Database):

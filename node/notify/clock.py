@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.multival import MultiValue
 
 from node.case import About, Notification, NotificationState
 from node.index import Index
@@ -23,7 +24,7 @@ from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarge
 log = logging.getLogger(__name__)
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 10.0, 3600.0
-_GIVE_UP_AFTER_S = 86400.0
+_MAX_ATTEMPTS = 33  # with these waits, about a day
 _FINDINGS_FILE = "findings.json"  # in a result folder
 _PATIENT_KEYWORDS = {
     "patient_id": "PatientID",
@@ -55,7 +56,7 @@ def notify_due(index: Index, target: Target) -> None:
 
 def _note_failure(index: Index, notification: Notification, error: NotifyError | OSError, where: str) -> None:
     now, attempts = index.now(), notification.attempts + 1
-    if (isinstance(error, NotifyError) and error.permanent) or now - notification.at > _GIVE_UP_AFTER_S:
+    if (isinstance(error, NotifyError) and error.permanent) or attempts >= _MAX_ATTEMPTS:
         reason = f"given up after {attempts} attempt(s): {error}"
         index.settle_notification(notification, NotificationState.FAILED, reason)
     else:
@@ -86,7 +87,9 @@ def send(notice: Notice, target: Target) -> None:
 
 
 def make_notice(notification: Notification, index: Index, target: Target) -> Notice | None:
-    """What to say; None when it is about results that are no longer there, since newer ones are."""
+    """What to say; None when it is out of date: said after what came later, it would replace that at the receiver."""
+    if index.is_overtaken(notification):
+        return None
     findings = None
     if notification.result_dir is not None:
         findings = _read_findings(notification.result_dir)
@@ -122,5 +125,12 @@ def read_patient(paths: Iterable[Path]) -> Patient | None:
     """
     for path in paths:
         ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()])
-        return Patient(**{name: str(ds.get(keyword) or "") for name, keyword in _PATIENT_KEYWORDS.items()})
+        return Patient(**{name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()})
     return None
+
+
+def _first_text(value: Any) -> str:
+    """The value, of several (a backslash in an ID makes it two) the first, as result objects have it; "" for none."""
+    if isinstance(value, MultiValue):
+        value = value[0] if value else None
+    return str(value or "")

@@ -11,11 +11,11 @@ from typing import Any
 from hl7apy.consts import VALIDATION_LEVEL
 from hl7apy.core import Component, Message
 from hl7apy.exceptions import HL7apyException
-from hl7apy.parser import parse_message
 
 from node import codes
 from node.notify.errors import NotifyError
 from node.notify.notice import NOTICE, Notice, Patient, derive_uuid
+from node.notify.trust import trusting
 from node.targets import Hl7Target
 
 _START, _END = b"\x0b", b"\x1c\r"
@@ -39,7 +39,7 @@ def send(notice: Notice, target: Hl7Target) -> None:
     try:
         with socket.create_connection((target.host, target.port), target.timeout_s) as plain:
             if target.tls:
-                context = ssl.create_default_context(cafile=target.ca_file)
+                context = trusting(target.ca_file)
                 with context.wrap_socket(plain, server_hostname=target.host) as secured:
                     answer = _exchange(secured, framed)
             else:
@@ -55,10 +55,13 @@ def send(notice: Notice, target: Hl7Target) -> None:
 
 
 def _exchange(connection: socket.socket, framed: bytes) -> bytes:
-    """Sends one frame; the next one that comes back, or what there is of it when the peer closes."""
+    """Sends one frame; the next one that comes back, or what there is of it when the peer closes.
+
+    Its end is the first byte of `_END`: some send no carriage return after it, or a line feed too.
+    """
     connection.sendall(framed)
     answer = b""
-    while not answer.endswith(_END) and len(answer) < _MAX_ACK_BYTES:
+    while _END[:1] not in answer and len(answer) < _MAX_ACK_BYTES:
         part = connection.recv(4096)
         if not part:
             break
@@ -67,12 +70,16 @@ def _exchange(connection: socket.socket, framed: bytes) -> bytes:
 
 
 def _acknowledgement(answer: bytes) -> str:
-    """MSA-1 of an acknowledgement, "" if it is none."""
-    try:
-        ack = parse_message(answer.strip(_START + _END).decode("utf-8", "replace"), find_groups=False)
-        return str(ack.msa.msa_1.value)
-    except (HL7apyException, ValueError, AttributeError, IndexError):
+    """MSA-1 of an acknowledgement, "" if it is none.
+
+    Of any version, and with any end of line: an acknowledgement that is not understood has the message sent again.
+    """
+    segments = answer.strip(_START + _END).decode("utf-8", "replace").splitlines()
+    if not segments or not segments[0].startswith("MSH") or len(segments[0]) < 4:
         return ""
+    separator = segments[0][3]
+    fields = next((found for line in segments if (found := line.split(separator))[0] == "MSA"), [])
+    return fields[1].strip() if len(fields) > 1 else ""
 
 
 def compose(notice: Notice, target: Hl7Target) -> str:

@@ -7,6 +7,7 @@ from email.utils import format_datetime
 
 from node.notify.errors import NotifyError
 from node.notify.notice import NOTICE, Event, Notice, suspected_levels
+from node.notify.trust import trusting
 from node.targets import MailTarget
 
 _SUBJECTS = {
@@ -26,7 +27,7 @@ def send(notice: Notice, target: MailTarget) -> None:
     """
     server = f"mail server {target.host}:{target.port}"
     password = target.read_secret()
-    tls = ssl.create_default_context(cafile=target.ca_file)
+    tls = trusting(target.ca_file)
     try:
         with (
             smtplib.SMTP_SSL(target.host, target.port, timeout=target.timeout_s, context=tls)
@@ -37,18 +38,32 @@ def send(notice: Notice, target: MailTarget) -> None:
                 smtp.starttls(context=tls)
             if target.user:
                 smtp.login(target.user, password)
-            smtp.send_message(compose(notice, target))
-    except (smtplib.SMTPAuthenticationError, smtplib.SMTPNotSupportedError) as error:
-        raise NotifyError(f"{server} refuses user {target.user!r}; check user and password", permanent=True) from error
+            refused = smtp.send_message(compose(notice, target))
+    except smtplib.SMTPNotSupportedError as error:  # says which
+        problem = f"{server} lacks what is configured: {str(error).rstrip('.')}; check port, encryption and user"
+        raise NotifyError(problem, permanent=True) from error
+    except smtplib.SMTPAuthenticationError as error:
+        problem = f"{server} refuses user {target.user!r} ({error.smtp_code}); check user and password"
+        raise NotifyError(problem, permanent=_is_final(error.smtp_code)) from error
     except smtplib.SMTPRecipientsRefused as error:
-        raise NotifyError(f"{server} refuses every recipient; check notify.targets.to", permanent=True) from error
+        codes = sorted({code for code, _ in error.recipients.values()})
+        problem = f"{server} refuses every recipient ({', '.join(map(str, codes))}); check notify.targets.to"
+        raise NotifyError(problem, permanent=all(map(_is_final, codes))) from error
     except smtplib.SMTPResponseException as error:
-        permanent = 500 <= error.smtp_code < 600
-        raise NotifyError(f"{server} answered {error.smtp_code}; see its log", permanent=permanent) from error
+        problem = f"{server} answered {error.smtp_code}; see its log"
+        raise NotifyError(problem, permanent=_is_final(error.smtp_code)) from error
     except ssl.SSLError as error:
         raise NotifyError(f"{server} has a certificate that is not trusted here", permanent=True) from error
     except (OSError, smtplib.SMTPException) as error:
         raise NotifyError(f"{server} does not answer ({type(error).__name__}); check that it runs") from error
+    if refused:  # the others have it, and would get it again
+        who = ", ".join(f"{address} ({code})" for address, (code, _) in refused.items())
+        raise NotifyError(f"{server} took it, but not for {who}; check notify.targets.to", permanent=True)
+
+
+def _is_final(code: int) -> bool:
+    """Whether the same would be answered again. 4yz may pass: greylisting, a full disk. Reference: RFC 5321 4.2.1."""
+    return 500 <= code < 600
 
 
 def compose(notice: Notice, target: MailTarget) -> EmailMessage:

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import socket
+import threading
 import time
 from itertools import count
 from multiprocessing.connection import Connection
@@ -45,6 +46,8 @@ class Receivers:
         self._processes: dict[str, BaseProcess] = {}  # by the name of the run
         self._starting: dict[str, Connection] = {}  # of those, what says that a run serves, or why it cannot
         self._numbers = count()
+        self._lock = threading.Lock()  # `watch` may still be at it, in another thread, when the node stops
+        self._is_ending = False
         try:
             self._listener = listen(config)
         except OSError as error:
@@ -73,24 +76,22 @@ class Receivers:
 
     def watch(self) -> None:
         """Replaces those that died; what they had not acknowledged is removed."""
-        for name, ready in list(self._starting.items()):
-            if ready.poll() and (problem := self._hear(name)):
-                log.error("action=receiver-not-started run=%s: %s", name, problem)
-        for name, process in list(self._processes.items()):
-            if not process.is_alive():
-                log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
-                del self._processes[name]
-                process.close()
-                self._start()
-                try:
-                    reconcile_run(self._index, name)
-                except (OSError, SQLAlchemyError) as error:
-                    log.error("action=not-reconciled run=%s: left for the next start (%s)", name, describe_error(error))
+        with self._lock:
+            if self._is_ending:
+                return
+            died = self._replace_dead()
+        for name in died:
+            try:
+                reconcile_run(self._index, name)
+            except (OSError, SQLAlchemyError) as error:
+                log.error("action=not-reconciled run=%s: left for the next start (%s)", name, describe_error(error))
 
     def terminate(self) -> None:
-        """Has them end: they take no more associations."""
-        for process in self._processes.values():
-            process.terminate()
+        """Has them end: they take no more associations, and none is replaced."""
+        with self._lock:
+            self._is_ending = True
+            for process in self._processes.values():
+                process.terminate()
 
     def join(self, timeout_s: float) -> None:
         """Waits for their end, and makes it."""
@@ -102,6 +103,21 @@ class Receivers:
         for ready in self._starting.values():
             ready.close()
         self._listener.close()
+
+    def _replace_dead(self) -> list[str]:
+        """Starts another for each that died; the names of their runs."""
+        for name, ready in list(self._starting.items()):
+            if ready.poll() and (problem := self._hear(name)):
+                log.error("action=receiver-not-started run=%s: %s", name, problem)
+        died = []
+        for name, process in list(self._processes.items()):
+            if not process.is_alive():
+                log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
+                self._start()
+                del self._processes[name]
+                process.close()
+                died.append(name)
+        return died
 
     def _hear(self, name: str) -> str:
         """Waits for what a run says of its start: "" or why it does not serve."""

@@ -60,7 +60,8 @@ def find_series(peer: DicomPeer, keys: Mapping[str, str], *, calling_ae_title: s
     model = StudyRootQueryRetrieveInformationModelFind
     with associated(peer, [(model, _SYNTAXES)], calling_ae_title=calling_ae_title) as association:
         wanted = {"StudyInstanceUID": "", "StudyDate": ""} | dict(keys)
-        studies = _ask(association, peer, _identifier("STUDY", wanted))
+        answers = _ask(association, peer, _identifier("STUDY", wanted))
+        studies = [study for study in answers if _is_meant(study, keys)]  # who does not match a key lists all
         return [
             FoundSeries(
                 study_instance_uid=str(study.StudyInstanceUID),
@@ -71,6 +72,12 @@ def find_series(peer: DicomPeer, keys: Mapping[str, str], *, calling_ae_title: s
             for study in studies
             for series in _series_of(association, peer, str(study.StudyInstanceUID))
         ]
+
+
+def _is_meant(study: Dataset, keys: Mapping[str, str]) -> bool:
+    """Whether an answer names nothing else than what was asked for."""
+    told = ((str(study.get(keyword) or value), value) for keyword, value in keys.items())
+    return all(found.strip().casefold() == value.strip().casefold() for found, value in told)
 
 
 def _series_of(association: Association, peer: DicomPeer, study_instance_uid: str) -> list[Dataset]:

@@ -55,11 +55,10 @@ def parse_query(identifier: Dataset, levels: tuple[str, ...]) -> Query:
     conditions, is_whole = [], True
     wanted = [element for element in identifier if element.keyword not in _ABOUT_THE_QUERY]
     for element in wanted:
-        asked = "" if element.VR == "SQ" else _text(element)
-        if not asked.strip("*"):  # nothing, or any number of anything, asks nothing
+        if not _asks(element):
             continue
         if element.keyword in can_match:
-            conditions.append(Condition(element.keyword, asked))
+            conditions.append(Condition(element.keyword, _text(element)))
         else:
             is_whole = False
     return Query(name=name, conditions=tuple(conditions), wanted=tuple(wanted), is_whole=is_whole)
@@ -89,6 +88,13 @@ def _level(identifier: Dataset, levels: tuple[str, ...]) -> str:
     if name not in levels:
         raise QueryError(f"level is not {', '.join(levels)}")
     return name
+
+
+def _asks(element: DataElement) -> bool:
+    """Whether anything is asked of the attribute, or of one in its items; any number of anything asks nothing."""
+    if element.VR == "SQ":
+        return any(_asks(inner) for item in element.value for inner in item)
+    return bool(_text(element).strip("*"))
 
 
 def _text(element: DataElement) -> str:

@@ -179,16 +179,29 @@ class RetrieveScp:
             failure = _failed(event, error)
         opened: list[Association] = []
         try:
-            yield _address(peer, found, opened)
-        except TlsError as error:
-            log.error("action=move-failed destination=%r: %s", peer.ae_title, error)
+            address = _address(peer, found, opened)
+        except (TlsError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            log.error("action=move-failed destination=%r: %s: %s", peer.ae_title, peer.where, why)
             yield None, None
             return
+        yield address
         if failure is not None:  # pynetdicom takes a status only now
             yield 1
             yield failure, None
             return
-        yield len(found)
+        try:
+            yield len(found)
+        except GeneratorExit:  # pynetdicom goes no further without an association, and says so to nobody else
+            if found and not any(association.is_established for association in opened):
+                log.error(
+                    "action=move-failed destination=%r: %s takes no association; check its host, port and AE title in "
+                    "retrieve.peers, that it runs, and that %s may store there",
+                    peer.ae_title,
+                    peer.where,
+                    self._ae_title,
+                )
+            raise
         yield from _instances(event, found, lambda: {_kind(context) for context in opened[0].accepted_contexts})
         log.info(
             "action=retrieved calling=%r by=C-MOVE destination=%r instances=%d",
@@ -242,10 +255,14 @@ def _address(peer: DicomPeer, found: list[StoredInstance], opened: list[Associat
 
     Raises:
         TlsError: the files of the peer's `tls` cannot be used.
+        OSError: there is no such host, for which pynetdicom has a status that says something else.
     """
+    socket.getaddrinfo(peer.host, peer.port)
 
     def on_open(event: evt.Event) -> None:
         opened.append(event.assoc)
+        # Else they would be those of the receiver.
+        event.assoc.acse_timeout = event.assoc.dimse_timeout = event.assoc.network_timeout = peer.timeout_s
         # Without it every Instance waits about 45 ms for a delayed acknowledgement.
         event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

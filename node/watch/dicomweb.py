@@ -23,7 +23,7 @@ from node.peers import DicomWebSource
 from node.receive.incoming import IncomingFile
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import BusyError, Watch
+from node.watch.following import BusyError, Watch, day_of
 from node.watch.taking import NotStoredError, Taking
 from node.watch.web_archive import ListedSeries, NotGivenError, WebArchive
 from node.web.multipart import Event, PartBegins, PartData
@@ -55,19 +55,27 @@ class DicomWebWatch(Watch):
             counts = self._count(archive, listed)
             known = self._index.watched_series(self.name)
             waiting = [row for uid, row in known.items() if counts.get(uid, 0) > (row.num_done or 0)]
-            come = [row for row in waiting if row.counted_at <= counted_before]
+            now = self._index.now()  # what was counted later was counted before the clock was set back
+            come = [row for row in waiting if not counted_before < row.counted_at <= now]
             left = self._fetch(archive, listed, come)
-            left += [row for row in waiting if row.counted_at > counted_before]
+            left += [row for row in waiting if counted_before < row.counted_at <= now]
         self._move_on(position, [listed[row.series_instance_uid].study_date for row in left])
 
     def _position(self) -> int | None:
-        """The day up to which all is done; None if there is none, or if it is that of another kind of source."""
+        """The day up to which all is done; None if there is none, or if it is that of another kind of source.
+
+        That day is past: if it is not, the clock was set back.
+        """
         position = self._index.watched_source(self.name).position
-        try:
-            return position if position is None else _number(_day(position))
-        except ValueError:
+        if position is None:
+            return None
+        day = day_of(position)
+        if day is None:
             log.warning("action=position-forgotten source=%r: %d is no day; it begins anew", self.name, position)
             return None
+        if day > _today():
+            self._index.note_position(self.name, _number(day := _today()))
+        return _number(day)
 
     def _since(self, position: int | None) -> date | None:
         """The day from which Studies are listed; None for all."""

@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any
@@ -65,6 +65,15 @@ def _pause_s(retry_after: str) -> float:
         except (TypeError, ValueError):
             return 0.0
     return min(max(wait_s, 0.0), _LONGEST_PAUSE_S)
+
+
+def day_of(position: int) -> date | None:
+    """The day up to which a DICOMweb archive was done with; None if it is none, but a number of Orthanc's changes."""
+    try:
+        day = date(position // 10000, position // 100 % 100, position % 100)
+    except ValueError:
+        return None
+    return day if day.year >= 1000 else None
 
 
 class Watch(ABC):

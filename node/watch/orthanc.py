@@ -14,7 +14,7 @@ from node.index import Index
 from node.peers import ClientTls, OrthancSource
 from node.receive.store import Store
 from node.send import SendError
-from node.watch.following import BusyError, Watch, busy_error
+from node.watch.following import BusyError, Watch, busy_error, day_of
 from node.watch.taking import Taking
 from orthanc.client import GoneError, Instance, Orthanc, OrthancError
 
@@ -37,6 +37,9 @@ class OrthancWatch(Watch):
 
     def _follow_changes(self, orthanc: Orthanc) -> None:
         position, last = self._index.watched_source(self.name).position, orthanc.last_change()
+        if position is not None and last < position and day_of(position):
+            log.warning("action=position-forgotten source=%r: %d is a day; it begins anew", self.name, position)
+            position = None
         if position is None:
             position = last if self._source.begin == "now" else 0
             self._index.note_position(self.name, position)
@@ -45,6 +48,7 @@ class OrthancWatch(Watch):
                 "action=source-anew source=%r: its changes begin anew, so it is looked through again", self.name
             )
             position = 0
+            self._index.note_position(self.name, position)  # or, once there are as many changes, nobody would know
         troubled = self._index.troubled_series(self.name)
         while position < last:
             changes = orthanc.changes(position)
@@ -84,7 +88,8 @@ class OrthancWatch(Watch):
 
     def _fetch_wanted(self, orthanc: Orthanc, series_id: str) -> bool:
         series = orthanc.series_tags(series_id)
-        if series.get("Modality") != "CT":
+        # That of RSNA 2022 has none; the receiver takes it, too, and refuses by its SOP Class what is no CT.
+        if (series.get("Modality") or "CT") != "CT":
             return False
         instances = orthanc.instances(series_id)
         held = self._index.held_instances([instance.sop_instance_uid for instance in instances])

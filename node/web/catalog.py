@@ -46,7 +46,7 @@ from node.index import Index
 from node.web.attributes import attribute_json, completed
 from node.web.matching import Condition
 
-_VERSION = 3  # of the tables below; a file of another version is made anew
+_VERSION = 4  # of the tables below; a file of another version is made anew
 
 
 class Level(Enum):
@@ -118,7 +118,10 @@ _cases = Table(
     Column("case_series", String, primary_key=True),
     Column("changed_at", Float, nullable=False),  # the case as it was taken in
     Column("num_instances", Integer, nullable=False),
+    Column("originals_purged_at", Float),  # a purge changes nothing else
+    Column("results_purged_at", Float),
 )
+_STATE = ("changed_at", "num_instances", "originals_purged_at", "results_purged_at")
 _TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
 _READ_TAGS = [Tag(keyword) for level in Level for keyword in level.keywords] + [Tag("SpecificCharacterSet")]
 
@@ -177,7 +180,7 @@ class Catalog:
                     self._replace(uid, {}, None)
                 for uid, case in cases.items():
                     row = known.get(uid)
-                    if row is None or (row.changed_at, row.num_instances) != (case.changed_at, case.num_instances):
+                    if row is None or any(getattr(row, name) != getattr(case, name) for name in _STATE):
                         self._replace(uid, self._files_of(case), case)
                 self._seen = seen
 
@@ -191,7 +194,7 @@ class Catalog:
     def _files_of(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Files of a case with the headers that the index keeps of received ones."""
         files = {str(path): headers for path, headers in self._index.instance_headers(case.series_instance_uid).items()}
-        if case.result_dir is not None:
+        if case.result_dir is not None and case.results_purged_at is None:
             files |= {str(path): [] for path in case.result_dir.glob("*.dcm")}
         return files
 
@@ -215,7 +218,7 @@ class Catalog:
         with self._engine.begin() as connection:
             connection.execute(delete(_cases).where(_cases.c.case_series == case_series))
             if case is not None:
-                state = {"changed_at": case.changed_at, "num_instances": case.num_instances}
+                state = {name: getattr(case, name) for name in _STATE}
                 connection.execute(insert(_cases).values(case_series=case_series, **state))
             for start in range(0, len(gone), 500):
                 connection.execute(delete(_instances).where(_instances.c.path.in_(gone[start : start + 500])))

@@ -1,6 +1,7 @@
 """The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
 
 import logging
+import signal
 import ssl
 import threading
 from multiprocessing.connection import Connection
@@ -30,6 +31,8 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
     run_name: of this run of the process, for the files it stores.
     """
     be_child(config.log_level)
+    stopping = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     web = config.web
     try:
         listening = _listen(web.host, web.port)
@@ -39,9 +42,11 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
     except (OSError, ssl.SSLError) as error:
         ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {error.strerror or error}")
         return
+    signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn does so when it runs; one before that would be lost
+    if stopping.is_set():
+        server.should_exit = True
     spare_the_collector()
     ready.send("")
-    stopping = threading.Event()
     threading.Thread(target=_refresh, args=(catalog, stopping), daemon=True).start()
     server.run(sockets=[listening])
     stopping.set()

@@ -5,6 +5,7 @@ What the process needs, FastAPI among it, is imported there and not here.
 
 import logging
 import multiprocessing
+import threading
 import time
 from itertools import count
 from multiprocessing.connection import Connection
@@ -29,6 +30,8 @@ class WebProcess:
         self._numbers = count()
         self._process: BaseProcess | None = None
         self._run_name = ""
+        self._lock = threading.Lock()  # `watch` may still be at it, in another thread, when the node stops
+        self._is_ending = False
 
     def start(self) -> None:
         """Starts it; returns when it serves.
@@ -36,33 +39,37 @@ class WebProcess:
         Raises:
             WebError: it does not.
         """
-        context = multiprocessing.get_context("spawn")
-        ready, far_end = context.Pipe(duplex=False)
-        self._run_name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-web{next(self._numbers)}"
-        self._process = context.Process(target=_run, args=(self._config, self._run_name, far_end), name="cspine-web")
-        self._process.start()
-        far_end.close()
-        try:
-            problem: str = ready.recv()
-        except EOFError:
-            problem = "the HTTP side died while starting"
+        with self._lock:
+            if self._is_ending:
+                return
+            ready = self._start()
+        with ready:
+            try:
+                problem: str = ready.recv()
+            except EOFError:
+                problem = "the HTTP side died while starting"
         if problem:
             raise WebError(problem)
 
     def watch(self) -> None:
         """Replaces it when it died; what it had not acknowledged is removed."""
-        if self._process is not None and not self._process.is_alive():
-            log.error("action=web-died run=%s exitcode=%s; starting it again", self._run_name, self._process.exitcode)
-            reconcile_run(self._index, self._run_name)
-            try:
-                self.start()
-            except WebError as error:
-                log.error("action=web-not-started: %s; trying again", error)
+        with self._lock:
+            if self._is_ending or self._process is None or self._process.is_alive():
+                return
+            exitcode = self._process.exitcode
+        log.error("action=web-died run=%s exitcode=%s; starting it again", self._run_name, exitcode)
+        reconcile_run(self._index, self._run_name)
+        try:
+            self.start()
+        except WebError as error:
+            log.error("action=web-not-started: %s; trying again", error)
 
     def terminate(self) -> None:
-        """Has it end: it takes no more requests."""
-        if self._process is not None:
-            self._process.terminate()
+        """Has it end: it takes no more requests, and is not replaced."""
+        with self._lock:
+            self._is_ending = True
+            if self._process is not None:
+                self._process.terminate()
 
     def join(self, timeout_s: float) -> None:
         """Waits for its end, and makes it."""
@@ -70,6 +77,16 @@ class WebProcess:
             self._process.join(timeout_s)
             self._process.kill()
             self._process.join()
+
+    def _start(self) -> Connection:
+        """Starts a process; what it will say over: that it serves, or why it cannot."""
+        context = multiprocessing.get_context("spawn")
+        ready, far_end = context.Pipe(duplex=False)
+        self._run_name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-web{next(self._numbers)}"
+        self._process = context.Process(target=_run, args=(self._config, self._run_name, far_end), name="cspine-web")
+        self._process.start()
+        far_end.close()
+        return ready
 
 
 def _run(config: Config, run_name: str, ready: Connection) -> None:

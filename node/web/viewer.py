@@ -49,6 +49,15 @@ def find_viewer() -> Path | None:
     return next((place for place in PLACES if (place / "index.html").is_file()), None)
 
 
+def _find_file(folder: Path, name: str) -> Path | None:
+    """The file of that name in the folder or below it; None if there is none."""
+    try:
+        wanted = (folder / name).resolve()
+        return wanted if wanted.is_relative_to(folder.resolve()) and wanted.is_file() else None
+    except (OSError, ValueError):  # longer than a name may be, or with a zero byte in it
+        return None
+
+
 def make_router() -> APIRouter:
     """Every address that nobody else has: OHIF, as it is built, asks for its files at the root.
 
@@ -67,8 +76,8 @@ def make_router() -> APIRouter:
         if folder is None:
             text = "the viewer is not installed: make viewer brings it" if is_page else "there is nothing here"
             return JSONResponse({"error": text}, 404)
-        wanted = (folder / path.removeprefix("viewer/")).resolve()
-        if not wanted.is_relative_to(folder.resolve()) or not wanted.is_file():
+        wanted = _find_file(folder, path.removeprefix("viewer/"))
+        if wanted is None:
             if not is_page:
                 return JSONResponse({"error": "there is nothing here; the viewer is at /viewer"}, 404)
             wanted = folder / "index.html"

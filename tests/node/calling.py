@@ -1,8 +1,8 @@
 """Peers that call the receiver from addresses and under AE titles of their choice."""
 
+import select
 import socket
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pynetdicom.association import Association
 from node.config import Config
 from node.implementation import make_ae
 from tests.factories import make_ct_series
+from tests.waiting import WAIT_S
 
 MakeConfig = Callable[..., Config]
 
@@ -20,7 +21,7 @@ def associate(
     config: Config, *, calling: str = "CT1", called: str = "CSPINE", source: str = "127.0.0.1"
 ) -> Association:
     ae = make_ae(calling)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 10
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = WAIT_S
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     return ae.associate(config.receive.host, config.receive.port, ae_title=called, bind_address=(source, 0))
 
@@ -34,19 +35,17 @@ def rejected(association: Association) -> tuple[int, int, int] | None:
 
 
 def connect(config: Config, source: str = "127.0.0.1") -> socket.socket:
-    return socket.create_connection((config.receive.host, config.receive.port), 10, source_address=(source, 0))
+    return socket.create_connection((config.receive.host, config.receive.port), WAIT_S, source_address=(source, 0))
 
 
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+def is_quiet(connection: socket.socket) -> bool:
+    """Whether the other end has said nothing so far, and not closed it."""
+    return not select.select([connection], [], [], 0)[0]
 
 
-def is_closed(connection: socket.socket, timeout_s: float = 5) -> bool:
-    """Whether the other end closes it within that time, whatever it says before."""
-    connection.settimeout(timeout_s)
+def is_closed(connection: socket.socket) -> bool:
+    """Whether the other end closes it some time, whatever it says before."""
+    connection.settimeout(WAIT_S)
     try:
         while connection.recv(1000):
             pass

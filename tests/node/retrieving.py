@@ -2,12 +2,14 @@
 
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import SecretStr
 from pydicom import Dataset, dcmread
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLossless
+from pynetdicom.association import Association
 from pynetdicom.sop_class import (
     PatientRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelFind,
@@ -19,10 +21,21 @@ from node.peers import DicomPeer
 from node.send import associated
 from tests.factories import make_ct_series, make_report
 from tests.ports import free_port
+from tests.waiting import wait_until
 from tests.web_server import hold
 
 STUDY_FIND, PATIENT_FIND = StudyRootQueryRetrieveInformationModelFind, PatientRootQueryRetrieveInformationModelFind
 NUM_SLICES = 4
+
+
+def wait_for_cancel() -> None:
+    """Returns once a C-CANCEL has come to the node, which runs in this process."""
+
+    def has_come() -> bool:
+        nodes = [t for t in threading.enumerate() if isinstance(t, Association) and t.is_acceptor]
+        return any(node.dimse.cancel_req for node in nodes)
+
+    wait_until(has_come)
 
 
 def tool(name: str) -> str:

@@ -1,6 +1,5 @@
 """A sender as the tests of the receiver need it: any bytes under whatever UIDs, and what became of them."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from node.config import Config
 from node.index import Index
 from tests.factories import make_ct_series
 from tests.raw_scu import store
+from tests.waiting import WAIT_S
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
 
@@ -25,7 +25,7 @@ def associate(
     config: Config, *sop_classes: str, transfer_syntaxes: tuple[str, ...] = (ExplicitVRLittleEndian,)
 ) -> Association:
     ae = AE(ae_title="SCANNER")
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 10
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = WAIT_S
     for sop_class in sop_classes or (CTImageStorage,):
         for syntax in transfer_syntaxes:
             ae.add_requested_context(sop_class, syntax)
@@ -75,13 +75,6 @@ def files_under(folder: Path) -> list[Path]:
     """Files with content: others are made ahead."""
     found = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("cspine."))
     return sorted(path for path in found if path.stat().st_size > 0)
-
-
-def wait_until(is_so: Callable[[], bool], timeout_s: float = 5) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def carried(index: Index) -> tuple[int, int, int]:

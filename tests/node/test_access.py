@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from node.index import Index
 from node.receive import Receivers, guard, server
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places
-from tests.node.calling import MakeConfig, associate, associate_rq, connect, is_closed, rejected, served, wait_until
+from tests.node.calling import MakeConfig, associate, associate_rq, connect, is_closed, is_quiet, rejected, served
+from tests.waiting import WAIT_S, wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -114,20 +115,23 @@ def test_whoever_is_turned_away_again_and_again_is_logged_once(
 # ---- limits ----
 
 
+def num_threads() -> int:
+    """Those that a connection may have left; what syncs files is started as needed, and stays."""
+    return sum(not thread.name.startswith("sync") for thread in threading.enumerate())
+
+
 def test_a_hundred_silent_connections_from_one_peer_keep_no_other_out(
     start: Callable[..., Config], tmp_path: Path
 ) -> None:
-    config = start(max_associations=8, max_associations_per_address=4, associate_timeout_s=1.5)
-    assert served(config, tmp_path)  # what syncs files begins with the first one, and stays
-    before = threading.active_count()
+    config = start(max_associations=8, max_associations_per_address=4, associate_timeout_s=6)
+    before = num_threads()
     with ExitStack() as stack:
         silent = [stack.enter_context(closing(connect(config, "127.0.0.2"))) for _ in range(100)]
-        begun = time.monotonic()
         assert served(config, tmp_path)
-        assert time.monotonic() - begun < 1
-        assert threading.active_count() - before < 2 * 60
+        assert is_quiet(silent[0])  # it was not waited for
+        assert num_threads() - before < 2 * 60
         assert all(is_closed(connection) for connection in silent)
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: num_threads() <= before)
     assert served(config, tmp_path)
 
 
@@ -146,31 +150,32 @@ def test_above_the_limits_an_association_is_rejected_as_transient(start: Callabl
 def test_a_request_that_comes_byte_by_byte_is_cut_off(start: Callable[..., Config], tmp_path: Path) -> None:
     config = start(associate_timeout_s=0.5)
     request = associate_rq()
-    with closing(connect(config, "127.0.0.2")) as slow:
-        begun = time.monotonic()
-        with suppress(ConnectionError):
-            for number in range(len(request)):
-                slow.send(request[number : number + 1])
-                time.sleep(0.02)
-        assert time.monotonic() - begun < 3
+
+    def trickle(connection: socket.socket) -> None:
+        for number in range(len(request)):  # more than 200: the whole takes twenty times as long as it may
+            connection.send(request[number : number + 1])
+            time.sleep(0.05)
+
+    with closing(connect(config, "127.0.0.2")) as slow, pytest.raises(ConnectionError):
+        trickle(slow)
     assert served(config, tmp_path)
 
 
 @pytest.mark.parametrize("piece", [b"\4", b"\4\0\0\0\0\x64half"])
 def test_a_pdu_that_does_not_end_ends_the_association(start: Callable[..., Config], piece: bytes) -> None:
     config = start(network_timeout_s=0.4)
-    before = threading.active_count()
+    before = num_threads()
     with closing(connect(config)) as peer:
         peer.sendall(associate_rq())
         assert peer.recv(1) == b"\2"
         peer.sendall(piece)
         assert is_closed(peer)
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: num_threads() <= before)
 
 
 @pytest.mark.parametrize("kind", [b"\1", b"\4"])
 def test_a_pdu_longer_than_allowed_is_not_read(start: Callable[..., Config], kind: bytes) -> None:
-    config = start(associate_timeout_s=30, network_timeout_s=30)
+    config = start(associate_timeout_s=300, network_timeout_s=300)
     with closing(connect(config)) as peer:
         if kind == b"\4":
             peer.sendall(associate_rq())
@@ -181,14 +186,14 @@ def test_a_pdu_longer_than_allowed_is_not_read(start: Callable[..., Config], kin
 
 def test_hundreds_of_health_checks_leave_nothing_behind(start: Callable[..., Config], tmp_path: Path) -> None:
     config = start()
-    assert served(config, tmp_path)  # what syncs files begins with the first one, and stays
-    before = threading.active_count()
+    assert served(config, tmp_path)  # files that stay open are opened
+    before = num_threads()
     files = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(300):
         connect(config, "127.0.0.2").close()
     assert served(config, tmp_path)
-    wait_until(lambda: threading.active_count() <= before)
-    assert len(list(Path("/proc/self/fd").iterdir())) <= files + 5
+    wait_until(lambda: num_threads() <= before)
+    wait_until(lambda: len(list(Path("/proc/self/fd").iterdir())) <= files + 5)
 
 
 def test_places_are_counted_over_processes_and_come_free_when_one_is_killed(tmp_path: Path) -> None:
@@ -243,13 +248,13 @@ def test_the_limits_hold_over_all_receiver_processes(make_config: MakeConfig, in
         wait_until(lambda: (again := associate(config)).is_established and again.release() is None)
     finally:
         receivers.terminate()
-        receivers.join(5)
+        receivers.join(WAIT_S)
 
 
 def test_a_connection_that_could_not_be_served_gives_its_place_back(
     start: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = start(max_associations=1, associate_timeout_s=0.3)
+    config = start(max_associations=1, associate_timeout_s=2)
     with monkeypatch.context() as patch:
         patch.setattr(server, "take_lane", lambda *_: 1 / 0)  # as when no thread can be started
         with closing(connect(config)) as peer:

@@ -35,17 +35,21 @@ MakeConfig = Callable[..., Config]
 @pytest.fixture
 def pacs(free_port: Callable[[], int]) -> DicomDestination:
     return DicomDestination(
-        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=5,
+        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=30,
         verify="storage-commitment",
     )  # fmt: skip
 
 
 class Pacs:
-    """Takes everything, and is asked to commit. lost: UIDs that it does not commit to. requests: what it was asked."""
+    """Takes everything, and is asked to commit. requests: what it was asked.
+
+    lost: UIDs that it does not commit to. left_out: UIDs that it says nothing of.
+    """
 
     def __init__(self, destination: DicomDestination, *, report_over: str = "same", node_port: int = 0) -> None:
         self.requests: list[Dataset] = []
         self.lost: set[str] = set()
+        self.left_out: set[str] = set()
         self.num_stored = 0
         self.answers: list[int] = []
         self._report_over, self._node_port = report_over, node_port
@@ -73,7 +77,8 @@ class Pacs:
         """Says what of a request is kept."""
         ds = Dataset()
         ds.TransactionUID = request.TransactionUID
-        kept = [item for item in request.ReferencedSOPSequence if item.ReferencedSOPInstanceUID not in self.lost]
+        not_kept = self.lost | self.left_out
+        kept = [item for item in request.ReferencedSOPSequence if item.ReferencedSOPInstanceUID not in not_kept]
         lost = [item for item in request.ReferencedSOPSequence if item.ReferencedSOPInstanceUID in self.lost]
         for item in lost:
             item.FailureReason = 0x0112
@@ -166,6 +171,21 @@ def test_what_it_does_not_commit_to_is_sent_again_alone(
         assert deliver(index, make_config(), pacs).state is CaseState.DONE
     assert peer.num_stored == 3
     assert referenced(peer.requests[1]) == [report]
+
+
+def test_what_its_report_says_nothing_of_is_sent_again_after_a_while_and_in_the_end_given_up(
+    index: Index, make_config: MakeConfig, results: Path, pacs: DicomDestination, clock: Clock
+) -> None:
+    config = make_config(deliver={"max_attempts": 2, "destinations": ()})
+    hand_over(index, results, "pacs")
+    with committing(pacs) as peer:
+        peer.left_out = {uids_of(results)["report.sr.dcm"]}
+        case = deliver(index, config, pacs)
+        assert "attempt 1 failed, next in 10 s: taken, and left out of the report on storage commitment" in case.reason
+        assert len(peer.requests) == 1
+        clock.now_s += 10
+        assert deliver(index, config, pacs).state is CaseState.FAILED
+    assert (len(peer.requests), peer.num_stored) == (2, 3)
 
 
 def test_a_report_that_comes_hours_later_to_a_node_that_was_restarted_counts(

@@ -31,7 +31,7 @@ MakeConfig = Callable[..., Config]
 def pacs(free_port: Callable[[], int]) -> DicomDestination:
     """A destination that is not asked afterwards; nothing listens there."""
     return DicomDestination(
-        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=5, verify="none"
+        type="dicom", name="pacs", host="127.0.0.1", port=free_port(), ae_title="PACS", timeout_s=30, verify="none"
     )
 
 

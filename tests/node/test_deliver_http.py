@@ -17,7 +17,7 @@ import pytest
 from pydicom import dcmread
 
 from node.case import CaseState, DeliveryState
-from node.config import Config, DicomWebDestination
+from node.config import Config, DicomWebDestination, OrthancDestination
 from node.index import Index
 from tests.node.handed_over import Clock, deliver, hand_over, the_case, the_delivery, uids_of
 
@@ -116,7 +116,7 @@ def server() -> Iterator[DicomWebServer]:
 @pytest.fixture
 def web(server: DicomWebServer) -> DicomWebDestination:
     url = f"http://127.0.0.1:{server.server_port}/dicom-web/"
-    return DicomWebDestination(type="dicomweb", name="web", url=url, timeout_s=5)
+    return DicomWebDestination(type="dicomweb", name="web", url=url, timeout_s=30)
 
 
 def test_all_objects_go_in_one_request_and_are_found_there(
@@ -348,3 +348,50 @@ def test_proxies_of_the_environment_are_not_used(
     hand_over(index, results, "web")
     deliver(index, make_config(), web)
     assert the_case(index).state is CaseState.DONE
+
+
+@pytest.mark.parametrize("status", [200, 202, 409])
+@pytest.mark.parametrize("reason", ["Cannot store", "A700H", [], None])
+def test_a_reason_that_is_no_number_does_not_hold_up_what_waits_behind_it(
+    index: Index,
+    make_config: MakeConfig,
+    results: Path,
+    server: DicomWebServer,
+    web: DicomWebDestination,
+    clock: Clock,
+    status: int,
+    reason: Any,
+) -> None:
+    hand_over(index, results, "web")
+    report = uids_of(results)["report.sr.dcm"]
+    answer = store_answer(stored=dict.fromkeys(uids_of(results).values()), failed={report: 0})
+    answer["00081198"]["Value"][0]["00081197"]["Value"] = [reason]
+    answer["00081199"]["Value"][0]["00081196"] = {"Value": [reason]}
+    server.answers = [(status, answer)]
+    case = deliver(index, make_config(), web)
+    assert "attempt 1 failed, next in 10 s" in case.reason
+    assert "refused report.sr.dcm with status 0x0110 (processing failure)" in case.reason
+
+
+@pytest.mark.parametrize("content", [[], None, "Welcome", 5, {}, {"a": "b"}])
+def test_json_that_is_not_orthancs_is_told_as_such(
+    index: Index, make_config: MakeConfig, results: Path, content: Any
+) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    hand_over(index, results, "orthanc")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        case = deliver(index, make_config(), OrthancDestination(type="orthanc", name="orthanc", url=url))
+        server.shutdown()
+    assert case.state is CaseState.FAILED
+    assert "does not answer like an Orthanc; check url" in case.reason

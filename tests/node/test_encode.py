@@ -347,6 +347,10 @@ def _unreadable_values(ds: Dataset) -> None:
         ),
         pytest.param(_drop("StudyDate", "StudyTime", "ReferringPhysicianName"), id="study attributes missing"),
         pytest.param(_drop("SOPClassUID", "Modality"), id="SOPClassUID and Modality missing"),
+        pytest.param(
+            lambda ds: _put(ds, ("StudyDate", b"20240101-20240102 "), ("StudyTime", b"0800-0900 ")),
+            id="ranges, as in a query",
+        ),
         pytest.param(_drop("FrameOfReferenceUID"), id="FrameOfReferenceUID missing"),
         pytest.param(_drop("SliceThickness", "PositionReferenceIndicator"), id="thickness missing"),
         pytest.param(_odd_values, id="invalid values"),

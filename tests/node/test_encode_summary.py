@@ -97,7 +97,8 @@ def test_a_model_named_beyond_ascii_is_written_in_utf_8(tmp_path: Path) -> None:
     model = replace(analysis.findings.model, name="Ὀστοῦν")
     analysis = replace(analysis, findings=replace(analysis.findings, model=model))
 
-    made = encode(volume, analysis, tmp_path / "out", (Kind.SALIENCY_MAP, Kind.KEY_OBJECTS, Kind.SUMMARY_IMAGES))
+    naming_it = (Kind.VERTEBRAE_SEG, Kind.FRACTURES_SEG, Kind.SALIENCY_MAP, Kind.KEY_OBJECTS, Kind.SUMMARY_IMAGES)
+    made = encode(volume, analysis, tmp_path / "out", naming_it)
 
     for item in made.values():
         assert pydicom.dcmread(item.path).SpecificCharacterSet == "ISO_IR 192"

@@ -82,7 +82,7 @@ def fetch(tmp_path: Path, cspine: Callable[..., "Result"]) -> Fetch:
     """Runs `cspine fetch --from pacs` with a peer at the port."""
 
     def run(port: int, *arguments: str, ae_title: str = "ORTHANC", receive_port: int = 11112) -> "Result":
-        peer = {"name": "pacs", "host": "127.0.0.1", "port": port, "ae_title": ae_title, "timeout_s": 5}
+        peer = {"name": "pacs", "host": "127.0.0.1", "port": port, "ae_title": ae_title, "timeout_s": 30}
         config = {
             "data_dir": "data",
             "receive": {"port": receive_port, "min_free_disk_mb": 0},
@@ -281,6 +281,26 @@ class Archive:
                 yield 0xFF00, found
         else:
             yield 0xFF00, found
+
+
+@pytest.mark.parametrize("arguments", [("--patient", "p-1"), ("--accession", "ACC1"), ("--study", "1.2.1")])
+def test_of_an_archive_that_does_not_match_a_key_nobody_else_comes(fetch: Fetch, arguments: tuple[str, str]) -> None:
+    def all_it_has(event: evt.Event) -> Iterator[tuple[int, Dataset]]:
+        for number in range(3):
+            ds = Dataset()
+            if event.identifier.QueryRetrieveLevel == "STUDY":
+                ds.StudyInstanceUID, ds.PatientID, ds.AccessionNumber = f"1.2.{number}", f"P-{number} ", f"ACC{number}"
+            else:
+                ds.SeriesInstanceUID, ds.Modality = f"{event.identifier.StudyInstanceUID}.9", "CT"
+            yield 0xFF01, ds
+
+    ae = AE(ae_title="PACS")
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    server = ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=[(evt.EVT_C_FIND, all_it_has)])
+    result = fetch(server.socket.getsockname()[1], *arguments, "--list", ae_title="PACS")
+    server.shutdown()
+    assert result.exit_code == 0
+    assert {line.split(",")[0] for line in result.output.splitlines()} == {"Study 1.2.1 of no date"}
 
 
 def test_an_archive_without_c_get_is_named(studies: list[list[Path]], fetch: Fetch) -> None:

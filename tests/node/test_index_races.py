@@ -115,7 +115,7 @@ def test_a_writer_that_is_killed_in_a_transaction_leaves_nothing_and_holds_up_no
     time.sleep(0.1)
     assert waiting.is_alive()
     os.kill(writer.pid, signal.SIGKILL)
-    waiting.join(5)
+    waiting.join(30)  # the writer would have gone on for 60
     assert not waiting.is_alive()
     writer.join()
     assert index.cases()[0].reason == ""
@@ -148,7 +148,7 @@ def test_the_last_two_deliveries_of_a_case_may_end_at_the_same_moment(index: Ind
 
     def deliver(destination: str) -> None:
         while (delivery := index.next_delivery(destination)) is not None:
-            barrier.wait(10)
+            barrier.wait(60)
             index.settle_delivery(delivery, DeliveryState.DONE)
 
     barrier = threading.Barrier(2)
@@ -156,7 +156,7 @@ def test_the_last_two_deliveries_of_a_case_may_end_at_the_same_moment(index: Ind
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert {case.state for case in index.cases()} == {CaseState.DONE}
 
 

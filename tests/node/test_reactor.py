@@ -37,7 +37,7 @@ def reactor() -> Iterator[Reactor]:
     yield running
     running._kill = True
     running.checkpoint.set()
-    running.join(5)
+    running.join(60)
     sys.setswitchinterval(interval_s)
 
 
@@ -53,7 +53,7 @@ def test_nothing_is_served_between_clear_and_set(reactor: Reactor) -> None:
 
 def test_a_reactor_that_ended_is_not_waited_for(reactor: Reactor) -> None:
     reactor._kill = True
-    reactor.join(5)
+    reactor.join(60)
     reactor.checkpoint.clear()
 
 
@@ -64,5 +64,5 @@ def test_the_reactor_does_not_wait_for_itself() -> None:
 
     asking = Asking()
     asking.start()
-    asking.join(5)
+    asking.join(60)
     assert not asking.is_alive()

@@ -39,8 +39,8 @@ from tests.node.sending import (
     files_under,
     make_instance,
     store_one,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 
 def test_c_echo_is_answered(receiver: Config) -> None:

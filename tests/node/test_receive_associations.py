@@ -22,9 +22,9 @@ from tests.node.sending import (
     carried_by,
     encoded_dataset,
     make_instance,
-    wait_until,
 )
 from tests.receiver import listening
+from tests.waiting import WAIT_S, wait_until
 from tests.wire import Peer, associate_rq, messages
 
 
@@ -73,7 +73,7 @@ def test_a_dropped_connection_is_noted(receiver: Config, index: Index, tmp_path:
 
 
 def test_a_silent_association_is_ended(make_config: MakeConfig, index: Index, tmp_path: Path) -> None:
-    with listening(make_config(receive={"network_timeout_s": 0.3}), index) as config:
+    with listening(make_config(receive={"network_timeout_s": 3}), index) as config:
         association = associate(config)
         association.send_c_store(make_instance(tmp_path / "sent"))
         wait_until(lambda: carried(index) == (0, 0, 1))
@@ -129,11 +129,22 @@ def test_the_processes_stop_cleanly_while_an_association_is_open(
     processes = list(running._processes.values())
     running.terminate()
     for process in processes:
-        process.join(8)
+        process.join(WAIT_S)
     assert [process.exitcode for process in processes] == [0, 0]
     wait_until(lambda: association.is_aborted)
     assert carried(index) == (0, 0, 1)
     assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
+
+
+def test_a_watch_that_runs_on_while_the_processes_end_replaces_none(receivers: tuple[Config, Receivers]) -> None:
+    """The scheduler of the service does not wait for its jobs when the node stops."""
+    _, running = receivers
+    processes = dict(running._processes)
+    running.terminate()
+    for process in processes.values():
+        process.join(WAIT_S)
+    running.watch()
+    assert running._processes == processes
 
 
 def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
@@ -142,7 +153,7 @@ def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
     config, running = receivers
     first, second = (make_instance(tmp_path / name) for name in ("first", "second"))
     killed = list(running._processes.values())
-    with Peer(config.receive, timeout_s=60) as peer:
+    with Peer(config.receive, timeout_s=WAIT_S) as peer:
         peer.associate()
         peer.send(*messages(str(pydicom.dcmread(first).SOPInstanceUID), encoded_dataset(first)))
         assert peer.status() == SUCCESS
@@ -150,7 +161,7 @@ def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
             process.kill()
             process.join()
         assert peer.receive()[0] == 0
-    with Peer(config.receive, timeout_s=60) as peer:  # in the queue of the port, which outlives the processes
+    with Peer(config.receive, timeout_s=WAIT_S) as peer:  # in the queue of the port, which outlives the processes
         peer.send(associate_rq())
         running.watch()
         assert peer.receive()[0] == 2

@@ -292,6 +292,18 @@ def test_a_purged_series_that_comes_again_is_new(either_index: Index, config: Co
     assert all(path.exists() for path in [*paths, folder])
 
 
+def test_a_case_that_is_analysed_again_before_its_turn_keeps_everything(either_index: Index, config: Config) -> None:
+    bring_to(either_index, "1.2.3", CaseState.DONE)
+    purges = plan_now(either_index, config)
+    assert either_index.retry(case_of(either_index, "1.2.3"))
+    folder = analyse(either_index, "1.2.3")  # of the same name, for the same Instances
+    paths = either_index.instance_paths("1.2.3")
+
+    assert purge(either_index, purges) == 0
+
+    assert all(path.exists() for path in [*paths, folder])
+
+
 def test_a_case_that_a_late_instance_reopens_keeps_everything(either_index: Index, config: Config) -> None:
     bring_to(either_index, "1.2.3", CaseState.DONE)
     purges = plan_now(either_index, config)

@@ -1,8 +1,8 @@
 """C-GET and C-MOVE for what the node holds: dcmtk's tools and pynetdicom."""
 
 import os
+import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,12 +26,14 @@ from pynetdicom.sop_class import (
 
 from node.config import ReceiveConfig, RetrieveConfig
 from node.conformance import OBJECTS
+from node.peers import DicomPeer
 from node.retrieve.scp import RESULT_SOP_CLASSES
 from node.send import associated
 from tests.factories import make_ct_series
-from tests.node.retrieving import NUM_SLICES, STUDY_FIND, Held, ask, retrieve, tool
+from tests.node.retrieving import NUM_SLICES, STUDY_FIND, Held, ask, retrieve, tool, wait_for_cancel
 from tests.ports import free_port
 from tests.receiver import listening
+from tests.waiting import WAIT_S, wait_until
 from tests.web_server import hold
 
 if TYPE_CHECKING:
@@ -172,10 +174,8 @@ def workstation(held: Held, folder: Path) -> Iterator[None]:
     folder.mkdir()
     process = subprocess.Popen([tool("storescp"), "-od", str(folder), "+xa", str(held.store_port)])
     try:
-        deadline = time.monotonic() + 10
-        while subprocess.run([tool("echoscu"), "127.0.0.1", str(held.store_port)], capture_output=True).returncode:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        echo = [tool("echoscu"), "127.0.0.1", str(held.store_port)]
+        wait_until(lambda: subprocess.run(echo, capture_output=True).returncode == 0)
         yield
     finally:
         process.kill()
@@ -212,6 +212,50 @@ def test_a_destination_that_is_not_there_is_a_failure(held: Held, tmp_path: Path
     assert "0xa801" in said
 
 
+def test_a_destination_that_cannot_be_reached_is_named_in_the_log_and_waited_for_as_long_as_is_set(
+    held: Held, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # it takes the connection, and no association
+        config = held.config.model_copy(
+            update={
+                "receive": ReceiveConfig(port=free_port(), min_free_disk_mb=0, associate_timeout_s=60),
+                "retrieve": RetrieveConfig(
+                    enabled=True,
+                    peers=(
+                        DicomPeer(name="1", host="127.0.0.1", port=free_port(), ae_title="CLOSED"),
+                        DicomPeer(name="2", host="no.such.host.invalid", port=104, ae_title="NOHOST"),
+                        DicomPeer(
+                            name="3", host="127.0.0.1", port=silent.getsockname()[1], ae_title="SILENT", timeout_s=0.5
+                        ),
+                    ),
+                ),
+            }
+        )
+        names = Dataset()
+        names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", held.studies[1]
+        model = StudyRootQueryRetrieveInformationModelMove
+        node = held.peer.model_copy(update={"port": config.receive.port})
+        with (
+            listening(config, held.index),
+            associated(node, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association,
+        ):
+            for title in ("CLOSED", "NOHOST", "SILENT"):
+                said = [status.get("Status") for status, _ in association.send_c_move(names, title, model)]
+                assert said == [0xA801], title
+    for told in ("CLOSED at 127.0.0.1", "NOHOST at no.such.host.invalid:104: ", "SILENT at 127.0.0.1"):
+        assert f"move-failed destination='{told.split()[0]}': {told}" in caplog.text
+    assert caplog.text.count("takes no association; check its host, port and AE title in retrieve.peers") == 2
+
+
+def test_nothing_to_move_is_no_failure_of_the_destination(held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    names = Dataset()
+    names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", "1.2.3"
+    model = StudyRootQueryRetrieveInformationModelMove
+    with associated(held.peer, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
+        assert [status.Status for status, _ in association.send_c_move(names, "WORKSTATION", model)] == [0x0000]
+    assert "action=move-failed" not in caplog.text
+
+
 def test_a_move_of_what_is_not_named_is_refused(held: Held, tmp_path: Path) -> None:
     with workstation(held, tmp_path / "got"):
         said = movescu(
@@ -222,13 +266,12 @@ def test_a_move_of_what_is_not_named_is_refused(held: Held, tmp_path: Path) -> N
 
 
 def test_a_cancelled_c_move_sends_no_more(held: Held) -> None:
-    is_cancelled = threading.Event()
+    is_cancelled = False
     came: list[str] = []
 
     def on_c_store(event: evt.Event) -> int:
         if came:
-            is_cancelled.wait(10)
-            time.sleep(0.2)
+            wait_for_cancel()
         came.append(str(event.request.AffectedSOPInstanceUID))
         return 0x0000
 
@@ -243,9 +286,9 @@ def test_a_cancelled_c_move_sends_no_more(held: Held) -> None:
             said = []
             for status, _ in association.send_c_move(names, "WORKSTATION", model, msg_id=7):
                 said.append(status)
-                if not is_cancelled.is_set():
+                if not is_cancelled:
                     association.send_c_cancel(7, query_model=model)
-                    is_cancelled.set()
+                    is_cancelled = True
     finally:
         server.shutdown()
     last = said[-1]
@@ -306,7 +349,7 @@ def test_the_connection_still_stores_while_it_retrieves(held: Held, tmp_path: Pa
 
 def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: Path) -> None:
     """getscu writes each answer in two pieces unless TCP_NODELAY, a variable of dcmtk, is set."""
-    num = 30
+    num = 60
     made = make_ct_series(held.index.data_dir / "instances" / "many", num_slices=num)
     hold(held.index, made)
     study = f"StudyInstanceUID={dcmread(made[0]).StudyInstanceUID}"
@@ -315,11 +358,15 @@ def test_no_instance_waits_for_a_delayed_acknowledgement(held: Held, tmp_path: P
 
     def seconds(**environment: str) -> float:
         started = time.monotonic()
-        subprocess.run(arguments, env=os.environ | environment, check=True, timeout=30, cwd=tmp_path)
+        subprocess.run(arguments, env=os.environ | environment, check=True, timeout=WAIT_S, cwd=tmp_path)
         return time.monotonic() - started
 
     seconds()
-    assert min(seconds() for _ in range(2)) < min(seconds(TCP_NODELAY="1") for _ in range(2)) + num * 0.02
+    plain_s, undelayed_s = [], []
+    while len(plain_s) < 10 and (not plain_s or min(plain_s) > min(undelayed_s) + num * 0.02):  # a busy machine
+        plain_s.append(seconds())
+        undelayed_s.append(seconds(TCP_NODELAY="1"))
+    assert min(plain_s) <= min(undelayed_s) + num * 0.02
 
 
 # ---- a node whose cases are in PostgreSQL ----

@@ -2,9 +2,7 @@
 
 import shutil
 import subprocess
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,15 @@ import pytest
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from node.case import Case
 from node.config import ReceiveConfig
 from node.index import Index
 from node.peers import DicomPeer
+from node.retention import finish_interrupted
 from node.retrieve import identifier, scp
 from node.send import associated
 from tests.factories import make_ct_series
-from tests.node.retrieving import NUM_SLICES, PATIENT_FIND, STUDY_FIND, Held, ask, tool
+from tests.node.retrieving import NUM_SLICES, PATIENT_FIND, STUDY_FIND, Held, ask, tool, wait_for_cancel
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.receiver import listening
@@ -76,6 +76,14 @@ def test_a_key_that_is_not_matched_is_answered_and_said_to_be_ignored(held: Held
     assert [answer.StationName for answer in found] == ["CT7"] * 3
 
 
+@pytest.mark.parametrize(("asked", "status"), [("A", 0xFF01), ("", 0xFF00), ("*", 0xFF00)])
+def test_a_key_in_a_sequence_is_not_matched_either(held: Held, asked: str, status: int) -> None:
+    item = Dataset()
+    item.RequestedProcedureID = asked
+    found, statuses = ask(held.peer, "SERIES", SeriesInstanceUID="", Modality="CT", RequestAttributesSequence=[item])
+    assert (len(found), statuses) == (3, {status, 0x0000})
+
+
 def test_series_and_images_are_found_below_their_study(held: Held) -> None:
     found, _ = ask(held.peer, "SERIES", StudyInstanceUID=held.studies[0], SeriesInstanceUID="", Modality="")
     assert {answer.Modality for answer in found} == {"CT", "SR"}
@@ -118,6 +126,40 @@ def test_findscu_finds(held: Held) -> None:
     assert held.studies[0] in said
     assert held.studies[2] in said
     assert held.studies[1] not in said
+
+
+def test_what_was_purged_is_found_no_more(tmp_path: Path) -> None:
+    held = Held(tmp_path)
+
+    def series_found() -> list[str]:
+        found, _ = ask(held.peer, "SERIES", StudyInstanceUID=held.studies[0], SeriesInstanceUID="", Modality="")
+        return sorted(answer.Modality for answer in found)
+
+    def purge(remove: Callable[[Case], bool]) -> None:
+        case = held.index.case(held.series[0])
+        assert case is not None
+        assert remove(case)
+
+    with listening(held.config, held.index):
+        assert series_found() == ["CT", "SR"]
+        purge(held.index.purge_originals)
+        assert series_found() == ["SR"]
+        purge(held.index.purge_results)  # their files go a moment later
+        assert series_found() == []
+        finish_interrupted(held.index)
+        assert [answer.StudyInstanceUID for answer in ask(held.peer, "STUDY", StudyInstanceUID="")[0]] == [
+            held.studies[2], held.studies[1],
+        ]  # fmt: skip
+        hold(
+            held.index,
+            make_ct_series(
+                held.index.data_dir / "instances" / "again",
+                series_instance_uid=held.series[0],
+                study_instance_uid=held.studies[0],
+            ),
+        )
+        assert series_found() == ["CT"]
+    held.index.close()
 
 
 def test_what_arrives_while_it_is_asked_is_found_by_every_process(held: Held, tmp_path: Path) -> None:
@@ -175,7 +217,7 @@ def test_answers_are_those_of_orthanc(held: Held, tmp_path: Path) -> None:
 
 
 def test_a_cancelled_c_find_ends_and_the_association_goes_on(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_cancelled, answers = threading.Event(), scp.answers
+    is_cancelled, answers = False, scp.answers
     query = Dataset()
     query.QueryRetrieveLevel, query.StudyInstanceUID = "STUDY", ""
     with associated(held.peer, [(STUDY_FIND, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
@@ -185,17 +227,16 @@ def test_a_cancelled_c_find_ends_and_the_association_goes_on(held: Held, monkeyp
     def pausing(*arguments: Any) -> Iterator[Dataset]:
         for answer in answers(*arguments):
             yield answer
-            is_cancelled.wait(10)
-            time.sleep(0.2)  # for the request to get here
+            wait_for_cancel()
 
     monkeypatch.setattr(scp, "answers", pausing)
     with associated(held.peer, [(STUDY_FIND, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
         statuses = []
         for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=7):
             statuses.append(status.Status)
-            if not is_cancelled.is_set():
+            if not is_cancelled:
                 association.send_c_cancel(7, query_model=STUDY_FIND)
-                is_cancelled.set()
+                is_cancelled = True
         assert statuses == [0xFF00, 0xFE00]
         monkeypatch.setattr(scp, "answers", answers)
         again = [status.Status for status, _ in association.send_c_find(query, STUDY_FIND, msg_id=8)]

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from apscheduler.executors import base as executors
@@ -14,23 +14,29 @@ from sqlalchemy.exc import OperationalError
 from node import service as service_module
 from node.case import CaseState
 from node.config import Config
+from node.index import Index
 from node.service import Service
 from node.workers import Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
 
 
 class _Workers:
-    """Takes jobs and never ends one."""
+    """Takes jobs and never ends one. on_stopped: called when they were cancelled."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_stopped: Callable[[], None] = lambda: None) -> None:
         self.jobs: list[Job] = []
+        self.ends: list[Future[JobOutcome]] = []
+        self._on_stopped = on_stopped
 
     def submit(self, job: Job) -> "Future[JobOutcome]":
         self.jobs.append(job)
-        return Future()
+        self.ends.append(Future())
+        return self.ends[-1]
 
     def stop(self) -> None:
-        pass
+        for future in self.ends:
+            future.cancel()
+        self._on_stopped()
 
 
 @pytest.fixture
@@ -62,6 +68,56 @@ def test_a_database_that_fails_when_a_case_goes_to_a_worker_costs_no_worker(
     assert [list(job.files) for job in workers.jobs] == [[f"{SERIES}.1"]]
 
 
+def test_a_case_that_grew_stays_with_its_second_worker_when_the_first_ends(make_config: Callable[..., Config]) -> None:
+    service, workers = Service(make_config(analyse={"workers": 2})), _Workers()
+    service._pool = cast(Any, workers)
+    try:
+        for number in (1, 2):  # the second comes while what there was of the Series is analysed
+            add_instance(service._index, number)
+            assert service._index.queue(the_case(service._index))
+            service._dispatch()
+        assert [len(job.files) for job in workers.jobs] == [1, 2]
+        workers.ends[0].cancel()
+        service._end_unheld()
+        assert the_case(service._index).state is CaseState.ANALYSING
+    finally:
+        service.stop()
+
+
+@pytest.mark.parametrize("late", ["_end_unheld", "_dispatch"])
+def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
+    late: str, make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler does not wait for it: a destination that hangs would hold up the end."""
+    service = Service(make_config())
+    job = getattr(service, late)
+    workers: Any = _Workers(on_stopped=job if late == "_end_unheld" else lambda: None)
+    service._pool = workers
+    put_back = service._index.put_back
+
+    def put_back_before_the_job(held: Any) -> int:
+        num = put_back(held)
+        job()
+        return num
+
+    monkeypatch.setattr(service._index, "put_back", put_back_before_the_job)
+    add_instance(index, 1)
+    assert index.queue(the_case(index))
+    service._dispatch()
+    assert the_case(index).state is CaseState.ANALYSING
+    service.stop()
+    assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+
+
+def test_a_job_whose_time_passed_while_the_machine_slept_or_was_busy_runs_then(service: Service) -> None:
+    """Not an hour later, as retention would."""
+    ran = threading.Event()
+    late = datetime.now() - timedelta(seconds=10)
+    service._scheduler.add_job(ran.set, "interval", hours=1, next_run_time=late)
+    service._scheduler.start()
+    assert ran.wait(20)
+
+
 class _Clock(datetime):
     """A clock that may be set back."""
 
@@ -82,7 +138,7 @@ def test_jobs_go_on_when_the_clock_is_set_back(
     service._every_tick(ticked.release)
     service._scheduler.add_job(lambda: None, "interval", hours=1, jitter=300)
     service._scheduler.start()
-    assert ticked.acquire(timeout=5)
+    assert ticked.acquire(timeout=60)
     service.heed_clock()
     assert "clock-set-back" not in caplog.text
     monkeypatch.setattr(_Clock, "set_back", timedelta(hours=2))
@@ -90,6 +146,6 @@ def test_jobs_go_on_when_the_clock_is_set_back(
         pass
     service.heed_clock()
     for _ in range(3):
-        assert ticked.acquire(timeout=5)
+        assert ticked.acquire(timeout=60)
     assert "action=clock-set-back by_s=7" in caplog.text
     monkeypatch.setattr(_Clock, "set_back", timedelta())

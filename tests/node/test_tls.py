@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from node.tls import ServerTls, TlsError, check_dates, client_context, server_co
 from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.ports import free_port
+from tests.waiting import wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -34,10 +34,7 @@ def storescp(folder: Path, *options: str) -> Iterator[int]:
     command = ["/usr/bin/storescp", "-od", str(folder), *options, str(port)]
     with subprocess.Popen(command, env=os.environ | {"TCP_NODELAY": "1"}, stderr=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 10
-            while f":{port:04X} 00000000:0000 0A" not in Path("/proc/net/tcp").read_text():  # listens
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
+            wait_until(lambda: f":{port:04X} 00000000:0000 0A" in Path("/proc/net/tcp").read_text())  # listens
             yield port
         finally:
             process.kill()
@@ -45,7 +42,7 @@ def storescp(folder: Path, *options: str) -> Iterator[int]:
 
 def destination(port: int, tls: ClientTls | None) -> DicomDestination:
     return DicomDestination(
-        type="dicom", name="pacs", host="127.0.0.1", port=port, ae_title="PACS", timeout_s=5, tls=tls
+        type="dicom", name="pacs", host="127.0.0.1", port=port, ae_title="PACS", timeout_s=30, tls=tls
     )
 
 

@@ -18,6 +18,7 @@ from node.web import kernel_files, wado
 from node.web.settings import WebConfig, WebTls
 from tests.certificates import Authority
 from tests.factories import make_ct_series
+from tests.waiting import wait_until
 from tests.web_server import WebServer, hold
 
 HEADERS = {"Accept": 'multipart/related; type="application/dicom"'}
@@ -155,12 +156,8 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_open(
     before = num_open_files()
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
-            client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
-            client.recv(1000)
-    until = time.monotonic() + 10
-    while num_open_files() > before and time.monotonic() < until:
-        time.sleep(0.02)
-    assert num_open_files() <= before
+            begin(client, address)
+    wait_until(lambda: num_open_files() <= before)
     assert by_kernel
     assert caplog.text == ""
 
@@ -173,12 +170,19 @@ def test_for_a_client_that_has_left_no_more_is_opened(
     monkeypatch.setattr(wado, "_NUM_OPEN", 1)
     monkeypatch.setattr(wado, "_open", lambda path: opened.append(path) or open_file(path))
     with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
-        client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
-        client.recv(1000)
+        begin(client, address)
     until = time.monotonic() + 2
     while len(opened) < 10 and time.monotonic() < until:
         time.sleep(0.02)
     assert 0 < len(opened) < 10
+
+
+def begin(client: socket.socket, address: str) -> None:
+    """Asks, and reads some of the first file."""
+    client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+    num_bytes = 0
+    while num_bytes < 100_000:
+        num_bytes += len(client.recv(10_000))
 
 
 def num_open_files() -> int:

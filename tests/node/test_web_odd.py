@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
@@ -15,6 +16,7 @@ from pydicom.uid import CTImageStorage
 
 from node.config import Config
 from node.index import Index
+from node.web import viewer
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.node.test_web import path_of, uids_of, values
 from tests.web_server import WebServer, hold
@@ -38,6 +40,18 @@ def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
     japanese: WebServer, query: str, is_found: bool
 ) -> None:
     assert len(japanese.get(f"/studies?{query}").json()) == is_found
+
+
+@pytest.mark.parametrize("path", ["/%00", "/" + 300 * "a", "/..%2fconfig.yaml", "/%2fetc%2fpasswd"])
+def test_what_can_be_no_file_of_the_viewer_is_not_there(
+    japanese: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "viewer").mkdir()
+    (tmp_path / "viewer/index.html").write_text("OHIF")
+    (tmp_path / "config.yaml").write_text("secret")
+    monkeypatch.setattr(viewer, "PLACES", (tmp_path / "viewer",))
+    assert requests.get(japanese.root + path, timeout=20).status_code == 404
+    assert requests.get(f"{japanese.root}/viewer{path}", timeout=20).text == "OHIF"
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,10 @@ from node import workers
 from node.config import Config
 from node.process import be_child, describe_error
 from node.workers import Analysed, Broken, Job, JobOutcome, NotAnalysable, WorkerPool
+from tests.waiting import WAIT_S, wait_until
 
 MakeConfig = Callable[..., Config]
 MakePool = Callable[..., WorkerPool]
-
-WAIT_S = 20
 
 
 def play(config: Config, connection: Connection) -> None:
@@ -37,7 +36,8 @@ def play(config: Config, connection: Connection) -> None:
         job: Job = connection.recv()
         match next(iter(job.files.values())).name:
             case "hang":
-                time.sleep(60)
+                (job.results_dir / "begun").touch()
+                time.sleep(600)
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
@@ -45,12 +45,20 @@ def play(config: Config, connection: Connection) -> None:
             case "hang in classify":
                 for stage in ("read", "segment", "classify"):
                     connection.send(workers._Stage(stage))
-                    time.sleep(0.3)
-                time.sleep(60)
+                    time.sleep(1.5)
+                time.sleep(600)
             case "slow":
-                time.sleep(0.3)
+                time.sleep(1)
+            case "meet":
+                meet(job.results_dir)
         summary = f"{os.getpid()}"
         connection.send(Analysed(folder=job.results_dir, sop_instance_uids=(), summary=summary, total_s=0.0))
+
+
+def meet(folder: Path) -> None:
+    """Waits until another process has come here."""
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) == 2)
 
 
 def make_job(paths: list[Path], results_dir: Path) -> Job:
@@ -60,8 +68,15 @@ def make_job(paths: list[Path], results_dir: Path) -> Job:
     return Job(files=files, results_dir=results_dir)
 
 
-def job(what: str) -> Job:
-    return Job(files={"1.2": Path(what)}, results_dir=Path("results"))
+def job(what: str, results_dir: Path = Path("results")) -> Job:
+    return Job(files={"1.2": Path(what)}, results_dir=results_dir)
+
+
+def hang(pool: WorkerPool, folder: Path) -> "Future[JobOutcome]":
+    """Submits a job that does not end, and waits until it has begun."""
+    future = pool.submit(job("hang", folder))
+    wait_until((folder / "begun").exists)
+    return future
 
 
 @pytest.fixture
@@ -99,17 +114,19 @@ def test_one_worker_does_one_job_after_the_other(make_pool: MakePool) -> None:
     assert len({pid_of(outcome_of(future)) for future in futures}) == 1
 
 
-def test_two_workers_work_at_the_same_time(make_pool: MakePool) -> None:
+def test_two_workers_work_at_the_same_time(make_pool: MakePool, tmp_path: Path) -> None:
     pool = make_pool(workers=2)
-    futures = [pool.submit(job("slow")) for _ in range(4)]
+    (tmp_path / "meet").mkdir()
+    futures = [pool.submit(job("meet", tmp_path / "meet")) for _ in range(2)]
     assert len({pid_of(outcome_of(future)) for future in futures}) == 2
 
 
-def test_a_worker_killed_in_the_middle_breaks_its_job_and_the_next_one_works(make_pool: MakePool) -> None:
+def test_a_worker_killed_in_the_middle_breaks_its_job_and_the_next_one_works(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
     pool = make_pool()
     first = pid_of(outcome_of(pool.submit(job("ok"))))
-    hanging = pool.submit(job("hang"))
-    time.sleep(0.2)
+    hanging = hang(pool, tmp_path)
     os.kill(first, signal.SIGKILL)
     assert outcome_of(hanging) == Broken(reason="the worker process died in step 'read' (signal SIGKILL)")
     assert pid_of(outcome_of(pool.submit(job("ok")))) != first
@@ -127,17 +144,19 @@ def test_a_worker_that_died_while_idle_costs_no_job(make_pool: MakePool) -> None
     pool = make_pool()
     first = pid_of(outcome_of(pool.submit(job("ok"))))
     os.kill(first, signal.SIGKILL)
-    time.sleep(0.2)
+    wait_until(lambda: psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
     assert pid_of(outcome_of(pool.submit(job("ok")))) != first
 
 
 @pytest.mark.parametrize(("what", "step"), [("hang", "read"), ("hang in classify", "classify")])
-def test_a_worker_whose_step_takes_too_long_is_stopped_and_replaced(make_pool: MakePool, what: str, step: str) -> None:
+def test_a_worker_whose_step_takes_too_long_is_stopped_and_replaced(
+    make_pool: MakePool, tmp_path: Path, what: str, step: str
+) -> None:
     """Each step has its own time: the first two of the second job take longer together than either may."""
-    pool = make_pool(timeouts_s={"read": 0.5, "segment": 0.5, "classify": 0.5})
+    pool = make_pool(timeouts_s={"read": 2.5, "segment": 2.5, "classify": 2.5})
     first = pid_of(outcome_of(pool.submit(job("ok"))))
-    outcome = outcome_of(pool.submit(job(what)))
-    assert outcome == Broken(reason=f"step {step!r} did not end within 0.5 s; its worker was stopped")
+    outcome = outcome_of(pool.submit(job(what, tmp_path)))
+    assert outcome == Broken(reason=f"step {step!r} did not end within 2.5 s; its worker was stopped")
     assert not psutil.pid_exists(first)
     assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
 
@@ -147,14 +166,13 @@ def test_a_worker_that_dies_at_start_breaks_the_job(make_pool: MakePool) -> None
     assert outcome == Broken(reason="the worker process died in step 'start' (exit status 7)")
 
 
-def test_stop_ends_the_workers_at_once_and_cancels_what_they_held_and_what_waited(make_pool: MakePool) -> None:
+def test_stop_ends_the_workers_at_once_and_cancels_what_they_held_and_what_waited(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
     pool = make_pool()
     outcome_of(pool.submit(job("ok")))
-    held, waiting = pool.submit(job("hang")), pool.submit(job("ok"))
-    time.sleep(0.2)
-    started = time.monotonic()
+    held, waiting = hang(pool, tmp_path), pool.submit(job("ok"))
     pool.stop()
-    assert time.monotonic() - started < 5
     assert held.cancelled()
     assert waiting.cancelled()
     assert worker_pids() == []
@@ -203,7 +221,7 @@ def test_a_bundle_that_cannot_be_loaded_breaks_the_job_with_the_reason(
 ) -> None:
     (tmp_path / "empty").mkdir()
     pool = make_real_pool(analyse={"bundle": tmp_path / "empty"})
-    outcome = pool.submit(job("ok")).result(60)
+    outcome = pool.submit(job("ok")).result(WAIT_S)
     assert isinstance(outcome, Broken)
     assert str(tmp_path / "empty") in outcome.reason
 
@@ -215,7 +233,7 @@ def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
 
     pool = make_real_pool(analyse={"bundle": untrained_bundle})
     paths = make_ct_series(tmp_path / "series", num_slices=5)
-    outcome = pool.submit(make_job(paths, tmp_path / "results")).result(60)
+    outcome = pool.submit(make_job(paths, tmp_path / "results")).result(WAIT_S)
     assert isinstance(outcome, NotAnalysable)
     assert "5 slices; at least 30 are needed" in outcome.reason
     assert outcome.folder is not None
@@ -223,13 +241,13 @@ def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
     assert len(outcome.sop_instance_uids) == 1
     for path in make_ct_series(tmp_path / "other", num_slices=5):  # other Instances in files of the same names
         path.replace(tmp_path / "series" / path.name)
-    other = pool.submit(make_job(paths, tmp_path / "results")).result(60)
+    other = pool.submit(make_job(paths, tmp_path / "results")).result(WAIT_S)
     assert isinstance(other, NotAnalysable)
     assert other.folder != outcome.folder
 
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     whole = make_ct_series(tmp_path / "whole", num_slices=30, spacing_mm=2.5, rows=64, columns=64)
-    outcome = pool.submit(make_job(whole, tmp_path / "file")).result(120)
+    outcome = pool.submit(make_job(whole, tmp_path / "file")).result(2 * WAIT_S)
     assert isinstance(outcome, Broken)
     assert outcome.reason.startswith("Not a directory")
 

@@ -17,7 +17,7 @@ from tests.untrained import write_untrained_bundle
 from training.cli import main
 from training.evaluation.evaluate import operating_points, points_of
 from training.evaluation.evaluate_model import evaluate_model, measure_run, write_tables
-from training.evaluation.froc import Box, read_boxes
+from training.evaluation.froc import BOX_COLUMNS, Box, read_boxes
 from training.evaluation.metrics import Settings, measure_all
 from training.evaluation.run import Run, describe, run_model
 from training.evaluation.tables import InputError, match, read_predictions, read_truth
@@ -122,6 +122,14 @@ def test_a_bundle_in_a_zip_is_the_same_model_as_its_folder(tmp_path: Path) -> No
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no train\.csv"):
+        evaluate_model(None, tmp_path, tmp_path / "out", SETTINGS)
+
+
+def test_a_box_that_cannot_be_used_is_refused_before_the_model_runs(tmp_path: Path) -> None:
+    write_csv(tmp_path / "train.csv", HEADER, [(uid(0), *[0] * 8)])  # without a file: were it read, that would be said
+    write_csv(tmp_path / "train_bounding_boxes.csv", (HEADER[0], *BOX_COLUMNS), [(uid(0), 10, 10, 0, 6, 3)])
+
+    with pytest.raises(InputError, match=r"line 2: a box of 0 x 6 pixels has no area"):
         evaluate_model(None, tmp_path, tmp_path / "out", SETTINGS)
 
 

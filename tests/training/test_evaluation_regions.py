@@ -25,6 +25,14 @@ def test_iou_of_boxes_and_of_chains() -> None:
     assert iou((box(0), box(0, z=1)), (box(0), box(0, z=1), box(0, z=2))) == pytest.approx(200 / 300)
 
 
+def test_where_boxes_of_one_chain_overlap_counts_once() -> None:
+    # A row given twice, two readers' boxes, the regions of C1 and C2 in one slice.
+    assert iou((box(0), box(0)), (box(0),)) == 1
+    assert iou((box(0), box(0)), (box(0), box(0))) == 1
+    assert iou((box(0), box(5)), (box(0), box(5))) == 1
+    assert iou((box(0), box(1), box(2)), (box(9), box(10))) == pytest.approx(30 / 200)
+
+
 def test_boxes_that_overlap_from_slice_to_slice_are_one_fracture() -> None:
     boxes = [box(0), box(8, z=1), box(16, z=2), box(200, z=1), box(0, z=7)]
     assert sorted(len(chain) for chain in chains(boxes)) == [1, 1, 3]

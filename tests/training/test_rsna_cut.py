@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from numpy.typing import NDArray
 
-from model import SeriesError, Volume
+from model import Grid, SeriesError, Volume
 from model.bundle import DEFAULT_BUNDLE
 from model.classify import NUM_NEIGHBOURS, sample_mask, stack_grid
 from model.phantom import Phantom
+from model.segment import about_long_axis
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
 from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_fingerprint, cut_settings, cut_study
@@ -117,6 +119,28 @@ def test_a_vertebra_that_is_hardly_visible_is_not_judged(rsna_cache: Cache, shar
     assert stacks.planes_hu[6].any() == judged
 
 
+@pytest.mark.parametrize("twist_deg", [30.0, -45.0])
+def test_a_patient_who_lies_turned_is_cut_facing_forward_as_the_pipeline_judges(
+    cut_by_truth: Cache, twist_deg: float
+) -> None:
+    study = cut_by_truth.study(uid(1))
+    mask, volume = study.mask(), study.volume()
+    assert mask is not None
+    grid = Grid(shape=volume.grid.shape, affine=about_long_axis(twist_deg) @ volume.grid.affine)
+
+    turned = cut_study(study, replace(volume, grid=grid), mask, grid, SETTINGS)
+
+    for one, other in zip(turned.masks > 127, stacks_of(cut_by_truth, 1).masks > 127, strict=True):
+        mine, plain = centred(one), centred(other)
+        assert 2 * (mine & plain).sum() / (mine.sum() + plain.sum()) > 0.7, "0.6 at most if cut as scanned"
+
+
+def centred(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The mask moved to the middle: the box around a vertebra has another one when that lies turned."""
+    off = np.rint(np.array(mask.shape) / 2 - np.argwhere(mask).mean(axis=0)).astype(int)
+    return np.roll(mask, off, (0, 1, 2))
+
+
 def test_a_level_without_a_label_is_not_visible(rsna_cache: Cache) -> None:
     study = rsna_cache.study(uid(1))
     labels = study.labels()
@@ -149,10 +173,16 @@ def test_labels_of_a_set_on_the_neck_grid_give_the_same_stacks_but_for_its_coars
         study.write_labels("predicted", labels[1:])
 
 
-def test_a_bundle_finds_the_vertebrae_itself(rsna_cache: Cache) -> None:
+def test_a_bundle_finds_the_vertebrae_itself(
+    rsna_cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = replace(rsna_cache, folds={uid(7): 0})
 
-    ((_, reason),) = cut(one, "bundle", SETTINGS, DEFAULT_BUNDLE)
+    with monkeypatch.context() as there:
+        there.chdir(DEFAULT_BUNDLE.parent)
+        ((_, reason),) = cut(one, "bundle", SETTINGS, Path(DEFAULT_BUNDLE.name))
+    monkeypatch.chdir(tmp_path)
+    assert cut_fingerprint(one, "bundle"), "wherever the next step runs"
 
     assert reason is None
     assert stacks_of(one, 7, "bundle").judged.sum() >= 4

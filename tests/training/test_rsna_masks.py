@@ -81,9 +81,21 @@ def test_a_mask_that_lies_on_no_bone_is_refused_with_its_share(tmp_path: Path) -
         read_mask(write(tmp_path / "mask.nii", labels, beside), volume)
 
 
+@pytest.mark.parametrize("stored_as", [np.uint8, np.int16])
+def test_labels_that_were_stored_scaled_come_back_as_they_were(tmp_path: Path, stored_as: type) -> None:
+    """As nibabel stores floats in a file of whole numbers: 3 comes back as 2.99995."""
+    labels, volume = column(num_levels=19)
+    image = nibabel.Nifti1Image(labels.transpose(2, 1, 0).astype(float), RAS @ volume.grid.affine[:, [2, 1, 0, 3]])
+    image.set_data_dtype(stored_as)
+    nibabel.save(image, tmp_path / "mask.nii")
+
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.nii", volume).labels, labels)
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
+        (np.full((4, 4, 4), 2.5, np.float32), "values between its labels"),
         (np.full((4, 4, 4), 25, np.uint8), "values from 25 to 25; labels from 0 to 19"),
         (np.zeros((4, 4, 4), np.uint8), "values from 0 to 0"),
         (np.ones((4, 4, 4, 2), np.uint8), "three dimensions"),

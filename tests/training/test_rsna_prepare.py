@@ -256,7 +256,7 @@ def test_a_run_killed_in_the_middle_goes_on_and_ends_with_the_same_cache(
     finally:
         run.send_signal(signal.SIGKILL)
         run.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive
     done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("studies/[0-9]*/study.json")}
     assert 0 < len(done) < NUM_STUDIES

@@ -65,6 +65,33 @@ def test_labels_that_cannot_be_are_refused_with_their_line(tmp_path: Path, rows:
         read_source(write_tables(tmp_path, rows))
 
 
+def test_tables_that_a_spreadsheet_saved_with_blanks_and_empty_rows_are_read(tmp_path: Path) -> None:
+    header = HEADER.replace(",", " , ")
+    rows = " 1.2 , 1,0,1 ,0,0,0,0,0\r\n,,,,,,,,\r\n"
+    write_tables(tmp_path, boxes=" 1.2 ,10,20,30,40,7.0\n,,,,,\n")
+    (tmp_path / "train.csv").write_text("\ufeff" + header + rows, encoding="utf-8")
+
+    source = read_source(tmp_path)
+
+    assert [level for level in LEVELS if source.studies["1.2"].labels[level]] == ["C2"]
+    assert [box.slice_number for box in source.studies["1.2"].boxes] == [7]
+    assert not source.problems
+
+
+@pytest.mark.parametrize("box", ["1,2,3,4,inf", "nan,2,3,4,5", "1,2,3,4,5.7", "1,2,3,,5"])
+def test_a_box_that_is_nowhere_is_refused_with_its_line(tmp_path: Path, box: str) -> None:
+    with pytest.raises(SourceError, match="in line 2"):
+        read_source(write_tables(tmp_path, boxes=f"1.2,{box}\n"))
+
+
+def test_a_table_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    write_tables(tmp_path)
+    (tmp_path / "train.csv").write_text(HEADER + "1.2,1,0,1,0,0,0,0,0\n", encoding="utf-16")
+
+    with pytest.raises(SourceError, match=r"train\.csv is not a CSV file in UTF-8"):
+        read_source(tmp_path)
+
+
 def test_a_table_without_a_column_is_refused(tmp_path: Path) -> None:
     write_tables(tmp_path)
     (tmp_path / "train.csv").write_text("StudyInstanceUID,patient_overall\n1.2,1\n")

@@ -6,12 +6,18 @@ import click
 
 from training.commands.run_options import CACHE_AND_WORK, echo
 
+SHARE = click.FloatRange(0, 1)
+
 
 @click.command()
 @CACHE_AND_WORK[0]
 @CACHE_AND_WORK[1]
-@click.option("--level-specificity", default=0.95, show_default=True, help="At least, of a vertebra.")
-@click.option("--patient-specificity", default=0.85, show_default=True, help="At least, of a patient.")
+@click.option(
+    "--level-specificity", type=SHARE, default=0.95, show_default=True, help="At least, of a vertebra; 0 to 1."
+)
+@click.option(
+    "--patient-specificity", type=SHARE, default=0.85, show_default=True, help="At least, of a patient; 0 to 1."
+)
 def calibrate(cache: Path, work: Path, level_specificity: float, patient_specificity: float) -> None:
     """Calibrate on the held-out studies of all finished folds, and write their predictions.
 

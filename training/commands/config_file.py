@@ -32,7 +32,7 @@ def read_config(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
         if not isinstance(options, dict):
             raise click.BadParameter(f"{path} gives {name} {options!r}; options with values are needed, epochs: 10.")
         known = {
-            long.removeprefix("--"): parameter.name
+            long.removeprefix("--"): parameter
             for parameter in command.params
             for long in parameter.opts
             if parameter.name
@@ -41,8 +41,12 @@ def read_config(path: Path, group: click.Group) -> dict[str, dict[str, Any]]:
             raise click.BadParameter(
                 f"{path} gives {name} {', '.join(unknown)}; its options are {', '.join(sorted(known))}."
             )
-        defaults[name] = {
-            known[key]: ",".join(map(str, value)) if isinstance(value, list) else value
-            for key, value in options.items()
-        }
+        defaults[name] = {str(known[key].name): _as_given(known[key], value) for key, value in options.items()}
     return defaults
+
+
+def _as_given(option: click.Parameter, value: Any) -> Any:
+    """A value of the file as on the command line: a list is numbers with commas, or what is given several times."""
+    if getattr(option, "multiple", False):
+        return [str(each) for each in (value if isinstance(value, list) else [value])]
+    return ",".join(map(str, value)) if isinstance(value, list) else value

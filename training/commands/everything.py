@@ -18,12 +18,20 @@ PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 
 
+def fold_numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """ "0,1" as folds, each once: what is none must not show after days."""
+    found = tuple(dict.fromkeys(numbers(context, parameter, value)))
+    if not set(found) <= set(range(5)):
+        raise click.BadParameter(f"{value!r} names a fold that is none; they are 0 to 4", context, parameter)
+    return found
+
+
 @click.command("all")
 @click.option("--rsna", type=click.Path(path_type=Path), required=True, help="The data set's folder, as downloaded.")
 @CACHE_AND_WORK[0]
 @CACHE_AND_WORK[1]
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
-@click.option("--folds", default="0,1,2,3,4", show_default=True, callback=numbers, help="Which to train.")
+@click.option("--folds", default="0,1,2,3,4", show_default=True, callback=fold_numbers, help="Which to train.")
 @click.pass_context
 def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]) -> None:
     """Run prepare, segment, cut, regions, classify, study, calibrate, export and evaluate.

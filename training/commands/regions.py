@@ -12,7 +12,7 @@ from training.steps.run import Run
 @trains(epochs=30, draws=4000, batch_size=16, learning_rate=1e-3)
 @click.option("--cut", required=True, help="Name of the stacks that `cut` made.")
 @click.option("--encoder", default="efficientnet-b2", show_default=True, help="Or residual-N-N..., or timm:NAME.")
-@click.option("--patch", default=96, show_default=True, help="Side of a sample, in pixels of the cut; four a vertebra.")
+@click.option("--patch", default=64, show_default=True, help="Side of a sample, in pixels of the cut; four a vertebra.")
 @click.option("--pseudo-label-rounds", default=2, show_default=True, help="With fractured vertebrae without a box.")
 @click.option("--threshold", default=0.5, show_default=True, help="Probability from which a pixel is drawn.")
 def regions(run: Run, cut: str, encoder: str, patch: int, pseudo_label_rounds: int, threshold: float) -> dict[str, Any]:

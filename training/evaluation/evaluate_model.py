@@ -11,7 +11,7 @@ import numpy as np
 from model.levels import LEVELS, OUTPUTS
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.evaluate import Inputs, evaluate
-from training.evaluation.froc import BOX_COLUMNS
+from training.evaluation.froc import BOX_COLUMNS, read_boxes
 from training.evaluation.loss import weighted_log_loss
 from training.evaluation.metrics import Settings
 from training.evaluation.run import Run, run_model
@@ -54,12 +54,14 @@ def evaluate_model(
         source = read_source(data)
     except SourceError as error:
         raise InputError(str(error)) from error
-    # Read before the model runs: a fault in it must not show after hours.
+    # All are read before the model runs: a fault in one must not show after hours.
     patient_of = read_subgroups(subgroups).get(PATIENT, {}) if subgroups else {}
     only = None if truth is None else read_truth(truth).studies
+    boxes = source.folder / "train_bounding_boxes.csv"
+    if boxes.exists():
+        read_boxes(boxes, scored=False)
     run = run_model(bundle, source, out, only=only, device=device)
     write_tables(run, out)
-    boxes = source.folder / "train_bounding_boxes.csv"
     inputs = Inputs(
         predictions=out / "predictions.csv",
         truth=truth or source.folder / "train.csv",

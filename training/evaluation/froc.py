@@ -108,10 +108,28 @@ def intersection(first: Box, second: Box) -> float:
 
 
 def iou(first: Chain, second: Chain) -> float:
-    """Intersection over union of two chains over all their slices; boxes of one chain are taken not to overlap."""
-    shared = sum(intersection(a, b) for a in first for b in second if a.slice_number == b.slice_number)
-    area = sum(box.width * box.height for box in (*first, *second))
-    return shared / (area - shared)
+    """Intersection over union of two chains over all their slices; where boxes of one chain overlap counts once."""
+    if not any(a.slice_number == b.slice_number and intersection(a, b) > 0 for a in first for b in second):
+        return 0.0
+    slices = {box.slice_number for box in (*first, *second)}
+    areas = [_areas(*([b for b in chain if b.slice_number == n] for chain in (first, second))) for n in slices]
+    shared, union = np.sum(areas, axis=0)
+    return float(shared / union)
+
+
+def _areas(first: Sequence[Box], second: Sequence[Box]) -> tuple[float, float]:
+    """Of the boxes of one slice: the area in both sides, and that in either."""
+    both = (*first, *second)
+    xs = np.unique([edge for box in both for edge in (box.x, box.x + box.width)])
+    ys = np.unique([edge for box in both for edge in (box.y, box.y + box.height)])
+    inside = np.zeros((2, len(ys) - 1, len(xs) - 1), bool)
+    for side, boxes in zip(inside, (first, second), strict=True):
+        for box in boxes:
+            x0, x1 = np.searchsorted(xs, (box.x, box.x + box.width))
+            y0, y1 = np.searchsorted(ys, (box.y, box.y + box.height))
+            side[y0:y1, x0:x1] = True
+    area = np.outer(np.diff(ys), np.diff(xs))
+    return float(area[inside.all(axis=0)].sum()), float(area[inside.any(axis=0)].sum())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

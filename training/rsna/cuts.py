@@ -22,11 +22,14 @@ from model import LEVELS, Grid, SeriesError, Volume, load_pipeline, read_bundle
 from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
-from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3
+from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3, turned_by_deg
 from training.files import locked, remove_unfinished, write_json
 from training.rsna.cache import FORMAT, Cache, CacheError, Study, digest
 from training.rsna.processes import in_processes
 from training.rsna.stacks import CutSettings, Stacks, stacks_fingerprint, write_stacks
+
+CUT_FORMAT = 2
+"""Version of how stacks are cut; those of another one are cut again. 2: who lies turned is cut facing forward."""
 
 MIN_VISIBLE = 0.3
 """With less of a vertebra in the field of view its label says nothing: who read the CT judged what they saw."""
@@ -61,6 +64,7 @@ def cut(
     folder = cache.folder / "cuts" / name
     size = CutSettings(num_slices=settings.num_slices, num_pixels=settings.num_pixels, pixel_mm=settings.pixel_mm)
     if isinstance(masks, Path):
+        masks = masks.absolute()  # later steps may run elsewhere
         read_bundle(masks)  # refused here rather than in every process
     with locked(cache.folder / "studies", shared=True), locked(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ def _read_cut(cache: Cache, name: str) -> dict[str, Any]:
 
 def _labels_digest(studies: list[Study], masks: str) -> str:
     """Of the labels that a cut reads; of a bundle's, which are not kept, the same always."""
-    is_bundle = (Path(masks) / "bundle.json").is_file()
+    is_bundle = Path(masks).is_absolute()
     return digest(masks if is_bundle else [study.labels_fingerprint(masks) for study in studies])
 
 
@@ -144,7 +148,7 @@ def _cut_into_cache(study: Study, name: str, settings: CutSettings, masks: str |
         shutil.rmtree(folder, ignore_errors=True)
         return f"It has no labels {masks!r}."
     made_from = (masks / "bundle.json").read_text() if isinstance(masks, Path) else study.labels_fingerprint(masks)
-    content = [FORMAT, study.fingerprint, asdict(settings), made_from]
+    content = [FORMAT, CUT_FORMAT, study.fingerprint, asdict(settings), made_from]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if stacks_fingerprint(folder) == fingerprint:
         return None
@@ -175,7 +179,10 @@ def _pipeline(bundle: Path) -> Pipeline:
 def cut_study(
     study: Study, volume: Volume, labels: NDArray[np.uint8], labels_grid: Grid, settings: CutSettings | ClassifySettings
 ) -> Stacks:
-    """The stacks of one study. volume: its CT. labels: uint8 `(Z, Y, X)` on any grid, 1..7 = C1..C7, others ignored."""
+    """The stacks of one study. volume: its CT. labels: uint8 `(Z, Y, X)` on any grid, 1..7 = C1..C7, others ignored.
+
+    Those of a patient who lies turned are turned with the patient, as the pipeline's are.
+    """
     num_planes = 2 * (settings.num_slices - 1) + 1 + 2 * NUM_NEIGHBOURS
     shape = (len(LEVELS), num_planes, settings.num_pixels, settings.num_pixels)
     planes_hu, masks, regions = np.zeros(shape, np.int16), np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
@@ -183,10 +190,11 @@ def cut_study(
     judged = visible >= MIN_VISIBLE
     fractured = np.array(study.levels) & judged
     voxels = _voxels(labels)
+    twist_deg = turned_by_deg((labels > 0) & (labels <= len(LEVELS)), labels_grid)
     for i in np.flatnonzero(judged):
         label = int(i) + 1
         points = labels_grid.to_lps_mm(voxels[i].astype(float))
-        planes = stack_grid(points.min(axis=0), points.max(axis=0), settings)  # type: ignore[arg-type]  # it reads what both have
+        planes = stack_grid(points.min(axis=0), points.max(axis=0), settings, twist_deg)  # type: ignore[arg-type]  # it reads what both have
         mask = sample_mask(labels, labels_grid, planes, label)
         planes_hu[i] = sample_planes(volume.voxels_hu, volume.grid, planes).round().numpy()
         masks[i] = (mask * 255).round().numpy()

@@ -20,6 +20,9 @@ REVERSED_MASKS = ("43.1363", "43.20120", "43.2243", "43.24606", "43.32071")
 MAX_LABEL = 19
 """T12. 1..7 are C1..C7."""
 
+MAX_OFF_LABEL = 0.1
+"""From a whole number: labels up to 19, stored scaled into 8 bits, are off by up to 0.04."""
+
 BONE_HU = 150
 """Brighter voxels are bone, or contrast medium."""
 
@@ -96,6 +99,12 @@ def _read_nifti(path: Path) -> tuple[NDArray[np.uint8], Grid]:
         values = values[..., 0]
     if values.ndim != 3:
         raise MaskError(f"{path.name} has shape {values.shape}; three dimensions are expected.")
+    if values.dtype.kind == "f":
+        # Software that computes in floats stores them scaled: 3 comes back as 2.99995.
+        labels = np.rint(values)
+        if np.abs(values - labels).max() > MAX_OFF_LABEL:
+            raise MaskError(f"{path.name} has values between its labels, as after interpolation; labels are expected.")
+        values = labels
     low, high = values.min(), values.max()
     if not (low >= 0 and 1 <= high <= MAX_LABEL):
         raise MaskError(f"{path.name} has values from {low} to {high}; labels from 0 to {MAX_LABEL} are expected.")

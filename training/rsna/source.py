@@ -5,6 +5,7 @@ or `<UID>/` beside `train.csv`. Masks may be `.nii` or `.nii.gz`; tables and mas
 """
 
 import csv
+import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def read_source(folder: Path) -> Source:
 def _read_labels(path: Path) -> dict[str, dict[str, bool]]:
     labels: dict[str, dict[str, bool]] = {}
     for number, row in _rows(path, ("StudyInstanceUID", *TARGETS)):
-        uid = row["StudyInstanceUID"].strip()
+        uid = row["StudyInstanceUID"]
         if not set(uid) <= set("0123456789.") or uid in labels or not uid:
             raise SourceError(f"{path} has StudyInstanceUID {uid!r} in line {number}, a second time or not a UID.")
         wrong = [f"{name} {row[name]!r}" for name in TARGETS if row[name] not in ("0", "1", "0.0", "1.0")]
@@ -102,23 +103,32 @@ def _read_boxes(path: Path, labels: dict[str, dict[str, bool]]) -> tuple[dict[st
         return boxes, [f"There is no {path.name}: no fracture has a box."]
     for number, row in _rows(path, ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")):
         try:
-            x, y, width, height = (float(row[name]) for name in ("x", "y", "width", "height"))
-            slice_number = int(float(row["slice_number"]))
+            x, y, width, height, place = (float(row[name]) for name in ("x", "y", "width", "height", "slice_number"))
         except ValueError as error:
             raise SourceError(f"{path} has a value in line {number} that is no number ({error}).") from error
+        if not all(map(math.isfinite, (x, y, width, height))) or not place.is_integer():
+            raise SourceError(
+                f"{path} has a box ({x:g}, {y:g}, {width:g}, {height:g}) in slice {place:g} in line {number}; finite "
+                "numbers are expected, and the n of n.dcm."
+            )
         if row["StudyInstanceUID"] not in labels:
             num_foreign += 1
             continue
-        box = DrawnBox(slice_number=slice_number, x=x, y=y, width=width, height=height)
+        box = DrawnBox(slice_number=int(place), x=x, y=y, width=width, height=height)
         boxes[row["StudyInstanceUID"]].append(box)
     return boxes, [f"{num_foreign} boxes belong to no study of train.csv."] if num_foreign else []
 
 
 def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    """Line numbers and rows of a table that has these columns."""
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in columns if name not in (reader.fieldnames or ())]
-        if missing:
-            raise SourceError(f"{path} lacks the column {', '.join(missing)}; it has {reader.fieldnames}.")
-        return [(reader.line_num, {name: row[name] or "" for name in columns}) for row in reader]
+    """Line numbers and rows of a table that has these columns, cells stripped; rows without any are left out."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            missing = [name for name in columns if name not in reader.fieldnames]
+            if missing:
+                raise SourceError(f"{path} lacks the column {', '.join(missing)}; it has {reader.fieldnames}.")
+            rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path} is not a CSV file in UTF-8 ({error}). Save it as comma-separated text.") from error
+    return [(number, row) for number, row in rows if any(row.values())]

@@ -22,7 +22,7 @@ from training.files import replacing_file, write_json
 from training.phantom_measures import choose_operating_point
 from training.rsna import Cache
 from training.steps.regions import read_opinions
-from training.steps.run import StepError, fingerprint, fold_folder, folds_of, mean, rounded
+from training.steps.run import StepError, fingerprint, fold_folder, folds_of, mean, read_options, rounded
 from training.steps.study import challenge_weights
 
 MIN_OF_EACH = 5
@@ -130,13 +130,31 @@ def answers_fingerprints(cache: Path, work: Path) -> dict[str, str]:
     """Of what calibration is fitted to: each finished fold's `study` and `regions`.
 
     Raises:
-        StepError, CacheError: one of them, or what it was made from, is not finished or has changed since.
+        StepError, CacheError: one of them, or what it was made from, is not finished or has changed since; or they read
+            different cuts.
     """
+    require_one_cut(work)
     return {
         f"{step} fold{fold}": fingerprint(cache, work, fold, step)
         for fold in folds_of(work, "study")
         for step in ("study", "regions")
     }
+
+
+def require_one_cut(work: Path) -> None:
+    """Refuses networks that learned from stacks of different cuts: in a bundle all are asked about the same.
+
+    Raises:
+        StepError: they did.
+    """
+    steps = [(step, fold) for fold in folds_of(work, "study") for step in ("regions", "classify")]
+    cuts = {f"{step} fold{fold}": read_options(work, step, fold)["cut"] for step, fold in steps}
+    if len(set(cuts.values())) > 1:
+        listed = ", ".join(f"{name} {cut!r}" for name, cut in cuts.items())
+        raise StepError(
+            f"The networks of {work} learned from different cuts: {listed}. In a bundle all are asked about the same "
+            "stacks. Train them on one, with --fresh or in another --work."
+        )
 
 
 def read_held_out(work: Path) -> HeldOut:

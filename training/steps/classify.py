@@ -67,6 +67,8 @@ class ClassifyPlan:
 def classify(run: Run, plan: ClassifyPlan) -> dict[str, Any]:
     """Trains one fold's network and writes its answers for all studies; what it measured, beside constants."""
     drawn = ("regions",) if plan.start == "regions" else ()
+    if plan.start == "regions":
+        regions_step.require_same(run.work, run.fold, cut=plan.cut, encoder=plan.encoder)
     folder = run.begin("classify", f"cut {plan.cut}", *drawn, **asdict(plan))
     if (folder / "result.json").exists():
         return read_result(run.work, "classify", run.fold)

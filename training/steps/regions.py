@@ -53,16 +53,12 @@ class RegionsPlan:
 
 def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     """Trains one fold's network; what it measured, beside constants."""
+    cache = Cache.open(run.cache)
+    network = RegionUNet(plan.encoder)
+    check_sides(plan, cut_settings(cache, plan.cut).num_pixels, network.unet.stride)
     folder = run.begin("regions", f"cut {plan.cut}", **asdict(plan))
     if (folder / "result.json").exists():
         return read_result(run.work, "regions", run.fold)
-    cache = Cache.open(run.cache)
-    side, pixels = plan.patch + 2 * fractures.PATCH_MARGIN, cut_settings(cache, plan.cut).num_pixels
-    if side > pixels:
-        raise StepError(
-            f"--patch {plan.patch} and its margins need slices of {side} pixels; those of the cut {plan.cut!r} have "
-            f"{pixels}. Give at most {pixels - 2 * fractures.PATCH_MARGIN}, or cut with more --pixels."
-        )
     seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
     known = [vertebra for vertebra in seen if vertebra.regions_known]
     unknown = [vertebra for vertebra in seen if not vertebra.regions_known]
@@ -70,7 +66,6 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     held_out = [vertebra for vertebra in all_held_out if vertebra.regions_known]
 
     # 1. From boxes, and from vertebrae that are intact.
-    network = RegionUNet(plan.encoder)
     trainer = train(network, run, plan, folder, known, held_out)
 
     # 2. And from what the network of the last round draws in fractured vertebrae without a box.
@@ -100,6 +95,43 @@ def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
         save_weights(network, folder / WEIGHTS)
         write_json(folder / "result.json", result)
     return result
+
+
+def check_sides(plan: RegionsPlan, num_pixels: int, stride: int) -> None:
+    """Refuses slices and patches that the network cannot read. num_pixels: of the cut. stride: of the network.
+
+    Raises:
+        StepError: what does not fit, and what does.
+    """
+    if num_pixels % stride:
+        raise StepError(
+            f"Slices of the cut {plan.cut!r} have {num_pixels} pixels; {plan.encoder} needs a multiple of {stride}. "
+            "Cut with other --pixels, or give another --encoder."
+        )
+    side = plan.patch + 2 * fractures.PATCH_MARGIN
+    most = (num_pixels - 2 * fractures.PATCH_MARGIN) // stride * stride
+    if side > num_pixels:
+        raise StepError(
+            f"--patch {plan.patch} and its margins need slices of {side} pixels; those of the cut {plan.cut!r} have "
+            f"{num_pixels}. Give at most {most}, or cut with more --pixels."
+        )
+    if plan.patch < 1 or plan.patch % stride:
+        raise StepError(f"--patch is {plan.patch}; {plan.encoder} needs a multiple of {stride}, here at most {most}.")
+
+
+def require_same(work: Path, fold: int, **options: str) -> None:
+    """Refuses a finished fold that was trained with other options than these, for a step that must have the same.
+
+    Raises:
+        StepError: it was, or it is not finished.
+    """
+    before = read_options(work, "regions", fold)
+    for name, value in options.items():
+        if before[name] != value:
+            raise StepError(
+                f"{fold_folder(work, 'regions', fold)} was trained with --{name} {before[name]}, and `classify` has "
+                f"--{name} {value}: they must be the same. Give both the same."
+            )
 
 
 def opinion_sample(

@@ -319,7 +319,8 @@ def label_round(
                 study.write_labels(name, answer.labels)
                 if plan.network == "unet3d":
                     write_neck(neck_path(study, name, plan, work), study, name, plan.spacing_mm)
-            note.write_text(answer.doubt or BELIEVED, encoding="utf-8")
+            with replacing_file(note) as unfinished:
+                unfinished.write_text(answer.doubt or BELIEVED, encoding="utf-8")
     trainer.strategy.barrier()
     return [note.read_text(encoding="utf-8") for note in notes]
 

@@ -1,0 +1,109 @@
+"""Options of the commands that train: their defaults, and the file that gives others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from model.networks import RegionUNet
+from training.cli import main
+from training.commands.config_file import read_config
+from training.commands.everything import steps
+from training.steps.regions import RegionsPlan, check_sides
+
+
+def test_the_defaults_of_all_fit_one_another() -> None:
+    def default(command: str, option: str) -> Any:
+        return next(each.default for each in main.commands[command].params if each.name == option)
+
+    plan = RegionsPlan(
+        cut="any",
+        encoder=default("regions", "encoder"),
+        patch=default("regions", "patch"),
+        num_rounds=1,
+        threshold=0.5,
+    )
+    check_sides(plan, default("cut", "pixels"), RegionUNet(plan.encoder).unet.stride)
+    assert default("classify", "encoder") == plan.encoder
+
+
+def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("study: {epoch: 3}\n", encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "study"])
+
+    assert refused.exit_code == 2
+    assert "gives study epoch; its options are" in refused.output
+
+
+def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
+    read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
+    (tmp_path / "calibrate").mkdir()
+    points = {"level_operating_point": 0.3, "patient_operating_point": 0.5}
+    (tmp_path / "calibrate" / "calibration.json").write_text(json.dumps(points), encoding="utf-8")
+    for name in ("predictions.csv", "train.csv", "subgroups.csv"):
+        for folder in (tmp_path, tmp_path / "calibrate"):
+            (folder / name).touch()
+
+    # As downloaded from some places, the data set lies in a folder of its own.
+    (tmp_path / "rsna-2022").mkdir()
+    (tmp_path / "rsna-2022" / "train.csv").touch()
+    (tmp_path / "cache.json").write_text(json.dumps({"source": str(tmp_path / "rsna-2022")}), encoding="utf-8")
+
+    for name, *arguments in steps(tmp_path, tmp_path, tmp_path, tmp_path / "bundle", (0, 1)):
+        if name == "evaluate":
+            assert arguments[arguments.index("--truth") + 1] == str(tmp_path / "rsna-2022" / "train.csv")
+        command = main.commands[name]
+        assert isinstance(command, click.Command)
+        command.make_context(name, arguments)
+
+
+@pytest.mark.parametrize("text", ["[segment]", "segment: fast"])
+def test_a_config_that_is_no_table_of_options_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["--config", str(path), "segment"])
+
+    assert refused.exit_code == 2
+    assert "epochs: 10" in refused.output
+
+
+@pytest.mark.parametrize(("text", "given"), [("0.4", ("0.4",)), ("[0.4, C2=0.3]", ("0.4", "C2=0.3"))])
+def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, text: str, given: tuple) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"evaluate: {{operating-point: {text}}}\n", encoding="utf-8")
+    parent = click.Context(main, default_map=read_config(path, main))
+
+    context = main.commands["evaluate"].make_context("evaluate", ["--out", str(tmp_path)], parent=parent)
+
+    assert context.params["given_points"] == given
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "sentence"),
+    [
+        ("all", ["--folds", "0,1,5"], "'0,1,5' names a fold that is none; they are 0 to 4"),
+        ("calibrate", ["--level-specificity", "95"], "is not in the range 0<=x<=1"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_anything_runs(
+    tmp_path: Path, command: str, option: list[str], sentence: str
+) -> None:
+    where = ["--cache", str(tmp_path / "cache"), "--work", str(tmp_path / "work")]
+    more = ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")] if command == "all" else []
+
+    refused = CliRunner().invoke(main, [command, *where, *more, *option])
+
+    assert refused.exit_code == 2
+    assert sentence in " ".join(refused.output.split())
+
+
+def test_a_fold_that_is_named_twice_is_trained_once() -> None:
+    arguments = ["--rsna", "r", "--cache", "c", "--work", "w", "--out", "o", "--folds", "0,1,0"]
+
+    assert main.commands["all"].make_context("all", arguments).params["folds"] == (0, 1)
