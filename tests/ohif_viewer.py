@@ -154,12 +154,18 @@ class OhifStudy:
 
 
 @contextmanager
-def browser_page() -> Iterator[tuple[Page, set[str]]]:
-    """A page of a browser of its own, and the hosts that it will have asked for anything."""
+def browser_page(password: str | None = None) -> Iterator[tuple[Page, set[str]]]:
+    """A page of a browser of its own, and the hosts that it will have asked for anything.
+
+    password: what its user gives when the browser asks.
+    """
     hosts: set[str] = set()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=find_chromium(), args=_CHROMIUM_ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1280, "height": 800})
+        page = browser.new_page(
+            viewport={"width": 1280, "height": 800},
+            http_credentials=None if password is None else {"username": "anyone", "password": password},
+        )
         page.set_default_timeout(_TIMEOUT_MS)
         page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
         try:

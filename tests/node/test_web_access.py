@@ -42,7 +42,8 @@ def test_with_tokens_everybody_needs_one(serve: Serve) -> None:
     server = serve(allow="tokens")
     answer = server.get("/studies")
     assert answer.status_code == 401
-    assert "Basic" in answer.headers["WWW-Authenticate"]
+    challenges = answer.raw.headers.getlist("WWW-Authenticate")
+    assert challenges == ['Basic realm="C-Spine Node", charset="UTF-8"', "Bearer"]
     secret = server.tokens.make("viewer", ("read",))
     assert requests.get(f"{server.url}/studies", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
     assert requests.get(f"{server.url}/studies", auth=("anyone", secret)).status_code == 200
