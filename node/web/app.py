@@ -30,6 +30,7 @@ from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
+from node.web.limits import in_time
 from node.web.matching import QueryError
 from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError, boundary_of
 from node.web.settings import WebConfig
@@ -65,7 +66,7 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     ):
         app.add_exception_handler(error, _say(status))
     app.add_exception_handler(FileNotFoundError, _say(404, "it has just been removed"))
-    app.add_exception_handler(TimeoutError, _say(408, "nothing has come for web.body_timeout_s"))
+    app.add_exception_handler(TimeoutError, _say(408, "nothing, or too little, has come for web.body_timeout_s"))
     app.add_exception_handler(HTTPException, _say_http)
     app.add_exception_handler(Exception, _say_broken)
     return app
@@ -378,7 +379,7 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
         is_whole = False
         try:
             stored = await store_parts(
-                request.stream(),
+                in_time(request.stream(), config.body_timeout_s),
                 reader,
                 store,
                 source,
