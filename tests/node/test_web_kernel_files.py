@@ -97,7 +97,7 @@ def test_the_kernel_sends_every_file_and_the_connection_goes_on(
 def test_requests_that_come_together_are_answered_one_after_the_other(
     web: WebServer, address: str, files: list[bytes]
 ) -> None:
-    lines = f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n"
+    lines = f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n"
     with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
         client.sendall(f"{lines}\r\n{lines}Connection: close\r\n\r\n".encode())
         with client.makefile("rb") as incoming:
@@ -155,7 +155,7 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_open(
     before = num_open_files()
     for _ in range(3):
         with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
-            client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+            client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
             client.recv(1000)
     until = time.monotonic() + 10
     while num_open_files() > before and time.monotonic() < until:
@@ -173,7 +173,7 @@ def test_for_a_client_that_has_left_no_more_is_opened(
     monkeypatch.setattr(wado, "_NUM_OPEN", 1)
     monkeypatch.setattr(wado, "_open", lambda path: opened.append(path) or open_file(path))
     with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
-        client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+        client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
         client.recv(1000)
     until = time.monotonic() + 2
     while len(opened) < 10 and time.monotonic() < until:
