@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,13 @@ def check_overlay(study: OhifStudy, analysed: Analysed, picture: Path) -> None:
     off = on[:, ::-1] & ~binary_dilation(on, iterations=2)
     on_lps_mm, off_lps_mm = (phantom.grid.to_lps_mm(np.insert(np.argwhere(mask), 0, z, axis=1)) for mask in (on, off))
     picture.parent.mkdir(exist_ok=True)
-    shown = study.picture_of(dcmread(analysed.paths[z], stop_before_pixels=True).SOPInstanceUID, picture)
-    overlay = np.ptp(shown, axis=2) > 0.1  # CT is grey
-    assert share_of(study.to_page(on_lps_mm), overlay) > 0.75
+    uid = dcmread(analysed.paths[z], stop_before_pixels=True).SOPInstanceUID
+    until = time.monotonic() + 60
+    while True:  # an overlay is black until its colours have come
+        overlay = np.ptp(study.picture_of(uid, picture), axis=2) > 0.1  # CT is grey
+        if (share := share_of(study.to_page(on_lps_mm), overlay)) > 0.75:
+            break
+        assert time.monotonic() < until, f"the overlay lies on {share:.0%} of the vertebra"
     assert share_of(study.to_page(off_lps_mm), overlay) < 0.1
 
 
