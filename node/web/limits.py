@@ -9,6 +9,7 @@ import math
 from asyncio import TimerHandle
 from collections.abc import AsyncIterator
 
+from node.web import kernel_files
 from node.web.kernel_files import KernelFilesProtocol
 
 log = logging.getLogger(__name__)
@@ -21,12 +22,13 @@ _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0
 
 
 class LimitedProtocol(KernelFilesProtocol):
-    """Closes a connection whose request has no end of its head in time, or too large a head.
+    """Closes a connection with no end of a request's head in time, too large a head, or an answer that is not read.
 
     Where too many are open, the one that has waited longest for a request makes room. One with a request that is being
     answered stays open, however long that takes.
     """
 
+    _reading: TimerHandle | None = None  # runs while some of an answer has not been taken
     _timer: TimerHandle | None = None  # runs while a head is awaited
     _num_bytes = 0  # that came since a head was complete or some of a body came; trailers count like heads
 
@@ -40,6 +42,7 @@ class LimitedProtocol(KernelFilesProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_reading()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -66,8 +69,17 @@ class LimitedProtocol(KernelFilesProtocol):
         self._num_bytes = 0
         super().on_message_complete()
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reading()
+
+    def resume_writing(self) -> None:
+        self._stop_reading()
+        super().resume_writing()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self._await_reading()
         if self.cycle.response_complete:  # else the next request has come meanwhile
             self._await_head()
 
@@ -84,6 +96,19 @@ class LimitedProtocol(KernelFilesProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _await_reading(self, before: int | None = None) -> None:
+        """Breaks the connection when nothing more is taken of what is to be sent: none of it since it was `before`."""
+        self._stop_reading()
+        if (left := self.transport.get_write_buffer_size()) == before:
+            self.transport.abort()
+        elif left:
+            self._reading = self.loop.call_later(kernel_files.READ_TIMEOUT_S, self._await_reading, left)
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _close(self) -> None:
         self._stop_timer()

@@ -165,6 +165,22 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_open(
     assert caplog.text == ""
 
 
+def test_for_a_client_that_reads_no_more_nothing_stays_open(
+    web: WebServer, address: str, monkeypatch: pytest.MonkeyPatch, by_kernel: list[int]
+) -> None:
+    monkeypatch.setattr(kernel_files, "READ_TIMEOUT_S", 0.3)
+    assert web.get("/studies").ok
+    before = num_open_files()
+    with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
+        client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+        client.recv(1000)
+        until = time.monotonic() + 20
+        while num_open_files() > before + 1 and time.monotonic() < until:  # the client's own is one
+            time.sleep(0.02)
+        assert num_open_files() <= before + 1
+    assert by_kernel
+
+
 def test_for_a_client_that_has_left_no_more_is_opened(
     web: WebServer, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,15 +2,17 @@
 
 import itertools
 import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
+import psutil
 import pytest
 import requests
 
 from node.config import Config
 from node.index import Index
-from node.web import limits
+from node.web import kernel_files, limits
 from node.web.settings import WebConfig
 from tests.web_server import WebServer
 
@@ -49,6 +51,12 @@ def store_and_wait(client: socket.socket) -> None:
     """Begins a request; returns when it is being answered, its body awaited."""
     client.sendall(STORE + b"Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n")
     assert client.recv(100).startswith(b"HTTP/1.1 100")
+
+
+def num_connections(server: WebServer) -> int:
+    """How many sockets of connections it holds."""
+    sockets = psutil.Process().net_connections("tcp")
+    return sum(one.laddr[1:] == (server.port,) and one.status != psutil.CONN_LISTEN for one in sockets)
 
 
 @pytest.mark.parametrize("allow", ["loopback", "tokens"])
@@ -127,6 +135,31 @@ def test_connections_that_ask_for_nothing_make_room_for_others(
         store_and_wait(opened.enter_context(connect(server)))
         with connect(server) as client:
             assert client.recv(100) == b""
+
+
+@pytest.mark.parametrize("num_requests", [150, 2000])  # too few for answering to stop, and enough
+def test_answers_that_are_not_read_keep_no_connection_open(
+    make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch, num_requests: int
+) -> None:
+    monkeypatch.setattr(kernel_files, "READ_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 1)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of each connection
+    server = WebServer(make_config().model_copy(update={"web": WebConfig(allow="tokens")}), index, listening)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(SOON_S)
+        client.connect(("127.0.0.1", server.port))
+        client.sendall(GET + b"\r\n")
+        assert client.recv(10) == b"HTTP/1.1 4"
+        client.settimeout(1)
+        with suppress(TimeoutError, ConnectionError):
+            client.sendall((GET + b"\r\n") * num_requests)
+        until = time.monotonic() + SOON_S
+        while num_connections(server):
+            assert time.monotonic() < until, "it is still open"
+            time.sleep(0.05)
+    server.stop()
 
 
 @pytest.mark.parametrize("piece", [b"", b"x"])
