@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from model.phantom import Anatomy, Phantom, default_grid, render, write_series
 from node.config import Config
 from node.encode.seg import VERTEBRAE
 from node.index import Index
+from node.web.settings import WebConfig
 from tests.ohif_viewer import OhifSite, OhifStudy, browser_page, find_chromium, open_study
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
@@ -88,7 +90,9 @@ def test_ohif_on_an_orthanc_lays_the_vertebrae_over_the_ct_where_they_are(analys
         orthanc.stop()
 
 
-def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(analysed: Analysed, index: Index) -> None:
+@pytest.fixture
+def case_list(analysed: Analysed, index: Index) -> Iterator[Callable[..., WebServer]]:
+    """What serves a node that holds the one case, done, under the settings of `web` given."""
     hold(index, [Path(shutil.copy(path, index.data_dir)) for path in analysed.paths])
     case = index.cases()[0]
     folder = index.data_dir / "cases" / case.series_instance_uid / "0123"
@@ -99,23 +103,46 @@ def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(analysed: Anal
     claimed = index.claim_next()
     assert claimed is not None
     index.finish(claimed, folder, summary="", sop_instance_uids=[], destinations=[])
-    server = WebServer(Config(), index)
-    BUILD_FOLDER.mkdir(exist_ok=True)
-    try:
-        with browser_page() as (page, hosts):
-            page.goto(server.root)
-            for width, name in ((1280, "case-list.png"), (360, "case-list-phone.png")):
-                page.set_viewport_size({"width": width, "height": 800})
-                assert page.evaluate("document.documentElement.scrollWidth") <= width
-                page.screenshot(path=BUILD_FOLDER / name)
-            page.set_viewport_size({"width": 1280, "height": 800})
-            assert page.get_by_role("row").count() == 2
-            assert page.get_by_role("columnheader", name="Probability").is_visible()
-            page.keyboard.press("Tab")
-            page.keyboard.press("Enter")
-            study = OhifStudy(page, hosts)
-            study.wait_for_segmentation()
-            check_overlay(study, analysed, BUILD_FOLDER / "ohif-node.png")
-        assert hosts == {f"127.0.0.1:{server.port}"}
-    finally:
+    servers: list[WebServer] = []
+
+    def serve(**web: object) -> WebServer:
+        servers.append(WebServer(Config(web=WebConfig(**web)), index))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
         server.stop()
+
+
+def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(
+    analysed: Analysed, case_list: Callable[..., WebServer]
+) -> None:
+    server = case_list()
+    BUILD_FOLDER.mkdir(exist_ok=True)
+    with browser_page() as (page, hosts):
+        page.goto(server.root)
+        for width, name in ((1280, "case-list.png"), (360, "case-list-phone.png")):
+            page.set_viewport_size({"width": width, "height": 800})
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            page.screenshot(path=BUILD_FOLDER / name)
+        page.set_viewport_size({"width": 1280, "height": 800})
+        assert page.get_by_role("row").count() == 2
+        assert page.get_by_role("columnheader", name="Probability").is_visible()
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+        study = OhifStudy(page, hosts)
+        study.wait_for_segmentation()
+        check_overlay(study, analysed, BUILD_FOLDER / "ohif-node.png")
+    assert hosts == {f"127.0.0.1:{server.port}"}
+
+
+def test_a_browser_asks_for_a_token_and_with_it_opens_the_list_and_the_case(
+    case_list: Callable[..., WebServer],
+) -> None:
+    server = case_list(allow="tokens")
+    with browser_page(password=server.tokens.make("reader", ("read",))) as (page, hosts):
+        answer = page.goto(server.root)
+        assert answer is not None
+        assert answer.status == 200
+        page.get_by_role("row").get_by_role("link").click()
+        OhifStudy(page, hosts).wait_for_segmentation()

@@ -1,5 +1,8 @@
 """Who may do what over HTTP: open on loopback, else a token or the word of a reverse proxy.
 
+Open on loopback is open to the browsers of this machine, too, and a page of any site can have its own name resolved to
+127.0.0.1 (DNS rebinding). So there only requests under a name of ours are answered.
+
 A token comes as `Authorization: Bearer TOKEN`, or as the password of HTTP Basic, which browsers can ask for.
 """
 
@@ -8,6 +11,7 @@ import binascii
 import logging
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -21,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _RIGHT_OF: dict[str, Right] = {"POST": "store", "DELETE": "delete"}
 _CORS_HEADERS = "authorization, content-type, accept"
+# Each in a header of its own: Chromium takes no challenge from one that holds two.
+_CHALLENGES = ('Basic realm="C-Spine Node", charset="UTF-8"', "Bearer")
 
 
 class AccessMiddleware:
@@ -57,11 +63,16 @@ class AccessMiddleware:
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         """The answer to a request that is not allowed; None if it is."""
+        if self._config.open_to_all and not _is_our_name(headers.get("host", ""), self._config):
+            text = f"here this is localhost or {self._config.host}; for another name, set web.public_url to it"
+            return JSONResponse({"error": text}, 421)
         right = _RIGHT_OF.get(scope["method"], "read")
         rights = self._rights(scope, headers)
         if rights is None:
-            challenge = {"WWW-Authenticate": 'Basic realm="C-Spine Node", charset="UTF-8", Bearer'}
-            return JSONResponse({"error": "a token is needed: cspine token make NAME"}, 401, challenge)
+            answer = JSONResponse({"error": "a token is needed: cspine token make NAME"}, 401)
+            for challenge in _CHALLENGES:
+                answer.headers.append("WWW-Authenticate", challenge)
+            return answer
         if right not in rights:
             return JSONResponse(
                 {"error": f"this token has no right to {right}: cspine token make --right {right}"}, 403
@@ -97,6 +108,15 @@ class AccessMiddleware:
                 ("Vary", "Origin"),
             ]
         return [(name.lower().encode(), value.encode("latin-1")) for name, value in extra]
+
+
+def _is_our_name(host: str, config: WebConfig) -> bool:
+    """Whether a Host header names us. One that is not there does, since browsers always send it."""
+    ours = {"localhost", "127.0.0.1", "::1", config.host.lower(), urlsplit(config.public_url or "").hostname}
+    try:
+        return not host or (urlsplit(f"//{host}").hostname or "") in ours
+    except ValueError:
+        return False
 
 
 def _peer(scope: Scope) -> str:

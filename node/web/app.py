@@ -30,6 +30,7 @@ from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
+from node.web.limits import in_time
 from node.web.matching import QueryError
 from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError, boundary_of
 from node.web.settings import WebConfig
@@ -40,13 +41,15 @@ log = logging.getLogger(__name__)
 
 DICOM_JSON = "application/dicom+json"
 _MAX_RENDERED_FRAMES = 1
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_HEADERS_OF_PROXIES = ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
 
 
 def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> FastAPI:
     """The application: the case list at /, DICOMweb at /dicom-web, OHIF at /viewer."""
     app = FastAPI(title="C-Spine Node", docs_url=None, redoc_url=None)
     app.state.catalog = catalog
-    app.state.public_url = config.web.public_url
+    app.state.web = config.web
     app.include_router(_search_router(), prefix="/dicom-web")
     app.include_router(_retrieve_router(), prefix="/dicom-web")
     app.include_router(_store_router(config.web, catalog, store), prefix="/dicom-web")
@@ -65,7 +68,7 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     ):
         app.add_exception_handler(error, _say(status))
     app.add_exception_handler(FileNotFoundError, _say(404, "it has just been removed"))
-    app.add_exception_handler(TimeoutError, _say(408, "nothing has come for web.body_timeout_s"))
+    app.add_exception_handler(TimeoutError, _say(408, "nothing, or too little, has come for web.body_timeout_s"))
     app.add_exception_handler(HTTPException, _say_http)
     app.add_exception_handler(Exception, _say_broken)
     return app
@@ -98,8 +101,17 @@ def _catalog(request: Request) -> Catalog:
 
 def _root(request: Request) -> str:
     """The address of the DICOMweb service as the client sees it."""
-    public: str | None = request.app.state.public_url
-    return (public or str(request.base_url)).rstrip("/") + "/dicom-web"
+    web: WebConfig = request.app.state.web
+    if web.public_url is not None:
+        return web.public_url.rstrip("/") + "/dicom-web"
+    base = str(request.base_url).rstrip("/")
+    # dicomweb-client leaves the port out of Host. A proxy that does is at the default port itself.
+    is_proxied = web.trusted_proxy is not None or any(name in request.headers for name in _HEADERS_OF_PROXIES)
+    port = request.scope["server"][1]
+    has_port = ":" in base.partition("//")[2].rpartition("]")[2]  # an IPv6 address has colons of its own
+    if not has_port and not is_proxied and port != _DEFAULT_PORTS[request.url.scheme]:
+        base += f":{port}"
+    return base + "/dicom-web"
 
 
 CatalogOf = Annotated[Catalog, Depends(_catalog)]
@@ -378,7 +390,7 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
         is_whole = False
         try:
             stored = await store_parts(
-                request.stream(),
+                in_time(request.stream(), config.body_timeout_s),
                 reader,
                 store,
                 source,

@@ -12,7 +12,7 @@ took 1.3 to 1.6 times as long.
 import errno
 import os
 import socket
-from asyncio import AbstractEventLoop, Event, sleep, to_thread
+from asyncio import AbstractEventLoop, Event, sleep, timeout, to_thread
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from io import FileIO
@@ -23,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 Pieces = Sequence[bytes | FileIO]
 SendPieces = Callable[[Pieces], Awaitable[None]]
 
+READ_TIMEOUT_S = 60.0  # a client that takes nothing of its answer for so long is taken for dead
 _EXTENSION = "cspine.http.response.pieces"
 _NEEDED = ("expected_content_length", "transport")
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without sendfile
@@ -83,7 +84,7 @@ async def _send(loop: AbstractEventLoop, cycle: RequestResponseCycle, pieces: Pi
                 else:
                     num_bytes = await _send_bytes(loop, connection, piece, is_last=index == len(pieces) - 1)
                 cycle.expected_content_length -= num_bytes
-        except OSError:  # the client has gone in the middle, or a file has been cut
+        except OSError:  # the client has gone in the middle, or takes no more, or a file has been cut
             transport.abort()
             await sleep(0)
 
@@ -118,10 +119,15 @@ async def _send_bytes(loop: AbstractEventLoop, connection: socket.socket, data: 
 
 
 async def _wait_for(loop: AbstractEventLoop, connection: socket.socket) -> None:
-    """Until the kernel takes more, or the client has gone."""
+    """Until the kernel takes more, or the client has gone.
+
+    Raises:
+        TimeoutError: it takes no more, since the client does not read.
+    """
     ready = Event()
     loop.add_writer(connection, ready.set)
     try:
-        await ready.wait()
+        async with timeout(READ_TIMEOUT_S):
+            await ready.wait()
     finally:
         loop.remove_writer(connection)

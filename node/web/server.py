@@ -16,7 +16,7 @@ from node.process import be_child, spare_the_collector
 from node.receive.store import Store
 from node.web.app import make_app
 from node.web.catalog import Catalog
-from node.web.kernel_files import KernelFilesProtocol
+from node.web.limits import LimitedProtocol
 from node.web.settings import WebConfig
 from node.web.tokens import Tokens
 
@@ -63,7 +63,8 @@ def make_server(app: FastAPI, web: WebConfig) -> uvicorn.Server:
     """
     config = uvicorn.Config(
         app,
-        http=KernelFilesProtocol,
+        http=LimitedProtocol,
+        ws="none",  # whose connections would have no limits
         log_config=None,
         access_log=False,  # addresses name studies
         server_header=False,

@@ -19,6 +19,7 @@ CONFIG = {
     "showStudyList": True,
     "investigationalUseDialog": {"option": "never"},
     "disableConfirmationPrompts": True,
+    "customizationService": [{"ohif.tours": {"$set": []}}],
     "defaultDataSourceName": "node",
     "dataSources": [
         {

@@ -18,6 +18,7 @@ from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEGLSLo
 from node.config import Config
 from node.index import Index
 from node.web import qido
+from node.web.settings import TrustedProxy, WebConfig
 from tests.factories import make_ct_series
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
@@ -134,6 +135,40 @@ def test_a_study_says_what_is_in_it(web: WebServer, paths: list[Path]) -> None:
     assert study["00080061"]["Value"] == ["CT"]
     assert study["00081190"]["Value"] == [web.url + path_of(paths[0], 1)]
     assert study["00100010"]["Value"] == [{"Alphabetic": "Müller^Eva"}]
+
+
+@pytest.mark.parametrize(
+    ("headers", "authority"),
+    [
+        ({"Host": "localhost"}, "localhost:{port}"),
+        ({"Host": "[::1]"}, "[::1]:{port}"),
+        ({"Host": "localhost:1234"}, "localhost:1234"),  # as through a tunnel
+        ({"Host": "localhost", "X-Forwarded-For": "192.0.2.1"}, "localhost"),  # a proxy at port 80
+    ],
+)
+def test_addresses_in_answers_are_those_by_which_the_node_was_called(
+    web: WebServer, headers: dict[str, str], authority: str
+) -> None:
+    (study,) = requests.get(f"{web.url}/studies?PatientID=P-0", headers=headers, timeout=20).json()
+    root = f"http://{authority.format(port=web.port)}/dicom-web"
+    assert study["00081190"]["Value"] == [f"{root}/studies/{study['0020000D']['Value'][0]}"]
+
+
+def test_behind_a_trusted_proxy_its_name_is_the_whole_address(held: Index) -> None:
+    server = WebServer(Config(web=WebConfig(trusted_proxy=TrustedProxy(addresses=("127.0.0.1",)))), held)
+    headers = {"Host": "ct.example", "X-Remote-User": "eva"}
+    (study,) = requests.get(f"{server.url}/studies?PatientID=P-0", headers=headers, timeout=20).json()
+    server.stop()
+    assert study["00081190"]["Value"][0].startswith("http://ct.example/dicom-web/")
+
+
+def test_the_dicomweb_client_of_others_finds_where_answers_lead(web: WebServer, paths: list[Path]) -> None:
+    """It leaves the port out of Host."""
+    client = DICOMwebClient(web.url)
+    (study,) = client.search_for_studies(search_filters={"PatientID": "P-0"})
+    assert study["00081190"]["Value"] == [web.url + path_of(paths[0], 1)]
+    metadata = client.retrieve_instance_metadata(*uids_of(paths[0]))
+    assert client.retrieve_bulkdata(metadata["7FE00010"]["BulkDataURI"]) == [dcmread(paths[0]).PixelData]
 
 
 def test_series_and_instances_of_a_study(web: WebServer, paths: list[Path]) -> None:

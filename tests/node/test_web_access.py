@@ -38,11 +38,40 @@ def test_on_loopback_nobody_needs_a_token(serve: Serve) -> None:
     assert requests.get(f"{server.url}/studies", headers=nobody).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example:8043", "evil.example", "127.0.0.1.evil.example", "user@evil.example", "["]
+)
+def test_where_no_token_is_asked_for_only_our_own_names_are_answered(serve: Serve, host: str) -> None:
+    """A page of evil.example may have that name resolved to 127.0.0.1, and is then of the same origin."""
+    server = serve(public_url="https://ct.example/node")
+    answer = requests.get(f"{server.url}/studies", headers={"Host": host})
+    assert answer.status_code == 421
+    assert "web.public_url" in answer.json()["error"]
+    assert requests.post(f"{server.url}/studies", headers={"Host": host}).status_code == 421
+    assert requests.get(server.root, headers={"Host": host}).status_code == 421
+    for ours in (f"localhost:{server.port}", "LOCALHOST", "127.0.0.1:1", f"[::1]:{server.port}", "ct.example"):
+        assert requests.get(f"{server.url}/studies", headers={"Host": ours}).status_code == 200
+
+
+def test_who_says_who_he_is_may_call_the_node_by_any_name(serve: Serve) -> None:
+    by_name = {"Host": "ct.example"}
+    server = serve(allow="tokens")
+    secret = {"Authorization": f"Bearer {server.tokens.make('viewer', ('read',))}"}
+    assert requests.get(f"{server.url}/studies", headers=by_name | secret).status_code == 200
+    proxied = serve(trusted_proxy=TrustedProxy(addresses=("127.0.0.1",)))
+    assert requests.get(f"{proxied.url}/studies", headers=by_name | {"X-Remote-User": "eva"}).status_code == 200
+
+
+def test_the_address_that_the_node_listens_on_is_a_name_of_it(serve: Serve) -> None:
+    assert requests.get(f"{serve(host='127.0.0.7').url}/studies", headers={"Host": "127.0.0.7"}).status_code == 200
+
+
 def test_with_tokens_everybody_needs_one(serve: Serve) -> None:
     server = serve(allow="tokens")
     answer = server.get("/studies")
     assert answer.status_code == 401
-    assert "Basic" in answer.headers["WWW-Authenticate"]
+    challenges = answer.raw.headers.getlist("WWW-Authenticate")
+    assert challenges == ['Basic realm="C-Spine Node", charset="UTF-8"', "Bearer"]
     secret = server.tokens.make("viewer", ("read",))
     assert requests.get(f"{server.url}/studies", headers={"Authorization": f"Bearer {secret}"}).status_code == 200
     assert requests.get(f"{server.url}/studies", auth=("anyone", secret)).status_code == 200

@@ -98,7 +98,7 @@ def test_the_kernel_sends_every_file_and_the_connection_goes_on(
 def test_requests_that_come_together_are_answered_one_after_the_other(
     web: WebServer, address: str, files: list[bytes]
 ) -> None:
-    lines = f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n"
+    lines = f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n"
     with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
         client.sendall(f"{lines}\r\n{lines}Connection: close\r\n\r\n".encode())
         with client.makefile("rb") as incoming:
@@ -162,6 +162,22 @@ def test_a_client_that_leaves_in_the_middle_leaves_nothing_open(
     assert caplog.text == ""
 
 
+def test_for_a_client_that_reads_no_more_nothing_stays_open(
+    web: WebServer, address: str, monkeypatch: pytest.MonkeyPatch, by_kernel: list[int]
+) -> None:
+    monkeypatch.setattr(kernel_files, "READ_TIMEOUT_S", 0.3)
+    assert web.get("/studies").ok
+    before = num_open_files()
+    with socket.create_connection(("127.0.0.1", web.port), timeout=30) as client:
+        client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+        client.recv(1000)
+        until = time.monotonic() + 20
+        while num_open_files() > before + 1 and time.monotonic() < until:  # the client's own is one
+            time.sleep(0.02)
+        assert num_open_files() <= before + 1
+    assert by_kernel
+
+
 def test_for_a_client_that_has_left_no_more_is_opened(
     web: WebServer, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +195,7 @@ def test_for_a_client_that_has_left_no_more_is_opened(
 
 def begin(client: socket.socket, address: str) -> None:
     """Asks, and reads some of the first file."""
-    client.sendall(f"GET {address} HTTP/1.1\r\nHost: x\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
+    client.sendall(f"GET {address} HTTP/1.1\r\nHost: localhost\r\nAccept: {HEADERS['Accept']}\r\n\r\n".encode())
     num_bytes = 0
     while num_bytes < 100_000:
         num_bytes += len(client.recv(10_000))
