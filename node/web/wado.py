@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
@@ -19,6 +19,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from model import PARSE_ERRORS
 from node.index import NewInstance
+from node.transcode import in_little_endian
 from node.web.accept import Offer
 from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
@@ -80,9 +81,10 @@ def instance_bytes(instance: StoredInstance, transfer_syntax: str) -> bytes:
         ds = dcmread(instance.path)
         if UID(instance.transfer_syntax_uid).is_compressed:
             ds.decompress(generate_instance_uid=False)
+        in_little_endian(ds)
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         encoded = BytesIO()
-        ds.save_as(encoded, implicit_vr=False, little_endian=True)
+        dcmwrite(encoded, ds, implicit_vr=False, little_endian=True)
         return encoded.getvalue()
     except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
         name = UID(instance.transfer_syntax_uid).name
@@ -141,6 +143,7 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
     url = f"{instance_url(instance, root)}/bulkdata"
     try:
         ds = completed(dcmread(instance.path, stop_before_pixels=True))
+        in_little_endian(ds)
     except PARSE_ERRORS as error:
         raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
     made = dataset_json(ds)
