@@ -46,7 +46,7 @@ _IMAGE_TYPES = {
 }
 
 
-class NotThereError(LookupError):
+class NotThereError(Exception):
     """What is asked for does not exist; the message says what."""
 
 

@@ -17,7 +17,7 @@ from pydicom.uid import CTImageStorage
 from node.config import Config
 from node.index import Index
 from node.web import viewer
-from tests.factories import make_ct_series, make_enhanced_ct
+from tests.factories import make_ct_series, make_enhanced_ct, make_report
 from tests.node.test_web import path_of, uids_of, values
 from tests.web_server import WebServer, hold
 
@@ -152,5 +152,17 @@ def test_a_rendered_frame_of_enhanced_ct_is_windowed_in_its_own_hounsfield_units
                 shown = np.asarray(Image.open(BytesIO(answer.content)), float)
                 expected = np.clip((hu - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * 255
                 assert np.abs(shown - expected).max() <= 1
+    finally:
+        server.stop()
+
+
+def test_frames_of_what_has_no_pixels_are_not_there(index: Index) -> None:
+    path = make_report(index.data_dir / "report.dcm")
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        answer = server.get(path_of(path) + "/frames/1")
+        assert (answer.status_code, "no pixels" in answer.text) == (404, True)
+        assert server.get(path_of(path) + "/bulkdata/7FE00010").status_code == 404
     finally:
         server.stop()
