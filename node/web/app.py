@@ -259,6 +259,11 @@ def _retrieve_router() -> APIRouter:
         told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
         return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
 
+    def parts(found: list[bytes], choice: Choice) -> Response:
+        boundary = _boundary()
+        body = wado.multipart_of(found, wado.typed(choice.offer.part, choice.transfer_syntax), boundary)
+        return Response(body, media_type=_related(choice.offer.part, boundary))
+
     def show(request: Request, instance: StoredInstance, frame: int = 1, *, is_thumbnail: bool = False) -> Response:
         choice = _choose(request, [Offer(media_type=media_type) for media_type in rendered.MEDIA_TYPES])
         view = rendered.parse_view(request.query_params)
@@ -318,23 +323,16 @@ def _retrieve_router() -> APIRouter:
     def bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
         if len(tag) != 8 or not all(digit in "0123456789abcdefABCDEF" for digit in tag):
             raise wado.NotThereError("bulk data is named by a tag of eight hex digits, such as 7FE00010")
-        octets = Offer(media_type="multipart/related", part=wado.OCTETS)
-        choice = _choose(request, [octets, Offer(media_type=wado.OCTETS)])
-        data = wado.bulk_data(instance, tag)
+        choice = _choose(request, wado.bulk_offers(instance, tag))
+        found = wado.bulk_data(instance, tag, choice.transfer_syntax)
         if not choice.offer.part:
-            return Response(data, media_type=wado.OCTETS)
-        boundary = _boundary()
-        body = wado.multipart_of([data], wado.OCTETS, boundary)
-        return Response(body, media_type=_related(wado.OCTETS, boundary))
+            return Response(found[0], media_type=wado.typed(wado.OCTETS, choice.transfer_syntax))
+        return parts(found, choice)
 
     @router.get(of_instance + "/frames/{numbers}")
     def frames(request: Request, instance: InstanceOf, numbers: str) -> Response:
         choice = _choose(request, wado.frame_offers(instance))
-        found = wado.frames(instance, _numbers(numbers), choice.transfer_syntax)
-        boundary = _boundary()
-        part_type = f"{choice.offer.part}; transfer-syntax={choice.transfer_syntax}"
-        body = wado.multipart_of(found, part_type, boundary)
-        return Response(body, media_type=_related(choice.offer.part, boundary))
+        return parts(wado.frames(instance, _numbers(numbers), choice.transfer_syntax), choice)
 
     @router.get(of_instance + "/frames/{numbers}/rendered")
     def frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
