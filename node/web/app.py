@@ -39,7 +39,6 @@ from node.web.tokens import Tokens
 log = logging.getLogger(__name__)
 
 DICOM_JSON = "application/dicom+json"
-_MAX_RENDERED_FRAMES = 1
 
 
 def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> FastAPI:
@@ -264,13 +263,24 @@ def _retrieve_router() -> APIRouter:
         body = wado.multipart_of(found, wado.typed(choice.offer.part, choice.transfer_syntax), boundary)
         return Response(body, media_type=_related(choice.offer.part, boundary))
 
-    def show(request: Request, instance: StoredInstance, frame: int = 1, *, is_thumbnail: bool = False) -> Response:
-        choice = _choose(request, [Offer(media_type=media_type) for media_type in rendered.MEDIA_TYPES])
+    def show(request: Request, one: rendered.Wanted | None, several: rendered.Wanted | None = None) -> Response:
+        """Pictures: one, or several where the client accepts multipart/related; None where there is no such thing."""
+        choice = _choose(request, rendered.offers(one=one is not None, several=several is not None))
         view = rendered.parse_view(request.query_params)
-        if is_thumbnail and view.size is None:
-            view = rendered.View(window=view.window, size=(128, 128), quality=view.quality)
-        media_type = choice.offer.media_type
-        return Response(rendered.render(instance, media_type, view, frame), media_type=media_type)
+        media_type = choice.offer.part or choice.offer.media_type
+        if several is not None and choice.offer.part:
+            boundary = _boundary()
+            pieces = rendered.multipart_of_pictures(several, media_type, view, boundary)
+            return _Pieces(pieces, _related(media_type, boundary), None, None)
+        assert one is not None
+        view = view if several is not None else view.as_thumbnail()
+        return Response(next(rendered.pictures(one, media_type, view)), media_type=media_type)
+
+    def show_all(request: Request, instances: list[StoredInstance]) -> Response:
+        return show(request, rendered.middle_of(instances), rendered.all_of(instances))
+
+    def show_small(request: Request, instances: list[StoredInstance]) -> Response:
+        return show(request, rendered.middle_of(instances))
 
     @router.get("/studies/{study}")
     def study(request: Request, catalog: CatalogOf, study: str) -> Response:
@@ -280,9 +290,13 @@ def _retrieve_router() -> APIRouter:
     def study_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
         return tell(request, _find(catalog, study), root)
 
+    @router.get("/studies/{study}/rendered")
+    def study_rendered(request: Request, catalog: CatalogOf, study: str) -> Response:
+        return show_all(request, _find(catalog, study))
+
     @router.get("/studies/{study}/thumbnail")
     def study_thumbnail(request: Request, catalog: CatalogOf, study: str) -> Response:
-        return show(request, _middle(_find(catalog, study)), is_thumbnail=True)
+        return show_small(request, _find(catalog, study))
 
     @router.get("/studies/{study}/series/{series}")
     def series(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
@@ -292,9 +306,13 @@ def _retrieve_router() -> APIRouter:
     def series_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
         return tell(request, _find(catalog, study, series), root)
 
+    @router.get("/studies/{study}/series/{series}/rendered")
+    def series_rendered(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
+        return show_all(request, _find(catalog, study, series))
+
     @router.get("/studies/{study}/series/{series}/thumbnail")
     def series_thumbnail(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
-        return show(request, _middle(_find(catalog, study, series)), is_thumbnail=True)
+        return show_small(request, _find(catalog, study, series))
 
     of_instance = "/studies/{study}/series/{series}/instances/{instance}"
 
@@ -313,11 +331,11 @@ def _retrieve_router() -> APIRouter:
 
     @router.get(of_instance + "/rendered")
     def instance_rendered(request: Request, instance: InstanceOf) -> Response:
-        return show(request, instance)
+        return show(request, [(instance, [1])], rendered.all_of([instance]))
 
     @router.get(of_instance + "/thumbnail")
     def instance_thumbnail(request: Request, instance: InstanceOf) -> Response:
-        return show(request, instance, is_thumbnail=True)
+        return show_small(request, [instance])
 
     @router.get(of_instance + "/bulkdata/{tag}")
     def bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
@@ -336,10 +354,12 @@ def _retrieve_router() -> APIRouter:
 
     @router.get(of_instance + "/frames/{numbers}/rendered")
     def frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
-        wanted = _numbers(numbers)
-        if len(wanted) > _MAX_RENDERED_FRAMES:
-            raise QueryError("one frame at a time can be rendered")
-        return show(request, instance, wanted[0])
+        wanted = [(instance, _numbers(numbers))]
+        return show(request, wanted if len(wanted[0][1]) == 1 else None, wanted)
+
+    @router.get(of_instance + "/frames/{numbers}/thumbnail")
+    def frame_thumbnail(request: Request, instance: InstanceOf, numbers: str) -> Response:
+        return show(request, [(instance, _numbers(numbers)[:1])])
 
     return router
 
@@ -354,11 +374,6 @@ def _numbers(text: str) -> list[int]:
     if not all(field.isascii() and field.isdecimal() and len(field) < 7 for field in fields):
         raise QueryError("frames are named by their numbers, from 1, such as 1,2,5")
     return [int(field) for field in fields]
-
-
-def _middle(instances: list[StoredInstance]) -> StoredInstance:
-    """The one to stand for all: of CT, a slice from the middle."""
-    return instances[len(instances) // 2]
 
 
 # ---- STOW-RS, and what administrators may remove ----
