@@ -31,14 +31,27 @@ from node.web.access import AccessMiddleware
 from node.web.catalog import Catalog, Level, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
 from node.web.matching import QueryError
-from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError, boundary_of
+from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError
 from node.web.settings import WebConfig
-from node.web.stow import TooLargeError, store_parts
+from node.web.stow import Stored, TooLargeError, boundary_of_request, store_parts
 from node.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
 DICOM_JSON = "application/dicom+json"
+_IN_JSON = [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")]
+_TOO_SLOW = "nothing has come for web.body_timeout_s"
+_STATUSES: dict[type[Exception], int] = {  # of HTTP, of what a request may be at fault with
+    QueryError: 400,
+    MultipartError: 400,
+    MediaTypeError: 415,
+    TooManyPartsError: 413,
+    ClientDisconnect: 400,
+    TooLargeError: 413,
+    wado.NotThereError: 404,
+    wado.CannotGiveError: 406,
+    TimeoutError: 408,
+}
 
 
 def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> FastAPI:
@@ -52,19 +65,10 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     app.include_router(case_list.make_router(store.index, catalog))
     app.include_router(viewer.make_router())
     app.add_middleware(AccessMiddleware, config=config.web, tokens=tokens)
-    for error, status in (
-        (QueryError, 400),
-        (MultipartError, 400),
-        (MediaTypeError, 415),
-        (TooManyPartsError, 413),
-        (ClientDisconnect, 400),
-        (TooLargeError, 413),
-        (wado.NotThereError, 404),
-        (wado.CannotGiveError, 406),
-    ):
+    for error, status in _STATUSES.items():
         app.add_exception_handler(error, _say(status))
     app.add_exception_handler(FileNotFoundError, _say(404, "it has just been removed"))
-    app.add_exception_handler(TimeoutError, _say(408, "nothing has come for web.body_timeout_s"))
+    app.add_exception_handler(TimeoutError, _say(408, _TOO_SLOW))
     app.add_exception_handler(HTTPException, _say_http)
     app.add_exception_handler(Exception, _say_broken)
     return app
@@ -191,7 +195,7 @@ def _search_router() -> APIRouter:
     router = APIRouter()
 
     def search(request: Request, catalog: Catalog, root: str, level: Level, **scope: str) -> Response:
-        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        _choose(request, _IN_JSON)
         query = qido.parse_query(level, request.query_params.multi_items(), scope)
         found = qido.search(catalog, level, query, root)
         answer = Response(json.dumps(found), media_type=DICOM_JSON)
@@ -254,7 +258,7 @@ def _retrieve_router() -> APIRouter:
         return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
 
     def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
-        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        _choose(request, _IN_JSON)
         told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
         return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
 
@@ -383,26 +387,37 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
     router = APIRouter()
 
     async def keep(request: Request, study: str) -> Response:
-        reader = MultipartReader(boundary_of(request.headers.get("content-type", "")), config.max_parts)
+        _choose(request, _IN_JSON)
+        reader = MultipartReader(boundary_of_request(request.headers), config.max_parts)
         length = request.headers.get("content-length", "0")
         if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
             raise TooLargeError(f"a request may have {config.max_body_mb} MB (web.max_body_mb)")
         source = Sender(lambda: "STOW-RS", store.index, store.run)
-        is_whole = False
+        stored, is_whole = Stored(), False
         try:
-            stored = await store_parts(
+            await store_parts(
                 request.stream(),
                 reader,
                 store,
                 source,
+                stored,
                 study_instance_uid=study,
                 max_bytes=config.max_body_mb << 20,
                 timeout_s=config.body_timeout_s,
             )
             is_whole = True
+        except tuple(_STATUSES) as error:
+            if not stored.taken:
+                raise
+            status = next(_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES)
+            why = str(error) or _TOO_SLOW
         finally:
             await asyncio.to_thread(source.end, released=is_whole)
-        return Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        if not is_whole:  # what has been stored all the same is named
+            answer.status_code = status
+            answer.headers["Warning"] = f'299 cspine: "{why}"'
+        return answer
 
     @router.post("/studies")
     async def keep_any(request: Request) -> Response:

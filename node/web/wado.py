@@ -157,10 +157,13 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
 
 def instance_url(instance: StoredInstance | NewInstance, root: str) -> str:
     """The address of an Instance."""
-    return (
-        f"{root}/studies/{instance.study_instance_uid}/series/{instance.series_instance_uid}"
-        f"/instances/{instance.sop_instance_uid}"
-    )
+    study = study_url(instance, root)
+    return f"{study}/series/{instance.series_instance_uid}/instances/{instance.sop_instance_uid}"
+
+
+def study_url(instance: StoredInstance | NewInstance, root: str) -> str:
+    """The address of its Study."""
+    return f"{root}/studies/{instance.study_instance_uid}"
 
 
 def bulk_offers(instance: StoredInstance, name: str) -> list[Offer]:
