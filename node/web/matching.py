@@ -42,9 +42,10 @@ class Condition:
 
 
 def _fits(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
-    """A value, or a pattern."""
-    is_pattern = "*" in value or "?" in value
-    return column.like(_as_like(value), escape="!") if is_pattern else column == value
+    """A value, or a pattern: GLOB has DICOM's wildcards and minds the case, as LIKE does not; `[` is its own."""
+    if "*" not in value and "?" not in value:
+        return column == value
+    return column.op("GLOB", is_comparison=True)(value.replace("[", "[[]"))
 
 
 def _is_name(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:

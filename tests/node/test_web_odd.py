@@ -36,6 +36,11 @@ from tests.web_server import WebServer, hold
         ("PatientName=Yamada", False),
         ("StudyDescription=HWS%5Cnativ", True),
         ("StudyDescription=HWS", False),
+        ("StudyID=[1]%25_!*", True),
+        ("StudyID=*[1]?_!*", True),
+        ("StudyID=?1]*", True),
+        ("StudyID=[1*", True),
+        ("StudyID=[[]*", False),
     ],
 )
 def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
@@ -58,11 +63,12 @@ def test_what_can_be_no_file_of_the_viewer_is_not_there(
 
 @pytest.fixture(scope="module")
 def japanese(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
-    """Holds one Study with a name in three scripts, and a description with a backslash in it."""
+    """Holds one Study with a name in three scripts, a backslash in its description, and an ID full of wildcards."""
 
     def edit(_i: int, ds: Dataset) -> None:
         ds.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
         ds.PatientName, ds.StudyDescription = "Yamada^Tarou=山田^太郎=やまだ^たろう", "HWS\\nativ"
+        ds.StudyID = "[1]%_!x"
 
     index = Index(tmp_path_factory.mktemp("japanese"))
     hold(index, make_ct_series(index.data_dir / "instances", num_slices=1, edit=edit))
