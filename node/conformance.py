@@ -30,11 +30,11 @@ from node.profiles import Kind
 from node.receive import status
 from node.receive.access import REJECTIONS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
-from node.retrieve.identifier import MAX_MATCHES, PATIENT_KEYS
+from node.retrieve.identifier import ABOUT_THE_QUERY, MAX_MATCHES, PATIENT_KEYS
 from node.retrieve.scp import LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
 from node.status import STATUSES
 from node.transcode import UNCOMPRESSED
-from node.web.catalog import Level
+from node.web.levels import Level
 
 STORE_STATUSES = {
     status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
@@ -231,7 +231,7 @@ def _retrieve() -> Iterator[str]:
         case of A to Z; of everything else the case counts."""
     )
     patient = ", ".join(PATIENT_KEYS)
-    study = ", ".join(k for k in Level.STUDY.keywords if k not in PATIENT_KEYS)
+    study = ", ".join(k for k in Level.STUDY.keywords if k not in (*PATIENT_KEYS, *ABOUT_THE_QUERY))
     rows = [("PATIENT", patient), ("STUDY", f"{study}, ModalitiesInStudy")]
     rows += [(name, ", ".join(level.keywords)) for name, level in (("SERIES", Level.SERIES), ("IMAGE", Level.INSTANCE))]
     yield from _table("Level | Attributes", rows)

@@ -28,8 +28,9 @@ from node.remove import delete_case
 from node.web import case_list, qido, rendered, viewer, wado
 from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
-from node.web.catalog import Catalog, Level, StoredInstance
+from node.web.catalog import Catalog, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
+from node.web.levels import Level
 from node.web.matching import QueryError
 from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError
 from node.web.settings import WebConfig

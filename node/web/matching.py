@@ -20,14 +20,17 @@ class QueryError(ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """One attribute and what is asked of it; an empty value asks nothing."""
+    """One attribute and what is asked of it; an empty value asks nothing.
+
+    keyword: with that of its sequence and a dot before it, where it stands in one.
+    """
 
     keyword: str
     value: str
 
     def of(self, column: ColumnElement[Any]) -> ColumnElement[bool]:
         """SQL for a column that holds the attribute as text."""
-        vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword)
+        vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword.rpartition(".")[2])
         if vr in _RANGES and "-" in self.value:
             return _in_range(column, self.value, vr)
         if vr == "UI":
@@ -74,11 +77,13 @@ def _in_range(column: ColumnElement[Any], value: str, vr: str) -> ColumnElement[
 
 
 def keyword_of(name: str) -> str:
-    """The keyword of an attribute given by keyword or by tag in eight hex digits.
+    """The keyword of an attribute given by keyword or by tag in eight hex digits; in a sequence, with a dot between.
 
     Raises:
         QueryError: there is no such attribute.
     """
+    if "." in name:
+        return ".".join(map(keyword_of, name.split(".")))
     if re.fullmatch(r"[0-9A-Fa-f]{8}", name):
         keyword = keyword_for_tag(int(name, 16))
     else:

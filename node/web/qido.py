@@ -12,7 +12,8 @@ from pydicom.tag import Tag
 
 from model import PARSE_ERRORS
 from node.web.attributes import attribute_json, completed
-from node.web.catalog import Catalog, Level
+from node.web.catalog import Catalog
+from node.web.levels import IN_REQUEST, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
@@ -44,13 +45,15 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
     is_fuzzy = False
     can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
+    can_match |= set(IN_REQUEST if Level.SERIES in MATCHED[level] else ())
     for name, value in parameters:
         if name in numbers:
             numbers[name] = _whole(name, value)
         elif name == "fuzzymatching":
             is_fuzzy = value.lower() == "true"
         elif name == "includefield":
-            include += [keyword_of(field) for field in value.split(",") if field and field != "all"]
+            fields = [keyword_of(field) for field in value.split(",") if field and field != "all"]
+            include += [field.partition(".")[0] for field in fields]  # of a sequence, all of it
         else:
             keyword = keyword_of(name)
             if keyword not in can_match:
