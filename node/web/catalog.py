@@ -227,15 +227,21 @@ class Catalog:
         return query
 
     def files(
-        self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
+        self,
+        study_instance_uid: str,
+        series_instance_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+        *,
+        limit: int | None = None,
     ) -> list[StoredInstance]:
         """Instances in the order of their numbers, none if there is no such thing."""
         uids = (study_instance_uid, series_instance_uid, sop_instance_uid)
         return self.matching_files(
-            [Condition(level.uid_keyword, uid) for level, uid in zip(Level, uids, strict=True) if uid is not None]
+            [Condition(level.uid_keyword, uid) for level, uid in zip(Level, uids, strict=True) if uid is not None],
+            limit=limit,
         )
 
-    def matching_files(self, conditions: Sequence[Condition]) -> list[StoredInstance]:
+    def matching_files(self, conditions: Sequence[Condition], *, limit: int | None = None) -> list[StoredInstance]:
         """Instances that match, by Series and in the order of their numbers."""
         columns = [column for column in _instances.c if column is not _instances.c.attributes]
         query = (
@@ -244,6 +250,7 @@ class Catalog:
             .join(_studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID)
             .where(*_where(conditions))
             .order_by(_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID)
+            .limit(limit)
         )
         with self._engine.connect() as connection:
             return [

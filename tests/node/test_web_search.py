@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
-from pydicom import Dataset
+from pydicom import Dataset, dcmread
 
 from node.config import Config
 from node.index import Index
+from node.web import qido
 from tests.factories import make_ct_series
 from tests.node.test_web import values
 from tests.web_server import WebServer, hold
@@ -84,3 +85,29 @@ def test_a_series_says_what_was_requested_and_in_which_timezone(web: WebServer) 
 )
 def test_what_cannot_be_matched_in_a_sequence_says_so(web: WebServer, query: str) -> None:
     assert web.get(query).status_code == 400
+
+
+def test_all_fields_are_those_of_the_file_without_bulk_data(web: WebServer) -> None:
+    (found,) = web.get("/instances?includefield=all&PatientID=A&InstanceNumber=2").json()
+    ds = dcmread(web.catalog.files(*(found[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018")))[0].path)
+    del ds.PixelData
+    assert found.pop("00081190")["Value"][0].endswith(ds.SOPInstanceUID)
+    assert Dataset.from_json(found) == Dataset.from_json(ds.to_json_dict())
+
+
+def test_all_fields_of_a_series_or_study_are_none_of_the_levels_below(web: WebServer) -> None:
+    (series,) = web.get("/series?includefield=all&PatientID=A").json()
+    assert series["00180060"] == {"vr": "DS"}
+    assert series["00080070"]["Value"] == ["Factory"]
+    assert not series.keys() & {"00080018", "00200013"}
+    (study,) = web.get("/studies?includefield=all&PatientID=A").json()
+    assert study["00080070"]["Value"] == ["Factory"]
+    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011"}
+
+
+def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qido, "DEFAULT_LIMIT", 2)
+    answer = web.get("/instances?includefield=all&limit=5")
+    assert len(answer.json()) == 2
+    assert "4 additional results" in answer.headers["Warning"]
+    assert len(web.get("/instances?limit=5").json()) == 5
