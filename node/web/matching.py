@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
-from sqlalchemy import ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, and_, false, or_
 
 _RANGES = ("DA", "TM", "DT")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
@@ -22,14 +22,23 @@ class QueryError(ValueError):
 class Condition:
     """One attribute and what is asked of it; an empty value asks nothing.
 
-    keyword: with that of its sequence and a dot before it, where it stands in one.
+    keyword: with that of its sequence and a dot before it, where it stands in one. is_empty: it must have no value.
+    is_list: the value may be several, joined as DICOM joins values; of UIDs and codes it always may.
     """
 
     keyword: str
     value: str
+    is_empty: bool = False
+    is_list: bool = False
 
     def of(self, column: ColumnElement[Any]) -> ColumnElement[bool]:
         """SQL for a column that holds the attribute as text."""
+        if self.is_empty:
+            return column == ""
+        if self.is_list and "\\" in self.value:
+            return or_(
+                false(), *(Condition(self.keyword, value).of(column) for value in self.value.split("\\") if value)
+            )
         vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword.rpartition(".")[2])
         if vr in _RANGES and "-" in self.value:
             return _in_range(column, self.value, vr)

@@ -20,6 +20,7 @@ from node.web.matching import Condition, QueryError, keyword_of
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
 MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
 _RETRIEVE_URL = "00081190"
+_FLAGS = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +49,16 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     conditions = [Condition(keyword, uid) for keyword, uid in scope.items()]
     include: list[str] = []
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
-    is_fuzzy = is_all = False
+    is_all = False
+    parameters = list(parameters)
+    flags = {name for name, value in parameters if name in _FLAGS and value.lower() == "true"}
     can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
     can_match |= set(IN_REQUEST if Level.SERIES in MATCHED[level] else ())
     for name, value in parameters:
         if name in numbers:
             numbers[name] = _whole(name, value)
-        elif name == "fuzzymatching":
-            is_fuzzy = value.lower() == "true"
+        elif name in _FLAGS:
+            continue
         elif name == "includefield":
             is_all |= "all" in value.split(",")
             fields = [keyword_of(field) for field in value.split(",") if field and field != "all"]
@@ -64,15 +67,17 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
             keyword = keyword_of(name)
             if keyword not in can_match:
                 raise QueryError(f"{keyword} cannot be matched here; these can: {', '.join(sorted(can_match))}")
+            is_empty = value == '""' and "emptyvaluematching" in flags
             if value.strip("*"):  # nothing, or any number of anything, asks nothing
-                conditions.append(Condition(keyword, value))
+                is_list = "multiplevaluematching" in flags
+                conditions.append(Condition(keyword, value, is_empty=is_empty, is_list=is_list))
     return Query(
         conditions=tuple(conditions),
         include=tuple(include),
         is_all=is_all,
         limit=min(numbers["limit"], DEFAULT_LIMIT if is_all else MAX_LIMIT),
         offset=numbers["offset"],
-        is_fuzzy=is_fuzzy,
+        is_fuzzy="fuzzymatching" in flags,
     )
 
 

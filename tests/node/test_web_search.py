@@ -111,3 +111,23 @@ def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.Mon
     assert len(answer.json()) == 2
     assert "4 additional results" in answer.headers["Warning"]
     assert len(web.get("/instances?limit=5").json()) == 5
+
+
+@pytest.mark.parametrize(
+    ("query", "patients"),
+    [
+        ('StudyDescription=""&emptyvaluematching=true', "C"),
+        ('emptyvaluematching=true&StudyDescription=""', "C"),
+        ('StudyDescription=""', ""),
+        ('StudyDescription=""&emptyvaluematching=false', ""),
+        ("PatientID=A%5CC&multiplevaluematching=true", "AC"),
+        ("PatientID=%5CA%5C&multiplevaluematching=true", "A"),
+        ("PatientID=%5C&multiplevaluematching=true", ""),
+        ("PatientID=A%5CC", ""),
+        ("StudyDescription=*A%5C*B&multiplevaluematching=true", "AB"),
+    ],
+)
+def test_empty_values_and_lists_are_matched_where_that_is_asked_for(web: WebServer, query: str, patients: str) -> None:
+    answer = web.get(f"/studies?{query}")
+    assert answer.status_code == 200, answer.text
+    assert sorted(values(answer.json(), "00100020")) == sorted(patients)
