@@ -33,7 +33,7 @@ _MACROS = {  # of functional groups, by attribute
     "VOILUTFunction": "FrameVOILUTSequence",
     "PixelSpacing": "PixelMeasuresSequence",
 }
-_FUNCTIONS = ("linear", "linear-exact", "sigmoid")
+FUNCTIONS = ("linear", "linear-exact", "sigmoid")
 MEDIA_TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 
 Wanted = Sequence[tuple[StoredInstance, Sequence[int]]]
@@ -109,9 +109,9 @@ def _parse_window(text: str) -> Window:
     centre, width, function, *more = (*text.split(","), "", "")
     found = Window(centre=_number(centre), width=_number(width), function=function.lower() or "linear")
     is_wide = 0 < found.width < 1e6 and (found.width >= 1 or found.function != "linear")
-    if any(more) or found.function not in _FUNCTIONS or not (math.isfinite(found.centre) and is_wide):
+    if any(more) or found.function not in FUNCTIONS or not (math.isfinite(found.centre) and is_wide):
         raise QueryError(
-            f"window is CENTRE,WIDTH or CENTRE,WIDTH,FUNCTION, which is {', '.join(_FUNCTIONS)}; WIDTH is above 0, of "
+            f"window is CENTRE,WIDTH or CENTRE,WIDTH,FUNCTION, which is {', '.join(FUNCTIONS)}; WIDTH is above 0, of "
             "linear from 1"
         )
     return found
@@ -233,7 +233,7 @@ def _own_window(ds: Dataset, index: int) -> Window:
             found.append(0.0)
     function = str(_of_frame(ds, index, "VOILUTFunction") or "").lower().replace("_", "-")
     centre, width = found if found[1] > 0 else _BONE
-    return Window(centre=centre, width=width, function=function if function in _FUNCTIONS else "linear")
+    return Window(centre=centre, width=width, function=function if function in FUNCTIONS else "linear")
 
 
 def _row_by_column(ds: Dataset, index: int) -> float:
