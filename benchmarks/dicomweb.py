@@ -31,6 +31,7 @@ from node.config import Config, ReceiveConfig
 from node.index import Index
 from node.web import catalog as cat
 from node.web import server
+from node.web.levels import Level
 from node.web.settings import WebConfig
 from tests.ports import free_port
 
@@ -230,7 +231,7 @@ def serve_as_is(config: Config, ready: "multiprocessing.connection.Connection") 
 
 
 def fill(catalog: cat.Catalog, *, num_series: int, num_slices: int) -> None:
-    def row(level: cat.Level, values: dict[str, str], **more: object) -> dict[str, object]:
+    def row(level: Level, values: dict[str, str], **more: object) -> dict[str, object]:
         from pydicom.datadict import dictionary_VR
         from pydicom.tag import Tag
 
@@ -244,15 +245,15 @@ def fill(catalog: cat.Catalog, *, num_series: int, num_slices: int) -> None:
             if number < 200:
                 date = f"2026{1 + number % 12:02d}{1 + number % 28:02d}"
                 values = {"StudyInstanceUID": study, "StudyDate": date, **patient}
-                connection.execute(insert(cat._studies), [row(cat.Level.STUDY, values)])
+                connection.execute(insert(cat._studies), [row(Level.STUDY, values)])
             series = f"1.2.3.{number}"
             values = {"SeriesInstanceUID": series, "Modality": "CT"}
-            connection.execute(insert(cat._series), [row(cat.Level.SERIES, values, StudyInstanceUID=study)])
+            connection.execute(insert(cat._series), [row(Level.SERIES, values, StudyInstanceUID=study)])
             connection.execute(
                 insert(cat._instances),
                 [
                     row(
-                        cat.Level.INSTANCE,
+                        Level.INSTANCE,
                         {"SOPInstanceUID": f"{series}.{slice_}", "SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"},
                         SeriesInstanceUID=series,
                         case_series=series,

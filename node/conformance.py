@@ -30,11 +30,12 @@ from node.profiles import Kind
 from node.receive import status
 from node.receive.access import REJECTIONS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
-from node.retrieve.identifier import MAX_MATCHES, PATIENT_KEYS
+from node.retrieve.identifier import ABOUT_THE_QUERY, MAX_MATCHES, PATIENT_KEYS
 from node.retrieve.scp import LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
 from node.status import STATUSES
 from node.transcode import UNCOMPRESSED
-from node.web.catalog import Level
+from node.web import qido, rendered
+from node.web.levels import IN_REQUEST, Level
 
 STORE_STATUSES = {
     status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
@@ -227,10 +228,11 @@ def _retrieve() -> Iterator[str]:
     )
     yield from _prose(
         """Matched, at their level and below; a value, several UIDs or codes, `*` and `?`, and ranges of dates and
-        times. Names are matched as a whole or by one of their component groups, whatever the case of A to Z."""
+        times. Names are matched as a whole or by one of their component groups, whatever
+        the case of A to Z; of everything else the case counts."""
     )
     patient = ", ".join(PATIENT_KEYS)
-    study = ", ".join(k for k in Level.STUDY.keywords if k not in PATIENT_KEYS)
+    study = ", ".join(k for k in Level.STUDY.keywords if k not in (*PATIENT_KEYS, *ABOUT_THE_QUERY))
     rows = [("PATIENT", patient), ("STUDY", f"{study}, ModalitiesInStudy")]
     rows += [(name, ", ".join(level.keywords)) for name, level in (("SERIES", Level.SERIES), ("IMAGE", Level.INSTANCE))]
     yield from _table("Level | Attributes", rows)
@@ -248,6 +250,27 @@ def _retrieve() -> Iterator[str]:
     )
     yield from _prose("Given out, besides CT, to a peer that proposes itself as SCP:")
     yield from _table("SOP Class | UID", _named(*RESULT_SOP_CLASSES))
+    yield from _as_origin_server()
+
+
+def _as_origin_server() -> Iterator[str]:
+    yield from ("### 5.1 As DICOMweb origin server", "")
+    yield from _prose(
+        f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists and TimezoneOffsetFromUTC, given
+        by keyword or tag, and of a Series and its Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
+        emptyvaluematching and multiplevaluematching are supported, fuzzymatching is answered literally with a Warning.
+        includefield names any attribute, or `all` but bulk data, of the first Instance. A page has
+        {qido.DEFAULT_LIMIT:,} matches, on request up to {qido.MAX_LIMIT:,}, with includefield=all at most
+        {qido.DEFAULT_LIMIT:,}; a Warning says how many are left. Answers are in `application/dicom+json`.""",
+        f"""Retrieve (10.4) gives Instances as they are stored or in Explicit VR Little Endian, frames and pixels as
+        bulk data as they are compressed or as little-endian octets. Of bulk data each compressed frame is a part,
+        decoded or native pixels are one. Rendered resources are {" or ".join(rendered.MEDIA_TYPES)}: one picture (of a
+        Study or a Series its middle slice), or with `multipart/related` all of them; several frames only so.
+        Parameters: window with {", ".join(rendered.FUNCTIONS)}, viewport with a region of the source, quality.""",
+        """Store (10.5) takes `multipart/related; type="application/dicom"`, not encoded. A part of another type is
+        among the Other Failures. An answer that is an error and has a Referenced SOP Sequence names what was stored
+        before the request broke.""",
+    )
 
 
 def _as_scu() -> Iterator[str]:

@@ -136,6 +136,9 @@ NAMES = st.one_of(
             "offset",
             "includefield",
             "fuzzymatching",
+            "emptyvaluematching",
+            "multiplevaluematching",
+            "00400275.00401001",
             "accept",
             "window",
             "viewport",
@@ -148,7 +151,21 @@ NAMES = st.one_of(
 VALUES = st.one_of(
     JUNK,
     st.sampled_from(
-        ["20260101-", "-20260101", "-", "20260101-20260102-3", "all", "true", "100,-1,linear", "0,0", "1e999,nan,x"]
+        [
+            "a\\b",
+            '""',
+            "5,5,,1,-1",
+            "1,1,sigmoid",
+            "20260101-",
+            "-20260101",
+            "-",
+            "20260101-20260102-3",
+            "all",
+            "true",
+            "100,-1,linear",
+            "0,0",
+            "1e999,nan,x",
+        ]
     ),
 )
 

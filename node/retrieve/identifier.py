@@ -14,14 +14,15 @@ from pydicom import DataElement, Dataset
 from pydicom.datadict import keyword_for_tag
 from pydicom.multival import MultiValue
 
-from node.web.catalog import Catalog, Level
+from node.web.catalog import Catalog
+from node.web.levels import Level
 from node.web.matching import Condition, QueryError
 from node.web.qido import MATCHED, read_attributes, uid_of
 
 MAX_MATCHES = 10_000
 _LEVELS = {"PATIENT": Level.STUDY, "STUDY": Level.STUDY, "SERIES": Level.SERIES, "IMAGE": Level.INSTANCE}
 PATIENT_KEYS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
-_ABOUT_THE_QUERY = ("QueryRetrieveLevel", "SpecificCharacterSet", "TimezoneOffsetFromUTC", "QueryRetrieveView")
+ABOUT_THE_QUERY = ("QueryRetrieveLevel", "SpecificCharacterSet", "TimezoneOffsetFromUTC", "QueryRetrieveView")
 
 
 class TooManyError(Exception):
@@ -53,7 +54,7 @@ def parse_query(identifier: Dataset, levels: tuple[str, ...]) -> Query:
     if name != "PATIENT":
         can_match = {keyword for upper in MATCHED[_LEVELS[name]] for keyword in upper.keywords} | {"ModalitiesInStudy"}
     conditions, is_whole = [], True
-    wanted = [element for element in identifier if element.keyword not in _ABOUT_THE_QUERY]
+    wanted = [element for element in identifier if element.keyword not in ABOUT_THE_QUERY]
     for element in wanted:
         if not _asks(element):
             continue

@@ -3,7 +3,7 @@
 Reference: RFC 9110 12.5.1, PS3.18 8.7.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from node.web.multipart import parse_content_type
@@ -29,40 +29,54 @@ class Choice:
     transfer_syntax: str
 
 
+@dataclass(frozen=True)
+class _Range:
+    """One choice of an Accept header."""
+
+    quality: float
+    media_type: str
+    part: str
+    syntax: str
+
+    def covers(self, choice: Choice) -> bool:
+        """Whether it speaks of this representation."""
+        return (
+            _is_a(self.media_type, choice.offer.media_type)
+            and (self.media_type != "multipart/related" or not self.part or _is_a(self.part, choice.offer.part))
+            and (not choice.transfer_syntax or self.syntax in ("", "*", choice.transfer_syntax))
+        )
+
+    @property
+    def precision(self) -> tuple[int, int, int]:
+        """The more precise of two ranges decides (RFC 9110 12.5.1)."""
+        return _precision(self.media_type), _precision(self.part), _precision(self.syntax)
+
+    def choices(self, offers: Sequence[Offer], default_syntax: str) -> Iterator[Choice]:
+        """What it asks for, the best first."""
+        for offer in offers:
+            syntaxes = offer.transfer_syntaxes or ("",)
+            if not self.syntax:
+                syntaxes = (default_syntax,) if default_syntax in syntaxes else syntaxes[:1]
+            for syntax in syntaxes:
+                choice = Choice(offer, syntax)
+                if self.covers(choice):
+                    yield choice
+
+
 def choose(accept: str, offers: Sequence[Offer], *, default_syntax: str = "") -> Choice | None:
     """The offer that suits best, None if none does. No Accept header, or an empty one, accepts the first.
 
     default_syntax: what a client gets that names no transfer syntax, if it can be had.
     """
-    wanted = [_parse(text) for text in _split(accept or "*/*")]
-    best: tuple[float, Choice] | None = None
-    for quality, media_type, parameters in wanted:
-        if quality <= 0:
-            continue
-        for offer in offers:
-            if not _is_a(media_type, offer.media_type):
-                continue
-            part = parameters.get("type", "")
-            if media_type == "multipart/related" and part and not _is_a(part.lower(), offer.part):
-                continue
-            syntax = _syntax(parameters.get("transfer-syntax", ""), offer, default_syntax)
-            if syntax is None:
-                continue
-            if best is None or quality > best[0]:
-                best = quality, Choice(offer, syntax)
-            break
-    return best[1] if best else None
-
-
-def _syntax(asked: str, offer: Offer, default: str) -> str | None:
-    """The transfer syntax to give an offer in; None if what is asked for cannot be had."""
-    if not offer.transfer_syntaxes:
-        return ""
-    if asked == "*":
-        return offer.transfer_syntaxes[0]
-    if asked:
-        return asked if asked in offer.transfer_syntaxes else None
-    return default if default in offer.transfer_syntaxes else offer.transfer_syntaxes[0]
+    ranges = [_parse(text) for text in _split(accept or "*/*")]
+    best: Choice | None = None
+    best_quality = 0.0
+    for asked in ranges:
+        for choice in asked.choices(offers, default_syntax):
+            _, quality = max((one.precision, one.quality) for one in ranges if one.covers(choice))
+            if quality > best_quality:
+                best, best_quality = choice, quality
+    return best
 
 
 def _is_a(asked: str, given: str) -> bool:
@@ -70,13 +84,23 @@ def _is_a(asked: str, given: str) -> bool:
     return asked in ("*/*", given) or (sub == "*" and given.startswith(kind + "/"))
 
 
-def _parse(text: str) -> tuple[float, str, dict[str, str]]:
+def _precision(asked: str) -> int:
+    """Of a media type or a transfer syntax: none, any, any of a kind, or one."""
+    return 0 if not asked else 1 if asked in ("*", "*/*") else 2 if asked.endswith("/*") else 3
+
+
+def _parse(text: str) -> _Range:
     media_type, parameters = parse_content_type(text)
     try:
         quality = float(parameters.get("q", "1"))
     except ValueError:
         quality = 0.0
-    return (quality if 0 <= quality <= 1 else 0.0), media_type, parameters
+    return _Range(
+        quality=quality if 0 <= quality <= 1 else 0.0,
+        media_type=media_type,
+        part=parameters.get("type", "").lower(),
+        syntax=parameters.get("transfer-syntax", ""),
+    )
 
 
 def _split(accept: str) -> list[str]:

@@ -28,19 +28,32 @@ from node.remove import delete_case
 from node.web import case_list, qido, rendered, viewer, wado
 from node.web.accept import Choice, Offer, choose
 from node.web.access import AccessMiddleware
-from node.web.catalog import Catalog, Level, StoredInstance
+from node.web.catalog import Catalog, StoredInstance
 from node.web.kernel_files import SendPieces, close_files, send_pieces_of
+from node.web.levels import Level
 from node.web.limits import in_time
 from node.web.matching import QueryError
-from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError, boundary_of
+from node.web.multipart import MediaTypeError, MultipartError, MultipartReader, TooManyPartsError
 from node.web.settings import WebConfig
-from node.web.stow import TooLargeError, store_parts
+from node.web.stow import Stored, TooLargeError, boundary_of_request, store_parts
 from node.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
 DICOM_JSON = "application/dicom+json"
-_MAX_RENDERED_FRAMES = 1
+_IN_JSON = [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")]
+_TOO_SLOW = "nothing, or too little, has come for web.body_timeout_s"
+_STATUSES: dict[type[Exception], int] = {  # of HTTP, of what a request may be at fault with
+    QueryError: 400,
+    MultipartError: 400,
+    MediaTypeError: 415,
+    TooManyPartsError: 413,
+    ClientDisconnect: 400,
+    TooLargeError: 413,
+    wado.NotThereError: 404,
+    wado.CannotGiveError: 406,
+    TimeoutError: 408,
+}
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HEADERS_OF_PROXIES = ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
 
@@ -56,19 +69,10 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     app.include_router(case_list.make_router(store.index, catalog))
     app.include_router(viewer.make_router())
     app.add_middleware(AccessMiddleware, config=config.web, tokens=tokens)
-    for error, status in (
-        (QueryError, 400),
-        (MultipartError, 400),
-        (MediaTypeError, 415),
-        (TooManyPartsError, 413),
-        (ClientDisconnect, 400),
-        (TooLargeError, 413),
-        (wado.NotThereError, 404),
-        (wado.CannotGiveError, 406),
-    ):
+    for error, status in _STATUSES.items():
         app.add_exception_handler(error, _say(status))
     app.add_exception_handler(FileNotFoundError, _say(404, "it has just been removed"))
-    app.add_exception_handler(TimeoutError, _say(408, "nothing, or too little, has come for web.body_timeout_s"))
+    app.add_exception_handler(TimeoutError, _say(408, _TOO_SLOW))
     app.add_exception_handler(HTTPException, _say_http)
     app.add_exception_handler(Exception, _say_broken)
     return app
@@ -204,7 +208,7 @@ def _search_router() -> APIRouter:
     router = APIRouter()
 
     def search(request: Request, catalog: Catalog, root: str, level: Level, **scope: str) -> Response:
-        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        _choose(request, _IN_JSON)
         query = qido.parse_query(level, request.query_params.multi_items(), scope)
         found = qido.search(catalog, level, query, root)
         answer = Response(json.dumps(found), media_type=DICOM_JSON)
@@ -267,17 +271,33 @@ def _retrieve_router() -> APIRouter:
         return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
 
     def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
-        _choose(request, [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")])
+        _choose(request, _IN_JSON)
         told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
         return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
 
-    def show(request: Request, instance: StoredInstance, frame: int = 1, *, is_thumbnail: bool = False) -> Response:
-        choice = _choose(request, [Offer(media_type=media_type) for media_type in rendered.MEDIA_TYPES])
+    def parts(found: list[bytes], choice: Choice) -> Response:
+        boundary = _boundary()
+        body = wado.multipart_of(found, wado.typed(choice.offer.part, choice.transfer_syntax), boundary)
+        return Response(body, media_type=_related(choice.offer.part, boundary))
+
+    def show(request: Request, one: rendered.Wanted | None, several: rendered.Wanted | None = None) -> Response:
+        """Pictures: one, or several where the client accepts multipart/related; None where there is no such thing."""
+        choice = _choose(request, rendered.offers(one=one is not None, several=several is not None))
         view = rendered.parse_view(request.query_params)
-        if is_thumbnail and view.size is None:
-            view = rendered.View(window=view.window, size=(128, 128), quality=view.quality)
-        media_type = choice.offer.media_type
-        return Response(rendered.render(instance, media_type, view, frame), media_type=media_type)
+        media_type = choice.offer.part or choice.offer.media_type
+        if several is not None and choice.offer.part:
+            boundary = _boundary()
+            pieces = rendered.multipart_of_pictures(several, media_type, view, boundary)
+            return _Pieces(pieces, _related(media_type, boundary), None, None)
+        assert one is not None
+        view = view if several is not None else view.as_thumbnail()
+        return Response(next(rendered.pictures(one, media_type, view)), media_type=media_type)
+
+    def show_all(request: Request, instances: list[StoredInstance]) -> Response:
+        return show(request, rendered.middle_of(instances), rendered.all_of(instances))
+
+    def show_small(request: Request, instances: list[StoredInstance]) -> Response:
+        return show(request, rendered.middle_of(instances))
 
     @router.get("/studies/{study}")
     def study(request: Request, catalog: CatalogOf, study: str) -> Response:
@@ -287,9 +307,13 @@ def _retrieve_router() -> APIRouter:
     def study_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
         return tell(request, _find(catalog, study), root)
 
+    @router.get("/studies/{study}/rendered")
+    def study_rendered(request: Request, catalog: CatalogOf, study: str) -> Response:
+        return show_all(request, _find(catalog, study))
+
     @router.get("/studies/{study}/thumbnail")
     def study_thumbnail(request: Request, catalog: CatalogOf, study: str) -> Response:
-        return show(request, _middle(_find(catalog, study)), is_thumbnail=True)
+        return show_small(request, _find(catalog, study))
 
     @router.get("/studies/{study}/series/{series}")
     def series(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
@@ -299,9 +323,13 @@ def _retrieve_router() -> APIRouter:
     def series_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
         return tell(request, _find(catalog, study, series), root)
 
+    @router.get("/studies/{study}/series/{series}/rendered")
+    def series_rendered(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
+        return show_all(request, _find(catalog, study, series))
+
     @router.get("/studies/{study}/series/{series}/thumbnail")
     def series_thumbnail(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
-        return show(request, _middle(_find(catalog, study, series)), is_thumbnail=True)
+        return show_small(request, _find(catalog, study, series))
 
     of_instance = "/studies/{study}/series/{series}/instances/{instance}"
 
@@ -320,40 +348,35 @@ def _retrieve_router() -> APIRouter:
 
     @router.get(of_instance + "/rendered")
     def instance_rendered(request: Request, instance: InstanceOf) -> Response:
-        return show(request, instance)
+        return show(request, [(instance, [1])], rendered.all_of([instance]))
 
     @router.get(of_instance + "/thumbnail")
     def instance_thumbnail(request: Request, instance: InstanceOf) -> Response:
-        return show(request, instance, is_thumbnail=True)
+        return show_small(request, [instance])
 
     @router.get(of_instance + "/bulkdata/{tag}")
     def bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
         if len(tag) != 8 or not all(digit in "0123456789abcdefABCDEF" for digit in tag):
             raise wado.NotThereError("bulk data is named by a tag of eight hex digits, such as 7FE00010")
-        octets = Offer(media_type="multipart/related", part=wado.OCTETS)
-        choice = _choose(request, [octets, Offer(media_type=wado.OCTETS)])
-        data = wado.bulk_data(instance, tag)
+        choice = _choose(request, wado.bulk_offers(instance, tag))
+        found = wado.bulk_data(instance, tag, choice.transfer_syntax)
         if not choice.offer.part:
-            return Response(data, media_type=wado.OCTETS)
-        boundary = _boundary()
-        body = wado.multipart_of([data], wado.OCTETS, boundary)
-        return Response(body, media_type=_related(wado.OCTETS, boundary))
+            return Response(found[0], media_type=wado.typed(wado.OCTETS, choice.transfer_syntax))
+        return parts(found, choice)
 
     @router.get(of_instance + "/frames/{numbers}")
     def frames(request: Request, instance: InstanceOf, numbers: str) -> Response:
         choice = _choose(request, wado.frame_offers(instance))
-        found = wado.frames(instance, _numbers(numbers), choice.transfer_syntax)
-        boundary = _boundary()
-        part_type = f"{choice.offer.part}; transfer-syntax={choice.transfer_syntax}"
-        body = wado.multipart_of(found, part_type, boundary)
-        return Response(body, media_type=_related(choice.offer.part, boundary))
+        return parts(wado.frames(instance, _numbers(numbers), choice.transfer_syntax), choice)
 
     @router.get(of_instance + "/frames/{numbers}/rendered")
     def frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
-        wanted = _numbers(numbers)
-        if len(wanted) > _MAX_RENDERED_FRAMES:
-            raise QueryError("one frame at a time can be rendered")
-        return show(request, instance, wanted[0])
+        wanted = [(instance, _numbers(numbers))]
+        return show(request, wanted if len(wanted[0][1]) == 1 else None, wanted)
+
+    @router.get(of_instance + "/frames/{numbers}/thumbnail")
+    def frame_thumbnail(request: Request, instance: InstanceOf, numbers: str) -> Response:
+        return show(request, [(instance, _numbers(numbers)[:1])])
 
     return router
 
@@ -370,11 +393,6 @@ def _numbers(text: str) -> list[int]:
     return [int(field) for field in fields]
 
 
-def _middle(instances: list[StoredInstance]) -> StoredInstance:
-    """The one to stand for all: of CT, a slice from the middle."""
-    return instances[len(instances) // 2]
-
-
 # ---- STOW-RS, and what administrators may remove ----
 
 
@@ -382,26 +400,37 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
     router = APIRouter()
 
     async def keep(request: Request, study: str) -> Response:
-        reader = MultipartReader(boundary_of(request.headers.get("content-type", "")), config.max_parts)
+        _choose(request, _IN_JSON)
+        reader = MultipartReader(boundary_of_request(request.headers), config.max_parts)
         length = request.headers.get("content-length", "0")
         if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
             raise TooLargeError(f"a request may have {config.max_body_mb} MB (web.max_body_mb)")
         source = Sender(lambda: "STOW-RS", store.index, store.run)
-        is_whole = False
+        stored, is_whole = Stored(), False
         try:
-            stored = await store_parts(
+            await store_parts(
                 in_time(request.stream(), config.body_timeout_s),
                 reader,
                 store,
                 source,
+                stored,
                 study_instance_uid=study,
                 max_bytes=config.max_body_mb << 20,
                 timeout_s=config.body_timeout_s,
             )
             is_whole = True
+        except tuple(_STATUSES) as error:
+            if not stored.taken:
+                raise
+            status = next(_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES)
+            why = str(error) or _TOO_SLOW
         finally:
             await asyncio.to_thread(source.end, released=is_whole)
-        return Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        if not is_whole:  # what has been stored all the same is named
+            answer.status_code = status
+            answer.headers["Warning"] = f'299 cspine: "{why}"'
+        return answer
 
     @router.post("/studies")
     async def keep_any(request: Request) -> Response:

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from sqlalchemy import (
     event,
     func,
     insert,
+    literal,
     select,
 )
 
@@ -44,50 +44,10 @@ from model import PARSE_ERRORS
 from node.case import Case
 from node.index import Index
 from node.web.attributes import attribute_json, completed
+from node.web.levels import IN_REQUEST, Level
 from node.web.matching import Condition
 
-_VERSION = 4  # of the tables below; a file of another version is made anew
-
-
-class Level(Enum):
-    """What a query is about: keywords that are stored and returned, and the UID that names one."""
-
-    STUDY = (
-        "StudyInstanceUID",
-        (
-            "StudyDate",
-            "StudyTime",
-            "AccessionNumber",
-            "ReferringPhysicianName",
-            "PatientName",
-            "PatientID",
-            "PatientBirthDate",
-            "PatientSex",
-            "StudyInstanceUID",
-            "StudyID",
-            "StudyDescription",
-        ),
-    )
-    SERIES = (
-        "SeriesInstanceUID",
-        (
-            "Modality",
-            "SeriesDescription",
-            "SeriesInstanceUID",
-            "SeriesNumber",
-            "BodyPartExamined",
-            "PerformedProcedureStepStartDate",
-            "PerformedProcedureStepStartTime",
-        ),
-    )
-    INSTANCE = (
-        "SOPInstanceUID",
-        ("SOPClassUID", "SOPInstanceUID", "InstanceNumber", "Rows", "Columns", "BitsAllocated", "NumberOfFrames"),
-    )
-
-    def __init__(self, uid_keyword: str, keywords: tuple[str, ...]) -> None:
-        self.uid_keyword = uid_keyword
-        self.keywords = keywords
+_VERSION = 5  # of the tables below; a file of another version is made anew
 
 
 _metadata = MetaData()
@@ -123,8 +83,9 @@ _cases = Table(
 )
 _STATE = ("changed_at", "num_instances", "originals_purged_at", "results_purged_at")
 _TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
-_READ_TAGS = [Tag(keyword) for level in Level for keyword in level.keywords] + [Tag("SpecificCharacterSet")]
-
+_READ_TAGS = [Tag(keyword) for level in Level for keyword in (*level.keywords, *level.only_returned)]
+_READ_TAGS.append(Tag("SpecificCharacterSet"))
+_PATHS = {keyword: f'$."{Tag(keyword.rpartition(".")[2]):08X}".Value[0]' for keyword in IN_REQUEST}
 
 # What an Instance of a Series has for itself: keyword, tag, VR, and what the index calls it.
 _OWN = tuple(
@@ -245,7 +206,7 @@ class Catalog:
         joined = _instances.join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID).join(
             _studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID
         )
-        wanted = [_where(condition) for condition in conditions]
+        wanted = _where(conditions)
         columns = [_studies.c.attributes.label("study")]
         if level is not Level.STUDY:
             columns.append(_series.c.attributes.label("series"))
@@ -266,23 +227,30 @@ class Catalog:
         return query
 
     def files(
-        self, study_instance_uid: str, series_instance_uid: str | None = None, sop_instance_uid: str | None = None
+        self,
+        study_instance_uid: str,
+        series_instance_uid: str | None = None,
+        sop_instance_uid: str | None = None,
+        *,
+        limit: int | None = None,
     ) -> list[StoredInstance]:
         """Instances in the order of their numbers, none if there is no such thing."""
         uids = (study_instance_uid, series_instance_uid, sop_instance_uid)
         return self.matching_files(
-            [Condition(level.uid_keyword, uid) for level, uid in zip(Level, uids, strict=True) if uid is not None]
+            [Condition(level.uid_keyword, uid) for level, uid in zip(Level, uids, strict=True) if uid is not None],
+            limit=limit,
         )
 
-    def matching_files(self, conditions: Sequence[Condition]) -> list[StoredInstance]:
+    def matching_files(self, conditions: Sequence[Condition], *, limit: int | None = None) -> list[StoredInstance]:
         """Instances that match, by Series and in the order of their numbers."""
         columns = [column for column in _instances.c if column is not _instances.c.attributes]
         query = (
             select(*columns, _series.c.StudyInstanceUID)
             .join(_series, _instances.c.SeriesInstanceUID == _series.c.SeriesInstanceUID)
             .join(_studies, _series.c.StudyInstanceUID == _studies.c.StudyInstanceUID)
-            .where(*map(_where, conditions))
+            .where(*_where(conditions))
             .order_by(_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID)
+            .limit(limit)
         )
         with self._engine.connect() as connection:
             return [
@@ -364,7 +332,7 @@ def _read(path: str) -> _Read | None:
         ds = completed(dcmread(path, stop_before_pixels=True, specific_tags=_READ_TAGS))
         return _Read(
             texts={level: {keyword: _text(ds, keyword) for keyword in level.keywords} for level in Level},
-            attributes={level: _json(ds, level.keywords) for level in Level},
+            attributes={level: _json(ds, level.keywords + level.only_returned) for level in Level},
             path=path,
             transfer_syntax=str(ds.file_meta.get("TransferSyntaxUID", "")),
         )
@@ -397,8 +365,19 @@ def _drop_empty(connection: Connection) -> None:
     connection.execute(delete(_studies).where(_studies.c.StudyInstanceUID.not_in(select(_series.c.StudyInstanceUID))))
 
 
-def _where(condition: Condition) -> ColumnElement[bool]:
-    """SQL of one condition."""
+def _where(conditions: Sequence[Condition]) -> list[ColumnElement[bool]]:
+    """SQL of conditions, all of which must hold."""
+    of_requests = [condition for condition in conditions if condition.keyword in IN_REQUEST]
+    wanted = [_holds(condition) for condition in conditions if condition not in of_requests]
+    if of_requests:  # of one and the same item (PS3.4 C.2.2.2.6)
+        item = func.json_each(_series.c.attributes, '$."00400275".Value').table_valued("value")
+        values = {keyword: func.json_extract(item.c.value, path) for keyword, path in _PATHS.items()}
+        held = (condition.of(func.coalesce(values[condition.keyword], "")) for condition in of_requests)
+        wanted.append(select(literal(1)).select_from(item).where(*held).correlate(_series).exists())
+    return wanted
+
+
+def _holds(condition: Condition) -> ColumnElement[bool]:
     if condition.keyword == "ModalitiesInStudy":
         modality = condition.of(_series.c.Modality)
         return _studies.c.StudyInstanceUID.in_(select(_series.c.StudyInstanceUID).where(modality))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
-from sqlalchemy import ColumnElement, and_, or_
+from sqlalchemy import ColumnElement, and_, false, or_
 
 _RANGES = ("DA", "TM", "DT")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
@@ -20,14 +20,26 @@ class QueryError(ValueError):
 
 @dataclass(frozen=True)
 class Condition:
-    """One attribute and what is asked of it; an empty value asks nothing."""
+    """One attribute and what is asked of it; an empty value asks nothing.
+
+    keyword: with that of its sequence and a dot before it, where it stands in one. is_empty: it must have no value.
+    is_list: the value may be several, joined as DICOM joins values; of UIDs and codes it always may.
+    """
 
     keyword: str
     value: str
+    is_empty: bool = False
+    is_list: bool = False
 
     def of(self, column: ColumnElement[Any]) -> ColumnElement[bool]:
         """SQL for a column that holds the attribute as text."""
-        vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword)
+        if self.is_empty:
+            return column == ""
+        if self.is_list and "\\" in self.value:
+            return or_(
+                false(), *(Condition(self.keyword, value).of(column) for value in self.value.split("\\") if value)
+            )
+        vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword.rpartition(".")[2])
         if vr in _RANGES and "-" in self.value:
             return _in_range(column, self.value, vr)
         if vr == "UI":
@@ -42,9 +54,10 @@ class Condition:
 
 
 def _fits(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
-    """A value, or a pattern."""
-    is_pattern = "*" in value or "?" in value
-    return column.like(_as_like(value), escape="!") if is_pattern else column == value
+    """A value, or a pattern: GLOB has DICOM's wildcards and minds the case, as LIKE does not; `[` is its own."""
+    if "*" not in value and "?" not in value:
+        return column == value
+    return column.op("GLOB", is_comparison=True)(value.replace("[", "[[]"))
 
 
 def _is_name(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
@@ -73,11 +86,13 @@ def _in_range(column: ColumnElement[Any], value: str, vr: str) -> ColumnElement[
 
 
 def keyword_of(name: str) -> str:
-    """The keyword of an attribute given by keyword or by tag in eight hex digits.
+    """The keyword of an attribute given by keyword or by tag in eight hex digits; in a sequence, with a dot between.
 
     Raises:
         QueryError: there is no such attribute.
     """
+    if "." in name:
+        return ".".join(map(keyword_of, name.split(".")))
     if re.fullmatch(r"[0-9A-Fa-f]{8}", name):
         keyword = keyword_for_tag(int(name, 16))
     else:

@@ -7,25 +7,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydicom import dcmread
-from pydicom.tag import Tag
+from pydicom import Dataset, dcmread
+from pydicom.tag import BaseTag, Tag
 
 from model import PARSE_ERRORS
-from node.web.attributes import attribute_json, completed
-from node.web.catalog import Catalog, Level
+from node.transcode import in_little_endian
+from node.web.attributes import attribute_json, completed, dataset_json
+from node.web.catalog import Catalog
+from node.web.levels import IN_REQUEST, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
 MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
 _RETRIEVE_URL = "00081190"
+_FLAGS = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A query string, understood. include: keywords that are wanted beyond what is returned anyway."""
+    """A query string, understood. include: keywords that are wanted beyond what is returned anyway.
+
+    is_all: whether all there are are wanted. For them each match is read from a file, so that a page has fewer.
+    """
 
     conditions: tuple[Condition, ...]
     include: tuple[str, ...]
+    is_all: bool
     limit: int
     offset: int
     is_fuzzy: bool
@@ -42,27 +49,35 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     conditions = [Condition(keyword, uid) for keyword, uid in scope.items()]
     include: list[str] = []
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
-    is_fuzzy = False
+    is_all = False
+    parameters = list(parameters)
+    flags = {name for name, value in parameters if name in _FLAGS and value.lower() == "true"}
     can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
+    can_match |= set(IN_REQUEST if Level.SERIES in MATCHED[level] else ())
     for name, value in parameters:
         if name in numbers:
             numbers[name] = _whole(name, value)
-        elif name == "fuzzymatching":
-            is_fuzzy = value.lower() == "true"
+        elif name in _FLAGS:
+            continue
         elif name == "includefield":
-            include += [keyword_of(field) for field in value.split(",") if field and field != "all"]
+            is_all |= "all" in value.split(",")
+            fields = [keyword_of(field) for field in value.split(",") if field and field != "all"]
+            include += [field.partition(".")[0] for field in fields]  # of a sequence, all of it
         else:
             keyword = keyword_of(name)
             if keyword not in can_match:
                 raise QueryError(f"{keyword} cannot be matched here; these can: {', '.join(sorted(can_match))}")
+            is_empty = value == '""' and "emptyvaluematching" in flags
             if value.strip("*"):  # nothing, or any number of anything, asks nothing
-                conditions.append(Condition(keyword, value))
+                is_list = "multiplevaluematching" in flags
+                conditions.append(Condition(keyword, value, is_empty=is_empty, is_list=is_list))
     return Query(
         conditions=tuple(conditions),
         include=tuple(include),
-        limit=min(numbers["limit"], MAX_LIMIT),
+        is_all=is_all,
+        limit=min(numbers["limit"], DEFAULT_LIMIT if is_all else MAX_LIMIT),
         offset=numbers["offset"],
-        is_fuzzy=is_fuzzy,
+        is_fuzzy="fuzzymatching" in flags,
     )
 
 
@@ -84,6 +99,8 @@ def search(catalog: Catalog, level: Level, query: Query, root: str) -> list[dict
         names = ("studies", "series", "instances")
         path = "".join(f"/{name}/{uid}" for name, uid in zip(names, uids, strict=False))
         answer[_RETRIEVE_URL] = {"vr": "UR", "Value": [root + path]}
+        if query.is_all:
+            answer |= _read_all(catalog, level, uids) | answer
         missing = [keyword for keyword in query.include if f"{Tag(keyword):08X}" not in answer]
         if missing:
             answer |= read_attributes(catalog, uids, missing)
@@ -96,12 +113,25 @@ def uid_of(answer: dict[str, Any], level: Level) -> str:
 
 def read_attributes(catalog: Catalog, uids: Sequence[str], keywords: Iterable[str]) -> dict[str, Any]:
     """Attributes that the catalog does not keep, from the first Instance."""
-    files = catalog.files(*uids)
-    if not files:
-        return {}
+    ds = _read_first(catalog, uids, [Tag(keyword) for keyword in keywords])
+    return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
+
+
+def _read_all(catalog: Catalog, level: Level, uids: Sequence[str]) -> dict[str, Any]:
+    """All attributes of the first Instance, but bulk data and what names or numbers things of the levels below."""
+    below = {f"{Tag(keyword):08X}" for lower in set(Level) - set(MATCHED[level]) for keyword in lower.keywords}
+    left_out = {*below, "00080005"}  # the character set is that of the file; JSON is in UTF-8
+    told = dataset_json(_read_first(catalog, uids))
+    return {tag: value for tag, value in told.items() if tag not in left_out and "InlineBinary" not in value}
+
+
+def _read_first(catalog: Catalog, uids: Sequence[str], tags: list[BaseTag] | None = None) -> Dataset:
+    """The first Instance, or these attributes of it; empty if it has just gone or cannot be read."""
     try:
-        tags = [Tag(keyword) for keyword in keywords]
-        ds = completed(dcmread(files[0].path, stop_before_pixels=True, specific_tags=tags))
-        return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
+        for instance in catalog.files(*uids, limit=1):
+            ds = completed(dcmread(instance.path, stop_before_pixels=True, specific_tags=tags))
+            in_little_endian(ds)
+            return ds
     except (OSError, *PARSE_ERRORS):
-        return {}
+        pass
+    return Dataset()

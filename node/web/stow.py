@@ -8,7 +8,7 @@ Reference: PS3.18 10.5 (Store), table I.2-1 (the answer), I.2-2 (Failure Reasons
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,16 @@ from node.receive.incoming import IncomingFile
 from node.receive.sender import Source
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, RefusedError
 from node.receive.store import Store
-from node.web.multipart import MultipartReader, PartBegins, PartData, PartEnds
-from node.web.wado import instance_url
+from node.web.multipart import (
+    MediaTypeError,
+    MultipartReader,
+    PartBegins,
+    PartData,
+    PartEnds,
+    boundary_of,
+    parse_content_type,
+)
+from node.web.wado import DICOM, instance_url, study_url
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +47,8 @@ class Stored:
     """What became of the parts of a request."""
 
     taken: list[tuple[Announced, NewInstance]] = field(default_factory=list)
-    failed: list[tuple[Announced | None, int, str]] = field(default_factory=list)
+    failed: list[tuple[Announced | None, int]] = field(default_factory=list)
+    num_of_other_types: int = 0  # of those that failed
 
     @property
     def status(self) -> int:
@@ -48,23 +57,26 @@ class Stored:
             return 200
         if self.taken:
             return 202
-        return 503 if any(status == OUT_OF_RESOURCES for _, status, _ in self.failed) else 409
+        if self.num_of_other_types == len(self.failed):
+            return 415
+        return 503 if any(status == OUT_OF_RESOURCES for _, status in self.failed) else 409
 
     def to_json(self, root: str) -> dict[str, Any]:
         """The Store Instances Response Module as DICOM JSON. root: the address of the service."""
-        answer: dict[str, Any] = {}
+        urls = sorted({study_url(instance, root) for _, instance in self.taken})
+        # The Study's, without a value where that would be several or none.
+        answer: dict[str, Any] = {"00081190": {"vr": "UR"} | ({"Value": urls} if len(urls) == 1 else {})}
         if self.taken:
             items = [
                 _reference(announced) | {"00081190": {"vr": "UR", "Value": [instance_url(instance, root)]}}
                 for announced, instance in self.taken
             ]
             answer["00081199"] = {"vr": "SQ", "Value": items}
-        for announced, status, comment in self.failed:
+        for announced, status in self.failed:
             # What names no Instance stands in Other Failures: the items of Failed SOP must.
             failures = answer.setdefault("00081198" if announced else "0008119A", {"vr": "SQ", "Value": []})
             failures["Value"].append(
-                (_reference(announced) if announced else {})
-                | {"00081197": {"vr": "US", "Value": [status]}, "00000902": {"vr": "LO", "Value": [comment[:64]]}}
+                (_reference(announced) if announced else {}) | {"00081197": {"vr": "US", "Value": [status]}}
             )
         return answer
 
@@ -76,26 +88,44 @@ def _reference(announced: Announced) -> dict[str, Any]:
     }
 
 
+def boundary_of_request(headers: Mapping[str, str]) -> str:
+    """The boundary of a request's body, by its headers.
+
+    Raises:
+        MediaTypeError: the body is not multipart/related of DICOM files, or is encoded.
+        MultipartError: it has no usable boundary.
+    """
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise MediaTypeError(f"Content-Encoding is {encoding:.40}; a body is taken as it is")
+    content_type = headers.get("content-type", "")
+    _, parameters = parse_content_type(content_type)
+    if (part_type := parameters.get("type", DICOM).lower()) != DICOM:
+        raise MediaTypeError(f"the parts are {part_type:.40}; {DICOM} is taken")
+    return boundary_of(content_type)
+
+
 async def store_parts(
     body: AsyncIterator[bytes],
     reader: MultipartReader,
     store: Store,
     source: Source,
+    stored: Stored,
     *,
     study_instance_uid: str,
     max_bytes: int,
     timeout_s: float,
-) -> Stored:
+) -> None:
     """Stores what arrives; returns when the body has ended and everything that is taken is durable.
 
-    study_instance_uid: Instances of another Study are refused; "" takes any.
+    stored: is told what becomes of each part, also when an error ends the request. study_instance_uid: Instances of
+    another Study are refused; "" takes any.
 
     Raises:
         MultipartError: the body is broken. What was complete before is stored.
         TooLargeError: it is too large; likewise.
         TimeoutError: it stopped arriving; likewise.
     """
-    stored = Stored()
     pending: set[asyncio.Task[None]] = set()
     part: IncomingFile | None = None
     num_bytes = 0
@@ -107,6 +137,10 @@ async def store_parts(
             for event in reader.feed(chunk):
                 if isinstance(event, PartBegins):
                     part = IncomingFile(store, source, study_instance_uid)
+                    kind, _ = parse_content_type(event.headers.get("content-type", DICOM))
+                    if kind != DICOM:
+                        part.refusal = RefusedError(CANNOT_UNDERSTAND, f"the part is {kind:.40}; {DICOM} is taken")
+                        stored.num_of_other_types += 1
                 elif isinstance(event, PartData):
                     assert part is not None
                     part.write(memoryview(event.data))
@@ -122,7 +156,6 @@ async def store_parts(
             part.abandon()
         if pending:
             await asyncio.wait(pending)
-    return stored
 
 
 async def _next(body: AsyncIterator[bytes], timeout_s: float) -> bytes:
@@ -147,4 +180,4 @@ async def _finish(part: IncomingFile, stored: Stored) -> None:
         status, comment, cause = CANNOT_UNDERSTAND, "the dataset cannot be parsed", describe_error(error)
     uid = part.announced.sop_instance_uid if part.announced else ""
     log.warning("action=instance-refused by=stow instance=%.64r status=0x%04X: %s %s", uid, status, comment, cause)
-    stored.failed.append((part.announced, status, comment))
+    stored.failed.append((part.announced, status))

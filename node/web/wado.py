@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, dcmread
+from pydicom import Dataset, dcmread, dcmwrite
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
@@ -19,6 +19,7 @@ from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from model import PARSE_ERRORS
 from node.index import NewInstance
+from node.transcode import in_little_endian
 from node.web.accept import Offer
 from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
@@ -45,7 +46,7 @@ _IMAGE_TYPES = {
 }
 
 
-class NotThereError(LookupError):
+class NotThereError(Exception):
     """What is asked for does not exist; the message says what."""
 
 
@@ -80,9 +81,10 @@ def instance_bytes(instance: StoredInstance, transfer_syntax: str) -> bytes:
         ds = dcmread(instance.path)
         if UID(instance.transfer_syntax_uid).is_compressed:
             ds.decompress(generate_instance_uid=False)
+        in_little_endian(ds)
         ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         encoded = BytesIO()
-        ds.save_as(encoded, implicit_vr=False, little_endian=True)
+        dcmwrite(encoded, ds, implicit_vr=False, little_endian=True)
         return encoded.getvalue()
     except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
         name = UID(instance.transfer_syntax_uid).name
@@ -141,6 +143,7 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
     url = f"{instance_url(instance, root)}/bulkdata"
     try:
         ds = completed(dcmread(instance.path, stop_before_pixels=True))
+        in_little_endian(ds)
     except PARSE_ERRORS as error:
         raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
     made = dataset_json(ds)
@@ -154,26 +157,47 @@ def metadata(instance: StoredInstance, root: str) -> dict[str, Any]:
 
 def instance_url(instance: StoredInstance | NewInstance, root: str) -> str:
     """The address of an Instance."""
-    return (
-        f"{root}/studies/{instance.study_instance_uid}/series/{instance.series_instance_uid}"
-        f"/instances/{instance.sop_instance_uid}"
-    )
+    study = study_url(instance, root)
+    return f"{study}/series/{instance.series_instance_uid}/instances/{instance.sop_instance_uid}"
 
 
-def bulk_data(instance: StoredInstance, name: str) -> bytes:
-    """The value of a top-level attribute, given by its tag.
+def study_url(instance: StoredInstance | NewInstance, root: str) -> str:
+    """The address of its Study."""
+    return f"{root}/studies/{instance.study_instance_uid}"
+
+
+def bulk_offers(instance: StoredInstance, name: str) -> list[Offer]:
+    """Forms that a top-level attribute, given by its tag, can be given in: pixels in those of frames."""
+    if Tag(int(name, 16)) not in _PIXEL_TAGS:
+        return [Offer(media_type="multipart/related", part=OCTETS), Offer(media_type=OCTETS)]
+    offers = frame_offers(instance)
+    if ExplicitVRLittleEndian in offers[0].transfer_syntaxes:
+        offers.append(Offer(media_type=OCTETS, transfer_syntaxes=(ExplicitVRLittleEndian,)))
+    return offers
+
+
+def bulk_data(instance: StoredInstance, name: str, transfer_syntax: str) -> list[bytes]:
+    """The value of a top-level attribute, given by its tag, in little endian; of compressed pixels, each frame.
+
+    transfer_syntax: of `bulk_offers`. Pixels that are compressed are decoded to one value, unless it is theirs.
 
     Raises:
         NotThereError: it has no such attribute.
+        CannotGiveError: the pixels cannot be decoded, or the Instance not be parsed.
     """
-    ds = dcmread(instance.path)
     tag = Tag(int(name, 16))
-    if tag in _PIXEL_TAGS and "NumberOfFrames" not in ds and UID(instance.transfer_syntax_uid).is_compressed:
-        return get_frame(ds[tag].value, 0, number_of_frames=1)
-    value = ds[tag].value if tag in ds else None
+    if tag in _PIXEL_TAGS and UID(instance.transfer_syntax_uid).is_compressed:
+        found = frames(instance, range(1, instance.num_frames + 1), transfer_syntax)
+        return found if transfer_syntax == instance.transfer_syntax_uid else [b"".join(found)]
+    try:
+        ds = dcmread(instance.path)
+        in_little_endian(ds)
+        value = ds[tag].value if tag in ds else None
+    except PARSE_ERRORS as error:
+        raise CannotGiveError(f"Instance {instance.sop_instance_uid} cannot be parsed") from error
     if not isinstance(value, bytes):
         raise NotThereError(f"Instance {instance.sop_instance_uid} has no bulk data at {name}")
-    return value
+    return [value]
 
 
 # ---- frames ----
@@ -236,6 +260,11 @@ def _can_decode(syntax: str) -> bool:
         return bool(get_decoder(UID(syntax)).is_available)
     except NotImplementedError:
         return False
+
+
+def typed(media_type: str, transfer_syntax: str) -> str:
+    """A Content-Type, with the transfer syntax where there is one (PS3.18 8.7.3.5.2)."""
+    return f"{media_type}; transfer-syntax={transfer_syntax}" if transfer_syntax else media_type
 
 
 def multipart_of(parts: Sequence[bytes], content_type: str, boundary: str) -> bytes:

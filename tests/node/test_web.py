@@ -98,6 +98,9 @@ def parts(response: Any) -> list[tuple[str, bytes]]:
         ("?00100020=P-1", ["P-1"]),
         ("?PatientID=P-*", ["P-2", "P-1", "P-0"]),
         ("?PatientID=P_1", []),
+        ("?PatientID=p-*", []),  # only names are matched whatever the case
+        ("?StudyDescription=N?ck*", ["P-2", "P-1", "P-0"]),
+        ("?StudyDescription=[N]*", []),
         ("?PatientID=P-?", ["P-2", "P-1", "P-0"]),
         ("?PatientID=", ["P-2", "P-1", "P-0"]),
         ("?PatientName=doe^jane", ["P-1"]),

@@ -11,14 +11,16 @@ import requests
 from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
+from pydicom.encaps import generate_frames
 from pydicom.tag import BaseTag
-from pydicom.uid import CTImageStorage
+from pydicom.uid import CTImageStorage, ExplicitVRBigEndian, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless
 
 from node.config import Config
 from node.index import Index
 from node.web import viewer
-from tests.factories import make_ct_series, make_enhanced_ct
-from tests.node.test_web import path_of, uids_of, values
+from tests.factories import make_ct_series, make_enhanced_ct, make_report
+from tests.node.test_web import OCTETS, parts, path_of, uids_of, values
+from tests.transfer_syntaxes import convert
 from tests.web_server import WebServer, hold
 
 
@@ -34,6 +36,11 @@ from tests.web_server import WebServer, hold
         ("PatientName=Yamada", False),
         ("StudyDescription=HWS%5Cnativ", True),
         ("StudyDescription=HWS", False),
+        ("StudyID=[1]%25_!*", True),
+        ("StudyID=*[1]?_!*", True),
+        ("StudyID=?1]*", True),
+        ("StudyID=[1*", True),
+        ("StudyID=[[]*", False),
     ],
 )
 def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
@@ -56,11 +63,12 @@ def test_what_can_be_no_file_of_the_viewer_is_not_there(
 
 @pytest.fixture(scope="module")
 def japanese(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
-    """Holds one Study with a name in three scripts, and a description with a backslash in it."""
+    """Holds one Study with a name in three scripts, a backslash in its description, and an ID full of wildcards."""
 
     def edit(_i: int, ds: Dataset) -> None:
         ds.SpecificCharacterSet = ["", "ISO 2022 IR 87"]
         ds.PatientName, ds.StudyDescription = "Yamada^Tarou=山田^太郎=やまだ^たろう", "HWS\\nativ"
+        ds.StudyID = "[1]%_!x"
 
     index = Index(tmp_path_factory.mktemp("japanese"))
     hold(index, make_ct_series(index.data_dir / "instances", num_slices=1, edit=edit))
@@ -152,5 +160,57 @@ def test_a_rendered_frame_of_enhanced_ct_is_windowed_in_its_own_hounsfield_units
                 shown = np.asarray(Image.open(BytesIO(answer.content)), float)
                 expected = np.clip((hu - (centre - 0.5)) / (width - 1) + 0.5, 0, 1) * 255
                 assert np.abs(shown - expected).max() <= 1
+    finally:
+        server.stop()
+
+
+def test_frames_of_what_has_no_pixels_are_not_there(index: Index) -> None:
+    path = make_report(index.data_dir / "report.dcm")
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        answer = server.get(path_of(path) + "/frames/1")
+        assert (answer.status_code, "no pixels" in answer.text) == (404, True)
+        assert server.get(path_of(path) + "/bulkdata/7FE00010").status_code == 404
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("syntax", [RLELossless, ExplicitVRBigEndian])
+def test_pixels_as_bulk_data_are_decoded_little_endian_and_named_so(index: Index, syntax: str) -> None:
+    (path,) = make_ct_series(index.data_dir / "instances", num_slices=1)
+    pixels = dcmread(path).PixelData
+    convert(path, syntax)
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        url = path_of(path) + "/bulkdata/7FE00010"
+        single = server.get(url, "application/octet-stream")
+        assert single.headers["Content-Type"] == f"application/octet-stream; transfer-syntax={ExplicitVRLittleEndian}"
+        assert single.content == pixels
+        assert parts(server.get(url)) == [(single.headers["Content-Type"], pixels)]
+        assert server.get(url, f"application/octet-stream; transfer-syntax={RLELossless}").status_code == 406
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(("syntax", "kind"), [(RLELossless, "image/dicom-rle"), (JPEGLSLossless, "image/jls")])
+def test_compressed_pixels_as_bulk_data_come_frame_by_frame_or_decoded_as_one_value(
+    index: Index, syntax: str, kind: str
+) -> None:
+    path = make_enhanced_ct(index.data_dir / "enhanced.dcm", num_frames=4)
+    pixels = dcmread(path).PixelData
+    convert(path, syntax)
+    hold(index, [path])
+    server = WebServer(Config(), index)
+    try:
+        url = path_of(path) + "/bulkdata/7FE00010"
+        assert [data for _, data in parts(server.get(url, OCTETS))] == [pixels]
+        stored = list(generate_frames(dcmread(path).PixelData, number_of_frames=4))
+        for accept, told in (
+            (OCTETS + "; transfer-syntax=*", "application/octet-stream"),
+            (f'multipart/related; type="{kind}"', kind),
+        ):
+            assert parts(server.get(url, accept)) == [(f"{told}; transfer-syntax={syntax}", frame) for frame in stored]
     finally:
         server.stop()

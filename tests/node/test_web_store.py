@@ -180,6 +180,7 @@ def test_an_address_that_names_a_study_takes_no_other(web: WebServer, index: Ind
         (KIND, b"", 400),
         (KIND, b"--yy\r\n\r\nx\r\n--yy--", 400),
         (KIND, body_of([b"x"])[:-6], 400),
+        ('multipart/related; type="application/dicom+json"; boundary=xx', body_of([b"x"]), 415),
         (KIND, b"--xx\r\nno colon\r\n\r\nx\r\n--xx--", 400),
     ],
 )
@@ -190,6 +191,49 @@ def test_a_body_that_is_broken_is_refused(
     assert answer.status_code == status
     assert answer.json()["error"]
     assert files(index) == []
+
+
+def test_what_was_stored_before_a_body_broke_is_named_in_the_refusal(
+    web: WebServer, index: Index, tmp_path: Path
+) -> None:
+    paths = make_ct_series(tmp_path / "in", num_slices=2)
+    body = body_of(read(paths))
+    answer = requests.post(f"{web.url}/studies", data=body[:-4], headers={"Content-Type": KIND}, timeout=20)
+    assert answer.status_code == 400
+    assert answer.headers["Content-Type"] == "application/dicom+json"
+    assert "before its last boundary" in answer.headers["Warning"]
+    named = {item["00081155"]["Value"][0] for item in items(answer, "00081199")}
+    assert named == {dcmread(path).SOPInstanceUID for path in paths}
+    assert len(files(index)) == 2
+    assert ends(index) == [False]
+
+
+def test_an_answer_is_the_module_of_the_standard_and_nothing_else(web: WebServer, tmp_path: Path) -> None:
+    """PS3.18 I.1: an Error Comment is of the command group and has no place in it."""
+    paths = [*make_ct_series(tmp_path / "a", num_slices=2), make_report(tmp_path / "report.dcm")]
+    study = dcmread(paths[0]).StudyInstanceUID
+    one = stow(web, [*read(paths), b"nothing"]).json()
+    assert one["00081190"] == {"vr": "UR", "Value": [f"{web.url}/studies/{study}"]}
+    assert one.keys() == {"00081190", "00081198", "00081199", "0008119A"}
+    assert one["00081198"]["Value"][0].keys() == {"00081150", "00081155", "00081197"}
+    assert one["0008119A"]["Value"][0].keys() == {"00081197"}
+    two = read([paths[0], *make_ct_series(tmp_path / "b", num_slices=1)])
+    assert stow(web, two).json()["00081190"] == {"vr": "UR"}
+    assert stow(web, [b"nothing"]).json()["00081190"] == {"vr": "UR"}
+
+
+def test_only_what_can_be_understood_and_answered_is_taken(web: WebServer, index: Index, tmp_path: Path) -> None:
+    (part,) = read(make_ct_series(tmp_path / "in", num_slices=1))
+    assert stow(web, [part], Accept="application/dicom+xml").status_code == 406
+    assert stow(web, [part], Content_Encoding="gzip").status_code == 415
+    other = part_head("xx", "application/dicom+json") + part
+    headers = {"Content-Type": KIND}
+    answer = requests.post(f"{web.url}/studies", data=other + end_of("xx"), headers=headers, timeout=20)
+    assert (answer.status_code, len(items(answer, "0008119A"))) == (415, 1)
+    assert files(index) == []
+    answer = requests.post(f"{web.url}/studies", data=other + body_of([part]), headers=headers, timeout=20)
+    assert (answer.status_code, len(items(answer, "0008119A")), len(items(answer, "00081199"))) == (202, 1, 1)
+    assert stow(web, [part], Content_Encoding="identity", Accept="application/json").status_code == 200
 
 
 def test_a_request_that_is_too_large_is_refused_before_it_is_read(

@@ -1,0 +1,133 @@
+"""QIDO-RS: attributes that stand in sequences, fields that are asked for, and what a query may say of matching."""
+
+from collections.abc import Iterator
+
+import pytest
+from pydicom import Dataset, dcmread
+
+from node.config import Config
+from node.index import Index
+from node.web import qido
+from tests.factories import make_ct_series
+from tests.node.test_web import values
+from tests.web_server import WebServer, hold
+
+
+def _request(step: str, procedure: str) -> Dataset:
+    item = Dataset()
+    item.ScheduledProcedureStepID, item.RequestedProcedureID = step, procedure
+    return item
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Holds three Series of a Study each: of one request, of two, and of none."""
+    index = Index(tmp_path_factory.mktemp("search"))
+    requests = {"A": [_request("SPS1", "RP1")], "B": [_request("SPS1", "RP2"), _request("SPS2", "RP1")], "C": []}
+
+    for name, items in requests.items():
+
+        def edit(_i: int, ds: Dataset, name: str = name, items: list[Dataset] = items) -> None:
+            ds.PatientID, ds.SeriesNumber, ds.TimezoneOffsetFromUTC = name, ord(name), "+0100"
+            ds.StudyDescription = "" if name == "C" else f"Neck {name}"
+            if items:
+                ds.RequestAttributesSequence = items
+
+        hold(index, make_ct_series(index.data_dir / "instances" / name, num_slices=2, edit=edit))
+    server = WebServer(Config(), index)
+    yield server
+    server.stop()
+    index.close()
+
+
+@pytest.mark.parametrize(
+    ("query", "patients"),
+    [
+        ("00400275.00401001=RP1", "AB"),
+        ("RequestAttributesSequence.RequestedProcedureID=RP2", "B"),
+        ("00400275.00400009=SPS1", "AB"),
+        ("00400275.00400009=SPS*&00400275.00401001=RP?", "AB"),
+        ("00400275.00400009=SPS1&00400275.00401001=RP1", "A"),  # of one and the same item
+        ("00400275.00401001=rp1", ""),
+        ("00400275.00401001=", "ABC"),
+        ("00400275.00401001=RP1&PatientID=B", "B"),
+        ("TimezoneOffsetFromUTC=%2B0100", "ABC"),
+        ("TimezoneOffsetFromUTC=-0500", ""),
+    ],
+)
+@pytest.mark.parametrize(("level", "num_each"), [("series", 1), ("instances", 2)])
+def test_a_series_is_found_by_what_was_requested(
+    web: WebServer, level: str, num_each: int, query: str, patients: str
+) -> None:
+    answer = web.get(f"/{level}?{query}")
+    assert answer.status_code == 200, answer.text
+    assert sorted(values(answer.json(), "00100020")) == sorted(list(patients) * num_each)
+
+
+def test_a_series_says_what_was_requested_and_in_which_timezone(web: WebServer) -> None:
+    (series,) = web.get("/series?PatientID=B&includefield=00400275.00401001").json()
+    found = [(item["00400009"]["Value"], item["00401001"]["Value"]) for item in series["00400275"]["Value"]]
+    assert found == [(["SPS1"], ["RP2"]), (["SPS2"], ["RP1"])]
+    assert series["00080201"]["Value"] == ["+0100"]
+    (series,) = web.get("/series?PatientID=C").json()
+    assert "00400275" not in series
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "/studies?00400275.00401001=RP1",
+        "/series?00400275.00080060=CT",
+        "/series?00400275=RP1",
+        "/series?00400275.nothing=1",
+        "/series?.=1",
+    ],
+)
+def test_what_cannot_be_matched_in_a_sequence_says_so(web: WebServer, query: str) -> None:
+    assert web.get(query).status_code == 400
+
+
+def test_all_fields_are_those_of_the_file_without_bulk_data(web: WebServer) -> None:
+    (found,) = web.get("/instances?includefield=all&PatientID=A&InstanceNumber=2").json()
+    ds = dcmread(web.catalog.files(*(found[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018")))[0].path)
+    del ds.PixelData
+    assert found.pop("00081190")["Value"][0].endswith(ds.SOPInstanceUID)
+    assert Dataset.from_json(found) == Dataset.from_json(ds.to_json_dict())
+
+
+def test_all_fields_of_a_series_or_study_are_none_of_the_levels_below(web: WebServer) -> None:
+    (series,) = web.get("/series?includefield=all&PatientID=A").json()
+    assert series["00180060"] == {"vr": "DS"}
+    assert series["00080070"]["Value"] == ["Factory"]
+    assert not series.keys() & {"00080018", "00200013"}
+    (study,) = web.get("/studies?includefield=all&PatientID=A").json()
+    assert study["00080070"]["Value"] == ["Factory"]
+    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011"}
+
+
+def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qido, "DEFAULT_LIMIT", 2)
+    answer = web.get("/instances?includefield=all&limit=5")
+    assert len(answer.json()) == 2
+    assert "4 additional results" in answer.headers["Warning"]
+    assert len(web.get("/instances?limit=5").json()) == 5
+
+
+@pytest.mark.parametrize(
+    ("query", "patients"),
+    [
+        ('StudyDescription=""&emptyvaluematching=true', "C"),
+        ('emptyvaluematching=true&StudyDescription=""', "C"),
+        ('StudyDescription=""', ""),
+        ('StudyDescription=""&emptyvaluematching=false', ""),
+        ("PatientID=A%5CC&multiplevaluematching=true", "AC"),
+        ("PatientID=%5CA%5C&multiplevaluematching=true", "A"),
+        ("PatientID=%5C&multiplevaluematching=true", ""),
+        ("PatientID=A%5CC", ""),
+        ("StudyDescription=*A%5C*B&multiplevaluematching=true", "AB"),
+    ],
+)
+def test_empty_values_and_lists_are_matched_where_that_is_asked_for(web: WebServer, query: str, patients: str) -> None:
+    answer = web.get(f"/studies?{query}")
+    assert answer.status_code == 200, answer.text
+    assert sorted(values(answer.json(), "00100020")) == sorted(patients)
