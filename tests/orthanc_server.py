@@ -74,6 +74,7 @@ class OrthancServer:
         is_archive: bool = False,
         routes_by: str = "lua",
         plugin_settings: dict[str, str] | None = None,
+        stable_age_s: int = STABLE_AGE_S,
     ) -> None:
         executable = find_orthanc()
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class OrthancServer:
             "LuaScripts": [str(ORTHANC_FOLDER / script) for script in config["LuaScripts"]],
             "DicomPort": port,
             "HttpPort": http_port,
-            "StableAge": STABLE_AGE_S,
+            "StableAge": stable_age_s,
             "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
         }
         if routes_by != "lua":
@@ -122,6 +123,12 @@ class OrthancServer:
         """Ends it at once: a clean end would take Orthanc two to three seconds, and nothing it holds is needed."""
         self.client.close()
         self._process.kill()
+        self._process.wait(20)
+
+    def end(self) -> None:
+        """Ends it by SIGTERM as a service manager would, which takes it two to three seconds."""
+        self.client.close()
+        self._process.terminate()
         self._process.wait(20)
 
     def upload(self, folder: Path) -> None:
