@@ -73,9 +73,9 @@ class RunningNode:
         self.process.kill()
         self.process.wait()
 
-    def wait_until_gone(self) -> None:
+    def wait_until_gone(self, timeout_s: float = 10.0) -> None:
         """Waits until none of its processes is left: none may outlive it."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + timeout_s
         while left := [pid for pid in self.pids if psutil.pid_exists(pid)]:
             assert time.monotonic() < deadline, f"{left} outlived the node"
             time.sleep(0.1)
