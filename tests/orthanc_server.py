@@ -82,22 +82,23 @@ class OrthancServer:
             type="dicom", name="orthanc", host="127.0.0.1", port=port, ae_title="ORTHANC"
         )
         http_port = http_port or free_port()
-        config = read_config(ORTHANC_FOLDER / "orthanc.json")
+        config = read_config(ORTHANC_FOLDER / ("orthanc-python.json" if routes_by == "python" else "orthanc.json"))
         config["DicomModalities"]["cspine"]["Port"] = node_port
         config |= {
             "StorageDirectory": str(folder / "storage"),
             "IndexDirectory": str(folder / "storage"),
-            "LuaScripts": [str(ORTHANC_FOLDER / script) for script in config["LuaScripts"]],
+            "LuaScripts": [str(ORTHANC_FOLDER / script) for script in config.get("LuaScripts", [])],
             "DicomPort": port,
             "HttpPort": http_port,
             "StableAge": stable_age_s,
-            "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
+            "Plugins": [find_plugin(Path(plugin).name) for plugin in config.get("Plugins", [])],
         }
-        if routes_by != "lua":
-            config["LuaScripts"] = []
+        config["Plugins"] += [str(path) for path in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")]
         if routes_by == "python":
-            config["Plugins"].append(find_plugin("libOrthancPython.so"))
-            config |= {"PythonScript": str(ORTHANC_FOLDER / "cspine_plugin.py"), "CSpine": plugin_settings or {}}
+            script = str(ORTHANC_FOLDER.parent / config["PythonScript"])
+            config |= {"PythonScript": script, "CSpine": plugin_settings or {}}
+        elif routes_by != "lua":
+            config["LuaScripts"] = []
         if password:
             config |= {"AuthenticationEnabled": True, "RegisteredUsers": {"cspine": password}}
         if is_archive:
