@@ -4,7 +4,7 @@ Every question has a timeout, which that library leaves to its user. Called by `
 """
 
 import json
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import responses
@@ -54,10 +54,20 @@ class StableSeries:
 
 @dataclass(frozen=True, kw_only=True)
 class Changes:
-    """A page of the changes feed. last: the number up to which it was read."""
+    """A page of the changes feed. last: the number up to which it was read. new_instance_ids: what came in it."""
 
     stable: Sequence[StableSeries]
+    new_instance_ids: Sequence[str]
     last: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """A Series in Orthanc. tags: what Orthanc keeps of it, by keyword. is_stable: since it was started, nothing new."""
+
+    tags: Mapping[str, Any]
+    instance_ids: Sequence[str]
+    is_stable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +137,22 @@ class Orthanc:
                 for change in answer["Changes"]
                 if change["ChangeType"] == ChangeType.STABLE_SERIES
             ]
-            return Changes(stable=stable, last=int(answer["Last"]))
+            new = [str(change["ID"]) for change in answer["Changes"] if change["ChangeType"] == ChangeType.NEW_INSTANCE]
+            return Changes(stable=stable, new_instance_ids=new, last=int(answer["Last"]))
 
-    def series_tags(self, series_id: str) -> dict[str, Any]:
-        """SeriesInstanceUID, Modality and what else Orthanc keeps of a Series, by keyword.
+    def series_of(self, instance_id: str) -> str:
+        """The Series of an Instance.
+
+        Raises:
+            GoneError: it is not there any more.
+            OrthancError: it does not say.
+        """
+        answer = self._get_json(f"instances/{instance_id}")
+        with _reading():
+            return str(answer["ParentSeries"])
+
+    def series(self, series_id: str) -> Series:
+        """A Series and what is in it.
 
         Raises:
             GoneError: it is not there any more.
@@ -138,7 +160,11 @@ class Orthanc:
         """
         answer = self._get_json(f"series/{series_id}")
         with _reading():
-            return dict(answer["MainDicomTags"])
+            return Series(
+                tags=dict(answer["MainDicomTags"]),
+                instance_ids=list(answer["Instances"]),
+                is_stable=answer["IsStable"] is True,
+            )
 
     def instances(self, series_id: str) -> list[Instance]:
         """The Instances of a Series, by InstanceNumber.

@@ -76,6 +76,7 @@ class OrthancServer:
         is_archive: bool = False,
         routes_by: str = "lua",
         plugin_settings: dict[str, str] | None = None,
+        stable_age_s: int = STABLE_AGE_S,
     ) -> None:
         executable = find_orthanc()
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,22 +84,23 @@ class OrthancServer:
             type="dicom", name="orthanc", host="127.0.0.1", port=port, ae_title="ORTHANC"
         )
         http_port = http_port or free_port()
-        config = read_config(ORTHANC_FOLDER / "orthanc.json")
+        config = read_config(ORTHANC_FOLDER / ("orthanc-python.json" if routes_by == "python" else "orthanc.json"))
         config["DicomModalities"]["cspine"]["Port"] = node_port
         config |= {
             "StorageDirectory": str(folder / "storage"),
             "IndexDirectory": str(folder / "storage"),
-            "LuaScripts": [str(ORTHANC_FOLDER / script) for script in config["LuaScripts"]],
+            "LuaScripts": [str(ORTHANC_FOLDER / script) for script in config.get("LuaScripts", [])],
             "DicomPort": port,
             "HttpPort": http_port,
-            "StableAge": STABLE_AGE_S,
-            "Plugins": [str(plugin) for plugin in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")],
+            "StableAge": stable_age_s,
+            "Plugins": [find_plugin(Path(plugin).name) for plugin in config.get("Plugins", [])],
         }
-        if routes_by != "lua":
-            config["LuaScripts"] = []
+        config["Plugins"] += [str(path) for path in Path("/usr/share/orthanc/plugins").glob("libOrthancDicomWeb.so")]
         if routes_by == "python":
-            config["Plugins"].append(find_plugin("libOrthancPython.so"))
-            config |= {"PythonScript": str(ORTHANC_FOLDER / "cspine_plugin.py"), "CSpine": plugin_settings or {}}
+            script = str(ORTHANC_FOLDER.parent / config["PythonScript"])
+            config |= {"PythonScript": script, "CSpine": plugin_settings or {}}
+        elif routes_by != "lua":
+            config["LuaScripts"] = []
         if password:
             config |= {"AuthenticationEnabled": True, "RegisteredUsers": {"cspine": password}}
         if is_archive:
@@ -124,6 +126,12 @@ class OrthancServer:
         """Ends it at once: a clean end would take Orthanc two to three seconds, and nothing it holds is needed."""
         self.client.close()
         self._process.kill()
+        self._process.wait(20)
+
+    def end(self) -> None:
+        """Ends it by SIGTERM as a service manager would, which takes it two to three seconds."""
+        self.client.close()
+        self._process.terminate()
         self._process.wait(20)
 
     def upload(self, folder: Path) -> None:

@@ -44,7 +44,11 @@ class OrthancStandIn:
             return 200, [{"ID": f"{name}.{n}", "MainDicomTags": {"SOPInstanceUID": uid}} for n, uid in enumerate(uids)]
         if kind == "series":
             uid = str(dcmread(self.series[name][0], stop_before_pixels=True).SeriesInstanceUID)
-            return 200, {"MainDicomTags": {"Modality": "CT", "SeriesInstanceUID": uid}}
+            return 200, {
+                "IsStable": True,
+                "Instances": [],
+                "MainDicomTags": {"Modality": "CT", "SeriesInstanceUID": uid},
+            }
         if rest.endswith("/simplified-tags"):
             return 200, {"Modality": "CT", "ImageType": "ORIGINAL\\PRIMARY\\AXIAL"}
         return int(self.faults.get(name, 200)), self.series[name][int(number)].read_bytes()

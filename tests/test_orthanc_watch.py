@@ -154,6 +154,43 @@ def test_a_database_that_was_made_anew_is_noted_while_it_is_empty(
     assert list(held(index).values()) == [4, 4]
 
 
+def test_a_series_of_which_orthanc_never_says_that_it_is_stable_is_fetched_once(
+    watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is restarted before it would say so: as the Series comes, and again as it grows."""
+    ports = {"port": free_port(), "node_port": free_port(), "http_port": free_port()}
+    ahead_s = 0.0
+    monkeypatch.setattr(index, "now", lambda: time.time() + ahead_s)
+    series = [make_ct_series(tmp_path / f"0/{name}") for name in ("kept", "deleted")]
+    make_report(tmp_path / "0/report.dcm")
+    kept, deleted = (str(dcmread(paths[0]).SeriesInstanceUID) for paths in series)
+    make_ct_series(tmp_path / "1", num_slices=1, series_instance_uid=kept)
+    for number, num_slices in enumerate((8, 9)):
+        orthanc = OrthancServer(tmp_path / "orthanc", routes_by="", stable_age_s=1000, **ports)
+        try:
+            orthanc.upload(tmp_path / f"{number}")
+            watch(orthanc.url).look()
+            assert len(index.pending_series("orthanc")) == 2 - number
+            ahead_s += 100
+            watch(orthanc.url).look()  # it is asked, and has them not stable
+            assert held(index) == ({kept: 8} if number else {})
+            orthanc.end()
+            orthanc = OrthancServer(tmp_path / "orthanc", routes_by="", stable_age_s=1000, **ports)
+            if number == 0:
+                orthanc.client.delete(f"series/{orthanc.client.lookup(deleted)[0]}")
+            watch(orthanc.url).look()
+            assert held(index) == ({kept: 8} if number else {})
+            ahead_s += 100
+            watch(orthanc.url).look()
+            assert held(index) == {kept: num_slices}
+            assert orthanc.num_stable() == 0
+            assert index.pending_series("orthanc") == {}
+        finally:
+            orthanc.stop()
+    known = index.watched_source("orthanc")
+    assert (known.num_series, known.is_failing, index.troubled_series("orthanc")) == (2, False, {})
+
+
 def test_an_orthanc_that_is_restarted_in_the_middle_gives_the_rest(
     watch: Watch, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,8 @@ STEPS = (
     (),
     # 14: a pause that a watched archive asked for outlives a restart.
     ("ALTER TABLE watched ADD COLUMN paused_until FLOAT",),
+    # 15: Series that came to a watched Orthanc, and that it did not call stable yet, a new table.
+    (),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

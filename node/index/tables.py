@@ -155,6 +155,13 @@ watched_series = Table(  # of archives that tell what they have, and not what is
     Column("num_done", Integer),  # how many it had when it was fetched, or passed over; None before
     Column("listed_at", Float, nullable=False),  # the last time, within a day
 )
+pending_series = Table(  # of watched Orthancs: that have got Instances, and were not called stable since
+    "pending_series",
+    metadata,
+    Column("source", String, primary_key=True),
+    Column("series_id", String(64), primary_key=True),  # as Orthanc calls it
+    Column("noted_at", Float, nullable=False),  # when it got some last, or was asked for
+)
 troubled_series = Table(  # that a watched archive, which otherwise answers, did not give out
     "troubled_series",
     metadata,

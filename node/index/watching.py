@@ -11,6 +11,7 @@ from node.index import tables
 from node.index.database import Database
 
 _watched, _series, _troubled = tables.watched, tables.watched_series, tables.troubled_series
+_pending = tables.pending_series
 
 _FORGET_S = 30 * 86400.0  # after the last attempt at a Series
 
@@ -145,6 +146,29 @@ class Watching(Database):
         old = (_series.c.source == source) & (_series.c.listed_at < listed_before)
         with self._writing() as connection:
             connection.execute(delete(_series).where(old))
+
+    def note_pending(self, source: str, series_ids: Collection[str]) -> None:
+        """An Orthanc has got Instances of these Series, or was asked for them, and has yet to call them stable."""
+        if not series_ids:
+            return
+        now = self.now()
+        row = insert(_pending)
+        again = row.on_conflict_do_update(index_elements=["source", "series_id"], set_={"noted_at": now})
+        with self._writing() as connection:
+            rows = [{"source": source, "series_id": series_id, "noted_at": now} for series_id in sorted(series_ids)]
+            connection.execute(again, rows)
+
+    def pending_series(self, source: str) -> dict[str, float]:
+        """The Series that an Orthanc has yet to call stable, and when that was noted last; the oldest first."""
+        rows = select(_pending.c.series_id, _pending.c.noted_at).where(_pending.c.source == source)
+        with self._engine.connect() as connection:
+            return {row.series_id: row.noted_at for row in connection.execute(rows.order_by(_pending.c.noted_at))}
+
+    def forget_pending(self, source: str, series_id: str) -> None:
+        """An Orthanc was asked for a Series as one that is stable, or it is none for us."""
+        row = (_pending.c.source == source) & (_pending.c.series_id == series_id)
+        with self._writing() as connection:
+            connection.execute(delete(_pending).where(row))
 
     def troubled_series(self, source: str) -> dict[str, TroubledSeries]:
         """The Series that an archive did not give out, by what it calls them; the latest failure first."""
