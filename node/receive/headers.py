@@ -19,7 +19,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
-from model import HEADER_TAGS, slice_headers
+from model import HEADER_TAGS, PARSE_ERRORS, slice_headers
 from node.receive.attributes import SERIES_TAGS, series_attributes
 from node.receive.elements import Elements, find_elements
 from node.receive.status import CANNOT_UNDERSTAND, MISMATCH, RefusedError
@@ -175,7 +175,7 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     is_deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
     is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
     is_little_endian = transfer_syntax_uid != ExplicitVRBigEndian
-    for beginning in _beginnings(encoded):
+    for beginning, is_last in _beginnings(encoded):
         if is_deflated:
             beginning = zlib.decompressobj(-zlib.MAX_WBITS).decompress(beginning, _MAX_HEADER_BYTES)
         length = None
@@ -187,7 +187,12 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
             return is_it
 
         file = BytesIO(beginning)
-        ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+        try:
+            ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+        except (OSError, *PARSE_ERRORS):
+            if is_last:
+                raise
+            continue  # it was cut in the middle of a sequence of undefined length
         if length is not None:
             value_at = file.tell() + (8 if is_implicit else 12)
             if is_deflated:
@@ -198,13 +203,14 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
 
-def _beginnings(encoded: Encoded) -> Iterator[bytes]:
-    """The prefix, which is enough for nearly all; then as much as a header may be long."""
-    yield encoded.prefix
-    if encoded.num_bytes > len(encoded.prefix):
+def _beginnings(encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
+    """The prefix, enough for nearly all; then as much as a header may be long. With each, whether it is the last."""
+    is_all = encoded.num_bytes <= len(encoded.prefix)
+    yield encoded.prefix, is_all
+    if not is_all:
         with encoded.path.open("rb") as file:
             file.seek(encoded.start)
-            yield file.read(_MAX_HEADER_BYTES)
+            yield file.read(_MAX_HEADER_BYTES), True
 
 
 def _check_whole(encoded: Encoded, value_at: int, length: int) -> None:
