@@ -41,7 +41,8 @@ STORE_STATUSES = {
     status.SOP_CLASS_NOT_SUPPORTED: "the SOP Class of the request is not that of the presentation context",
     status.OUT_OF_RESOURCES: "less than `receive.min_free_disk_mb` is free, or it cannot be written; send it later",
     status.MISMATCH: "Modality is not CT; SOP Class or Instance UID are not the announced ones; or this node made it",
-    status.CANNOT_UNDERSTAND: "it cannot be parsed, is cut off, above `receive.max_instance_mb`, or lacks a usable UID",
+    status.CANNOT_UNDERSTAND: "it cannot be parsed, is cut off, above `receive.max_instance_mb`, describes "
+    "other frames than it has, or lacks a usable UID",
     status.CONFLICT: "another Instance with the same SOP Instance UID is here; the first one is kept",
 }
 

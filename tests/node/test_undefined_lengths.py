@@ -45,11 +45,11 @@ def with_undefined_lengths(ds: Dataset) -> None:
                 with_undefined_lengths(item)
 
 
-def written(path: Path, syntax: str = ExplicitVRLittleEndian) -> Path:
+def written(path: Path, syntax: str = ExplicitVRLittleEndian, *, is_undefined: bool = True) -> Path:
     """The file again, in this transfer syntax and with undefined lengths."""
     ds = dcmread(path)
-    _ = ds.pixel_array  # for pydicom to swap it
-    with_undefined_lengths(ds)
+    if is_undefined:
+        with_undefined_lengths(ds)
     little = ds.PixelData
     if syntax == ExplicitVRBigEndian:
         ds.PixelData = b"".join(little[at : at + 2][::-1] for at in range(0, len(little), 2))
