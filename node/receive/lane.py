@@ -284,9 +284,9 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         status, comment = message.refusal or (SUCCESS, "")
         if status != SUCCESS:
             log.warning(
-                "action=instance-refused calling=%r instance=%.64r status=0x%04X: %s",
+                "action=instance-refused calling=%r instance=%r status=0x%04X: %s",
                 self.sender.ae_title,
-                command.sop_instance_uid,
+                command.sop_instance_uid[:64],
                 status,
                 comment,
             )
@@ -303,7 +303,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         | 0x0122 | the announced SOP Class is not that of the presentation context |
         | 0xA700 | the disk is full or cannot be written; send it again later |
         | 0xA900 | it is not CT, its SOP Class or UID is not the announced one, or this node made it |
-        | 0xC000 | it cannot be parsed, is cut off or too large, describes other frames than it has, or lacks a usable UID |
+        | 0xC000 | it cannot be parsed, is cut off or too large, has other frames than it says, or lacks a usable UID |
         | 0xC111 | another Instance with this UID is here |
         """
         cause: Exception | None = None
