@@ -13,9 +13,8 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
-
 from node.config import Config
+from node.implementation import IMPLEMENTATION_CLASS_UID, implementation_version_name
 from node.index import Index, NewInstance
 from node.receive.commit import GroupCommit
 from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
@@ -184,15 +183,18 @@ def _seek_dataset(file: BinaryIO) -> int:
 
 
 def file_meta(announced: Announced) -> bytes:
-    """Preamble and File Meta Information as pynetdicom's `event.encoded_dataset()` writes them (PS3.10 7.1)."""
+    """Preamble and File Meta Information as pydicom writes them, by the name that an association announces.
+
+    Reference: PS3.10 7.1.
+    """
     elements = b"\x02\0\x01\0OB\0\0\x02\0\0\0\0\x01" + b"".join(
         struct.pack("<HH2sH", 2, number, vr, len(value)) + value
         for number, vr, value in (
             (0x0002, b"UI", _even(announced.sop_class_uid, b"\0")),
             (0x0003, b"UI", _even(announced.sop_instance_uid, b"\0")),
             (0x0010, b"UI", _even(announced.transfer_syntax_uid, b"\0")),
-            (0x0012, b"UI", _even(PYNETDICOM_IMPLEMENTATION_UID, b"\0")),
-            (0x0013, b"SH", _even(PYNETDICOM_IMPLEMENTATION_VERSION, b" ")),
+            (0x0012, b"UI", _even(IMPLEMENTATION_CLASS_UID, b"\0")),
+            (0x0013, b"SH", _even(implementation_version_name(), b" ")),
         )
     )
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(elements)) + elements
