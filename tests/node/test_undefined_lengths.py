@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from pydicom import Dataset, dcmread
+from pydicom import Dataset
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -22,6 +22,7 @@ from node.web.settings import WebConfig
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.node.sending import SUCCESS, store_one
 from tests.node.test_web_store import stow
+from tests.transfer_syntaxes import convert, undefine_lengths
 from tests.web_server import WebServer
 from tests.wire import dataset_of
 
@@ -35,29 +36,11 @@ def web(make_config: Callable[..., Config], index: Index) -> Iterator[WebServer]
     server.stop()
 
 
-def with_undefined_lengths(ds: Dataset) -> None:
-    """Has all sequences, and their items, written with delimiters."""
-    ds.is_undefined_length_sequence_item = True
-    for element in ds:
-        if element.VR == "SQ":
-            element.is_undefined_length = True
-            for item in element.value:
-                with_undefined_lengths(item)
-
-
 def written(path: Path, syntax: str = ExplicitVRLittleEndian, *, is_undefined: bool = True) -> Path:
     """The file again, in this transfer syntax and with undefined lengths."""
-    ds = dcmread(path)
     if is_undefined:
-        with_undefined_lengths(ds)
-    little = ds.PixelData
-    if syntax == ExplicitVRBigEndian:
-        ds.PixelData = b"".join(little[at : at + 2][::-1] for at in range(0, len(little), 2))
-    ds.file_meta.TransferSyntaxUID = syntax
-    new = Dataset(ds)
-    new.file_meta, new.preamble = ds.file_meta, ds.preamble
-    is_implicit, is_little_endian = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
-    new.save_as(path, implicit_vr=is_implicit, little_endian=is_little_endian, enforce_file_format=True)
+        undefine_lengths(path)
+    convert(path, syntax)
     return path
 
 
