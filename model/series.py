@@ -110,7 +110,7 @@ def slice_headers(
     if concatenation_uid := _text(ds, "ConcatenationUID"):
         total = _integer(ds, "InConcatenationTotalNumber") or 0
         common["concatenation"] = (concatenation_uid, _integer(ds, "InConcatenationNumber") or 0, total)
-    shared = [group for item in _items(ds, "SharedFunctionalGroupsSequence") for group in _groups(item)]
+    shared = [group for item in _items(ds, "SharedFunctionalGroupsSequence")[:1] for group in _groups(item)]
     return tuple(
         SliceHeader(**common, frame_number=number, **_frame_values([*_groups(frame), *shared, ds]))
         for number, frame in enumerate(frames, start=1)
@@ -132,8 +132,8 @@ _NO_RESCALE = 1e6  # no slope or intercept of Hounsfield units comes near it
 
 
 def _groups(item: pydicom.Dataset) -> list[pydicom.Dataset]:
-    """The functional groups we read, of one frame or of those shared by all; each has one item."""
-    return [group for keyword in _GROUP_KEYWORDS for group in _items(item, keyword)]
+    """The functional groups we read, of one frame or of those shared by all; each has one item (PS3.3 C.7.6.16)."""
+    return [group for keyword in _GROUP_KEYWORDS for group in _items(item, keyword)[:1]]
 
 
 def _frame_values(places: Sequence[pydicom.Dataset]) -> dict[str, Any]:

@@ -38,11 +38,13 @@ from node.web import qido, rendered
 from node.web.levels import IN_REQUEST, Level
 
 STORE_STATUSES = {
-    status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
+    status.SUCCESS: "the Instance is on disk and in the index, or was already, "
+    "byte for byte or in another transfer syntax but Deflated",
     status.SOP_CLASS_NOT_SUPPORTED: "the SOP Class of the request is not that of the presentation context",
     status.OUT_OF_RESOURCES: "less than `receive.min_free_disk_mb` is free, or it cannot be written; send it later",
     status.MISMATCH: "Modality is not CT; SOP Class or Instance UID are not the announced ones; or this node made it",
-    status.CANNOT_UNDERSTAND: "it cannot be parsed, is cut off, above `receive.max_instance_mb`, or lacks a usable UID",
+    status.CANNOT_UNDERSTAND: "it cannot be parsed, is cut off, above `receive.max_instance_mb`, describes "
+    "other frames than it has, or lacks a usable UID",
     status.CONFLICT: "another Instance with the same SOP Instance UID is here; the first one is kept",
 }
 

@@ -12,6 +12,8 @@ import threading
 import warnings
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
 
 def set_up_logging(level: str) -> None:
     """Logs to stderr, one line per state change, nothing that names a patient."""
@@ -38,9 +40,17 @@ def be_child(log_level: str) -> None:
     attempt.
     """
     set_up_logging(log_level)
+    threading.excepthook = _log_broken_thread
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+
+
+def _log_broken_thread(broken: threading.ExceptHookArgs) -> None:
+    """In place of a traceback, which may quote a patient's data."""
+    name = broken.thread.name if broken.thread is not None else ""
+    if broken.exc_value is not None:
+        log.error("action=thread-broken thread=%s: %s", name, describe_error(broken.exc_value))
 
 
 def spare_the_collector() -> None:

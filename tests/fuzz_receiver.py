@@ -4,34 +4,61 @@
     python -m tests.fuzz_receiver --cases 1000 --seed 7
 
 Half of the cases are datasets, changed and sent as well-formed C-STORE requests; half are PDUs, changed and sent in
-the place of good ones, among them requests for an association. After every batch a good Instance must still be stored,
-by the same processes. The seed is printed; the same seed makes the same cases.
+the place of good ones, among them requests for an association. They begin as CT in every kind of transfer syntax, and
+as Enhanced CT. After every batch a good Instance must still be stored, by the same processes, and at the end no thread
+of them may have broken. The seed is printed; the same seed makes the same cases.
 """
 
 import argparse
 import logging
+import os
 import random
 import socket
 import struct
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from pydicom import dcmread
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGLSLossless,
+    RLELossless,
+)
 
 from node.config import Config, ReceiveConfig
 from node.index import Index
 from node.receive import Receivers
-from tests.factories import make_ct_series
+from tests.factories import make_ct_series, make_enhanced_ct
+from tests.node.calling import associate_rq as odd_associate_rq
+from tests.node.calling import item
 from tests.ports import free_port
+from tests.transfer_syntaxes import convert, undefine_lengths
 from tests.wire import ABORT, P_DATA_TF, RELEASE, Peer, associate_rq, c_echo, dataset_of, messages, pdu, value
 
 _BATCH = 250
+_GROUP = 25  # cases of one kind after another
+_SYNTAXES = (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    RLELossless,
+    JPEGLSLossless,
+)
 _PATIENCE_S = 20.0  # after that a receiver hangs
 _INTERESTING = (0, 1, 2, 0x7F, 0x80, 0xFF)
+_ITEM, _EMPTY_ITEM = b"\xfe\xff\x00\xe0", b"\xfe\xff\x00\xe0\0\0\0\0"
 _LENGTHS = (0, 1, 2, 5, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE, 0xFFFFFFFF)
 
 
@@ -70,7 +97,9 @@ def fuzz(folder: Path, num_cases: int, seed: int) -> list[str]:
     logging.disable(logging.WARNING)
     index = Index(config.data_dir)
     receivers = Receivers(config, index)
-    receivers.start()
+    said = folder / "stderr"
+    with _stderr_to(said):
+        receivers.start()
     try:
         fuzzer = _Fuzzer(config, folder, rng, [process.pid for process in receivers._processes.values()])
         fuzzer.check()
@@ -85,6 +114,8 @@ def fuzz(folder: Path, num_cases: int, seed: int) -> list[str]:
         kept = {path for _, path, _ in index.needed_files()}
         strays = [p for p in (config.data_dir / "instances").rglob("*.dcm") if p.stat().st_size and p not in kept]
         assert not strays, f"{len(strays)} files without a row were left behind"
+        broken = [line for line in said.read_text().splitlines() if "thread-broken" in line or "Traceback" in line]
+        assert not broken, f"seed {seed}, {len(broken)} threads broke, the first: {broken[0]}"
     finally:
         logging.disable(logging.NOTSET)
         receivers.terminate()
@@ -97,29 +128,86 @@ def fuzz(folder: Path, num_cases: int, seed: int) -> list[str]:
     ]
 
 
+@contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """For the processes that are started within."""
+    before = os.dup(2)
+    try:
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Good:
+    """An Instance as it goes over the network."""
+
+    uid: str
+    sop_class: str
+    syntax: str
+    dataset: bytes
+
+    def request(self) -> bytes:
+        return associate_rq((self.syntax,), sop_class=self.sop_class)
+
+    def with_uid(self, uid: str) -> bytes:
+        """As another Instance."""
+        if self.syntax != DeflatedExplicitVRLittleEndian:
+            return self.dataset.replace(self.uid.encode(), uid.encode())
+        inflated = zlib.decompress(self.dataset, -zlib.MAX_WBITS)
+        return deflated(inflated.replace(self.uid.encode(), uid.encode()))
+
+
+def deflated(data: bytes) -> bytes:
+    deflating = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    encoded = deflating.compress(data) + deflating.flush()
+    return encoded + b"\0" * (len(encoded) % 2)
+
+
+def _good_ones(folder: Path) -> list[_Good]:
+    paths = []
+    for number, syntax in enumerate(_SYNTAXES):
+        paths += make_ct_series(folder / str(number), num_slices=1, rows=16, columns=16)
+        convert(paths[-1], syntax)
+    for number in range(2):
+        paths.append(make_enhanced_ct(folder / f"enhanced{number}.dcm", num_frames=3, rows=4, columns=4))
+    undefine_lengths(paths[-1])
+    good = []
+    for path in paths:
+        ds = dcmread(path)
+        syntax = str(ds.file_meta.TransferSyntaxUID)
+        uid, sop_class = str(ds.SOPInstanceUID), str(ds.SOPClassUID)
+        good.append(_Good(uid=uid, sop_class=sop_class, syntax=syntax, dataset=dataset_of(path)))
+    return good
+
+
 class _Fuzzer:
     def __init__(self, config: Config, folder: Path, rng: random.Random, pids: list[int | None]) -> None:
         self._config, self._rng = config, rng
         self._processes = [psutil.Process(pid) for pid in pids]
-        (path,) = make_ct_series(folder / "good", num_slices=1, rows=16, columns=16)
-        self._dataset, self._uid = dataset_of(path), str(dcmread(path).SOPInstanceUID)
+        self._good = _good_ones(folder / "good")
+        self._num_groups = 0
         self.answers: Counter[str] = Counter()
         self.num_good = 0
 
     def batch(self, num_cases: int) -> None:
         for number in range(num_cases // 2):
-            if number % 50 == 0:
-                self._datasets(min(50, num_cases // 2 - number))
+            if number % _GROUP == 0:
+                self._datasets(min(_GROUP, num_cases // 2 - number))
         left = num_cases - num_cases // 2
         while left > 0:
             left -= self._pdus(min(left, self._rng.randint(1, 12)))
 
     def check(self) -> None:
         """A good Instance that was never sent before is stored."""
-        uid = self._new_uid()
+        good = self._next_good()
+        uid = self._new_uid(good)
         with Peer(self._config.receive, _PATIENCE_S) as peer:
-            peer.associate()
-            peer.send(*messages(uid, self._with_uid(uid)))
+            peer.associate(good.request())
+            peer.send(*messages(uid, good.with_uid(uid), sop_class=good.sop_class))
             status = peer.status()
             assert status == 0, f"a good Instance was answered with 0x{status or 0:04X}"
             peer.release()
@@ -148,13 +236,19 @@ class _Fuzzer:
     def _datasets(self, num_cases: int) -> None:
         """Changed datasets over as few associations as they leave alive; every request is answered or the end of it."""
         peer: Peer | None = None
+        good = self._next_good()
         for _ in range(num_cases):
             if peer is None:
                 peer = Peer(self._config.receive, _PATIENCE_S)
-                peer.associate()
-            uid = self._new_uid()
-            dataset = self._mutated(self._with_uid(uid))
-            peer.send(*messages(uid, dataset, piece=self._rng.choice((64, 1024, 16384))))
+                peer.associate(good.request())
+            uid = self._new_uid(good)
+            dataset = good.with_uid(uid)
+            if good.syntax == DeflatedExplicitVRLittleEndian and self._rng.random() < 0.5:
+                dataset = deflated(self._mutated(zlib.decompress(dataset, -zlib.MAX_WBITS)))
+            else:
+                dataset = self._mutated(dataset)
+            piece = 16384 if len(dataset) > 2**16 else self._rng.choice((64, 1024, 16384))
+            peer.send(*messages(uid, dataset, piece, sop_class=good.sop_class))
             pdu_type, body = peer.receive()
             if pdu_type == P_DATA_TF:
                 at = body.index(struct.pack("<HHL", 0, 0x0900, 2)) + 8
@@ -167,29 +261,34 @@ class _Fuzzer:
             peer.release()
             peer.socket.close()
 
-    def _new_uid(self) -> str:
-        """As long as that of the good dataset, whose elements say how long it is: those of `generate_uid` are not."""
-        return f"{self._uid[:-9]}{self._rng.randrange(10**9):09d}"
+    def _next_good(self) -> _Good:
+        """One after the other."""
+        self._num_groups += 1
+        return self._good[self._num_groups % len(self._good)]
 
-    def _with_uid(self, uid: str) -> bytes:
-        """The good dataset as another Instance."""
-        return self._dataset.replace(self._uid.encode(), uid.encode())
+    def _new_uid(self, good: _Good) -> str:
+        """As long as that of the good dataset, whose elements say how long it is: those of `generate_uid` are not."""
+        return f"{good.uid[:-9]}{self._rng.randrange(10**9):09d}"
 
     # ---- PDUs ----
 
     def _pdus(self, num_cases: int) -> int:
         """A conversation in which some PDUs are changed; how many were."""
-        good = [associate_rq(), *messages(self._uid, self._dataset, piece=512), pdu(P_DATA_TF, value(3, 3, c_echo()))]
+        one = self._next_good()
+        stored = messages(one.uid, one.dataset, piece=512, sop_class=one.sop_class)
+        good = [one.request(), *stored, pdu(P_DATA_TF, value(3, 3, c_echo()))]
         good += [self._rng.choice((RELEASE, ABORT, b""))]
         places = sorted(self._rng.sample(range(len(good)), min(num_cases, len(good))))
         for place in places:
             good[place] = self._mutated(good[place]) if self._rng.random() < 0.9 else self._rng.randbytes(64)
+        if places[0] == 0 and self._rng.random() < 0.1:  # well-formed, which changed bytes seldom are
+            good[0] = odd_associate_rq(of_context=self._rng.choice((b"", item(0x40, b""), item(0x41, b"x"))))
         with Peer(self._config.receive, _PATIENCE_S) as peer:
             try:
                 if places[0] == 0:
                     peer.send(good[0])
                 else:
-                    peer.associate()
+                    peer.associate(one.request())
                 peer.send(*good[1:])
                 peer.socket.shutdown(socket.SHUT_WR)
                 while (answer := peer.receive())[0]:
@@ -212,7 +311,7 @@ class _Fuzzer:
     def _mutate(self, data: bytearray) -> bytearray:
         rng, size = self._rng, len(data)
         at = rng.randrange(size) if size else 0
-        kind = rng.randrange(8)
+        kind = rng.randrange(9)
         if kind == 0 and size:
             data[at] ^= 1 << rng.randrange(8)
         elif kind == 1 and size:
@@ -227,7 +326,10 @@ class _Fuzzer:
             data[at:at] = data[at : at + rng.randint(1, 256)]
         elif kind == 6 and size > 8:
             data[at : at + 4] = struct.pack(rng.choice("<>") + "L", rng.choice(_LENGTHS))
-        elif kind == 7:
+        elif kind == 7:  # empty items, where there are items
+            place = max(data.find(_ITEM, at), 0) or at
+            data[place:place] = _EMPTY_ITEM * rng.choice((1, 2, 100, 100, 8000))
+        elif kind == 8:
             data += rng.randbytes(rng.randint(1, 64))
         return data
 

@@ -81,6 +81,22 @@ def convert(path: Path, transfer_syntax_uid: str) -> None:
     _with_syntax(ds, syntax).save_as(path, enforce_file_format=True)
 
 
+def undefine_lengths(path: Path) -> None:
+    """Rewrites a file in place, all its sequences and their items with delimiters."""
+
+    def undefine(ds: Dataset) -> None:
+        ds.is_undefined_length_sequence_item = True
+        for element in ds:
+            if element.VR == "SQ":
+                element.is_undefined_length = True
+                for item in element.value:
+                    undefine(item)
+
+    ds = pydicom.dcmread(path)
+    undefine(ds)
+    ds.save_as(path)
+
+
 def _with_syntax(ds: Dataset, syntax: UID) -> Dataset:
     ds.file_meta.TransferSyntaxUID = syntax
     return ds

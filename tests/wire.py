@@ -34,13 +34,16 @@ ABORT = pdu(A_ABORT, bytes(4))
 
 
 def associate_rq(
-    transfer_syntaxes: Iterable[str] = (ExplicitVRLittleEndian,), max_length: int = 16384, calling: str = "WIRE"
+    transfer_syntaxes: Iterable[str] = (ExplicitVRLittleEndian,),
+    max_length: int = 16384,
+    calling: str = "WIRE",
+    sop_class: str = CTImageStorage,
 ) -> bytes:
-    """Offers CT as context 1 and Verification as context 3."""
+    """Offers CT, or another SOP Class, as context 1 and Verification as context 3."""
     primitive = A_ASSOCIATE()
     primitive.application_context_name = "1.2.840.10008.3.1.1.1"
     primitive.calling_ae_title, primitive.called_ae_title = calling, "CSPINE"
-    contexts = [build_context(CTImageStorage, list(transfer_syntaxes)), build_context(Verification)]
+    contexts = [build_context(sop_class, list(transfer_syntaxes)), build_context(Verification)]
     for context, context_id in zip(contexts, (CT_CONTEXT, ECHO_CONTEXT), strict=True):
         context.context_id = context_id
     primitive.presentation_context_definition_list = contexts
@@ -84,11 +87,11 @@ def dataset_of(path: Path) -> bytes:
     return path.read_bytes()[offset:]
 
 
-def messages(sop_instance: str, dataset: bytes, piece: int = 4096) -> list[bytes]:
+def messages(sop_instance: str, dataset: bytes, piece: int = 4096, *, sop_class: str = CTImageStorage) -> list[bytes]:
     """A C-STORE request as PDUs of one value each."""
     pieces = [dataset[at : at + piece] for at in range(0, len(dataset), piece)] or [b""]
     return [
-        pdu(P_DATA_TF, value(CT_CONTEXT, COMMAND | LAST, c_store(sop_instance))),
+        pdu(P_DATA_TF, value(CT_CONTEXT, COMMAND | LAST, c_store(sop_instance, sop_class))),
         *(
             pdu(P_DATA_TF, value(CT_CONTEXT, LAST if number == len(pieces) - 1 else 0, fragment))
             for number, fragment in enumerate(pieces)

@@ -49,6 +49,15 @@ def parse_address(text: str) -> Address:
     return mapped or address
 
 
+def may_come_from(config: ReceiveConfig, address: Address) -> bool:
+    """Whether anybody could be let in from this address, whatever the AE titles."""
+    if config.allow == "any":
+        return True
+    if config.allow == "loopback":
+        return address.is_loopback
+    return any(peer.address is None or address in peer.address for peer in config.allow)
+
+
 def judge(config: ReceiveConfig, caller: Caller) -> Rejection | None:
     """Why the association must be rejected, None if it may be opened."""
     if caller.application_context != APPLICATION_CONTEXT:

@@ -1,6 +1,7 @@
 """The door of the receiver: limits, TLS and the list of peers, from the accepted connection to the answered request.
 
-A connection takes a place at once, or will be told that there is none. It has `associate_timeout_s` for the TLS
+A connection takes a place at once, or will be told that there is none, as it will from an address of which nobody can
+be let in: strangers take no place. It has `associate_timeout_s` for the TLS
 handshake and its whole A-ASSOCIATE-RQ; `judge` says who is let in. One thread looks after all connections of the
 process. How long and how large later PDUs may be, `lane.py` sees to.
 """
@@ -21,7 +22,7 @@ from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import ThreadedAssociationServer
 
 from node.config import ReceiveConfig
-from node.receive.access import LOCAL_LIMIT_EXCEEDED, Address, Caller, Rejection, judge, parse_address
+from node.receive.access import LOCAL_LIMIT_EXCEEDED, Address, Caller, Rejection, judge, may_come_from, parse_address
 from node.receive.places import NoPlaceError, Places
 from node.tls import ServerTls, describe_tls_error
 
@@ -93,10 +94,13 @@ class Guard:
         """Takes a place for a connection just accepted; False if it is to be closed unanswered."""
         address = parse_address(client_address[0])
         place, problem = None, ""
-        try:
-            place = self._places.take(address)
-        except NoPlaceError as error:
-            problem = str(error)
+        if may_come_from(self._config, address):
+            try:
+                place = self._places.take(address)
+            except NoPlaceError as error:
+                problem = str(error)
+        else:
+            problem = f"no entry of receive.allow holds the address {address}"
         deadline = time.monotonic() + self._config.associate_timeout_s
         new = _Connection(connection, address, place, problem, deadline)
         with self._lock:

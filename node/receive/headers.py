@@ -19,7 +19,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
-from model import HEADER_TAGS, slice_headers
+from model import HEADER_TAGS, PARSE_ERRORS, slice_headers
 from node.receive.attributes import SERIES_TAGS, series_attributes
 from node.receive.elements import Elements, find_elements
 from node.receive.status import CANNOT_UNDERSTAND, MISMATCH, RefusedError
@@ -32,11 +32,16 @@ _TAGS: list[BaseTag | int] = [*HEADER_TAGS, *SERIES_TAGS.values()]
 _TAGS_TO_FIND = frozenset(int(tag) for tag in _TAGS)
 _SINGLE_SLICE_TAGS = tuple(int(Tag(k)) for k in ("SOPInstanceUID", "ImagePositionPatient", "InstanceNumber"))
 _SERIES_WIDE_TAGS = tuple(_TAGS_TO_FIND.difference(_SINGLE_SLICE_TAGS))
-_FRAME_TAGS = {int(Tag(f"{which}FunctionalGroupsSequence")) for which in ("Shared", "PerFrame")}
+_PER_FRAME = int(Tag("PerFrameFunctionalGroupsSequence"))
+_FRAME_TAGS = {_PER_FRAME, int(Tag("SharedFunctionalGroupsSequence"))}
+_NUMBER_OF_FRAMES, _ROWS, _COLUMNS = (int(Tag(keyword)) for keyword in ("NumberOfFrames", "Rows", "Columns"))
+_TAGS_THAT_COUNT = frozenset({_PER_FRAME, _NUMBER_OF_FRAMES, _ROWS, _COLUMNS})
 _PIXEL_GROUP = 0x7FE0
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _MAX_HEADER_BYTES = 64 * 2**20  # Enhanced CT of a thousand frames has some 5 MB
+_MAX_FRAMES = 50_000  # of an Instance; a minute of a beating heart in 320 slices has half of that
+_FRAGMENT_HEAD_BYTES = 8  # each frame that is encapsulated has a fragment at least (PS3.5 A.4)
 _INFLATED_BYTES = 2**20  # at a time
 _NUM_SERIES_KEPT = 64
 
@@ -98,6 +103,7 @@ class HeaderReader:
                 raise RefusedError(CANNOT_UNDERSTAND, "the dataset cannot be parsed") from error
             raise
         _check(ds, announced)
+        _check_frames_read(ds)
         headers = slice_headers(ds)
         if not headers:
             raise RefusedError(CANNOT_UNDERSTAND, "the Instance has no frames")
@@ -169,13 +175,14 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     """The attributes we need of a dataset that is all there.
 
     Raises:
-        RefusedError: it ends before its pixel data do, or they begin too far back.
+        RefusedError: it ends before its pixel data do, or they begin too far back, or it has frames for which there is
+            no room.
         zlib.error: it is deflated, and damaged.
     """
     is_deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
     is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
     is_little_endian = transfer_syntax_uid != ExplicitVRBigEndian
-    for beginning in _beginnings(encoded):
+    for beginning, is_last in _beginnings(encoded):
         if is_deflated:
             beginning = zlib.decompressobj(-zlib.MAX_WBITS).decompress(beginning, _MAX_HEADER_BYTES)
         length = None
@@ -186,8 +193,14 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
             length = value_length if is_it else None
             return is_it
 
+        _check_frames(beginning, encoded, is_implicit, is_little_endian)
         file = BytesIO(beginning)
-        ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+        try:
+            ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+        except (OSError, *PARSE_ERRORS):
+            if is_last:
+                raise
+            continue  # it was cut in the middle of a sequence of undefined length
         if length is not None:
             value_at = file.tell() + (8 if is_implicit else 12)
             if is_deflated:
@@ -198,13 +211,53 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
 
-def _beginnings(encoded: Encoded) -> Iterator[bytes]:
-    """The prefix, which is enough for nearly all; then as much as a header may be long."""
-    yield encoded.prefix
-    if encoded.num_bytes > len(encoded.prefix):
+def _check_frames(beginning: bytes, encoded: Encoded, is_implicit: bool, is_little_endian: bool) -> None:
+    """Refuses frames that there cannot be, before an object is made of each: of empty ones 8 bytes are enough.
+
+    What is not plainly written here, `_check_frames_read` sees to.
+    """
+    found = find_elements(
+        beginning, _TAGS_THAT_COUNT, is_implicit=is_implicit, is_little_endian=is_little_endian, sequences={_PER_FRAME}
+    )
+    if found is None or not (num_items := found.num_items(_PER_FRAME)):
+        return
+    _check_num_frames(num_items, found.value(_NUMBER_OF_FRAMES).decode("ascii", "replace"))
+    if found.num_pixel_bytes == _UNDEFINED_LENGTH:
+        num_pixel_bytes, num_frame_bytes = encoded.num_bytes, _FRAGMENT_HEAD_BYTES
+    else:
+        num_pixel_bytes, num_frame_bytes = found.num_pixel_bytes or 0, found.number(_ROWS) * found.number(_COLUMNS)
+    if num_items * max(num_frame_bytes, 1) > num_pixel_bytes:
+        raise RefusedError(CANNOT_UNDERSTAND, f"{num_items} frames are more than the pixel data can hold")
+
+
+def _check_frames_read(ds: Dataset) -> None:
+    """As `_check_frames`, of what is read already."""
+    try:
+        num_items = len(ds.get("PerFrameFunctionalGroupsSequence") or ())
+        number_of_frames = ds.get("NumberOfFrames")
+    except PARSE_ERRORS:  # `slice_headers` reads no such frames either
+        return
+    if num_items:
+        _check_num_frames(num_items, str(number_of_frames or ""))
+
+
+def _check_num_frames(num_items: int, number_of_frames: str) -> None:
+    """number_of_frames: "" if it is missing."""
+    number = number_of_frames.strip(" \0")
+    if num_items > _MAX_FRAMES:
+        raise RefusedError(CANNOT_UNDERSTAND, f"{num_items} frames; an Instance may have {_MAX_FRAMES}")
+    if number and number.lstrip("+0") != str(num_items):
+        raise RefusedError(CANNOT_UNDERSTAND, f"NumberOfFrames is {number:.12}, and {num_items} are described")
+
+
+def _beginnings(encoded: Encoded) -> Iterator[tuple[bytes, bool]]:
+    """The prefix, enough for nearly all; then as much as a header may be long. With each, whether it is the last."""
+    is_all = encoded.num_bytes <= len(encoded.prefix)
+    yield encoded.prefix, is_all
+    if not is_all:
         with encoded.path.open("rb") as file:
             file.seek(encoded.start)
-            yield file.read(_MAX_HEADER_BYTES)
+            yield file.read(_MAX_HEADER_BYTES), True
 
 
 def _check_whole(encoded: Encoded, value_at: int, length: int) -> None:

@@ -28,8 +28,10 @@ from pynetdicom.pdu_primitives import P_DATA
 from sqlalchemy.exc import SQLAlchemyError
 
 from node.process import describe_error
+from node.receive.access import parse_address
 from node.receive.command import Command, c_store_response, parse_command
 from node.receive.headers import Announced
+from node.receive.request import RequestError, readable_request
 from node.receive.sender import Sender
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, SOP_CLASS_NOT_SUPPORTED, SUCCESS, RefusedError
 from node.receive.store import Arriving, Store
@@ -43,7 +45,7 @@ _MAX_OTHER_BYTES = 4 * 2**20  # of the dataset of another message: a storage com
 _MAX_OTHER_PDU_BYTES = 2**20  # of a PDU other than P-DATA-TF: an A-ASSOCIATE-RQ with every context there can be
 _MIN_BYTES_PER_S = 16 * 1024  # a peer that is slower in the middle of a PDU is taken for dead
 _TICK_S = 0.1  # how often an idle association looks up
-_P_DATA_TF = 0x04
+_A_ASSOCIATE_RQ, _P_DATA_TF = 0x01, 0x04
 _IS_COMMAND, _IS_LAST = 0x01, 0x02  # message control header (PS3.8 E.2)
 _INVALID_PDU, _CONNECTION_CLOSED = "Evt19", "Evt17"  # PS3.8 table 9-10
 
@@ -117,7 +119,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
             super().run_reactor()
         except Exception as error:
             # pynetdicom's state machine raises at what has no place in its state, and leaves the connection open.
-            log.warning("action=association-broken calling=%r (%s)", self.sender.ae_title, describe_error(error))
+            self._warn("association-broken", describe_error(error))
             self.socket.close()
         finally:
             if self._message is not None and self._message.arriving is not None:
@@ -179,20 +181,29 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
             elif not 1 <= pdu_type <= 7 or length > _MAX_OTHER_PDU_BYTES:
                 raise _BrokenError(_INVALID_PDU)
             else:
-                self._pass_on_pdu(bytearray(struct.pack(">BxL", pdu_type, length)) + self._take(length))
+                self._pass_on_pdu(struct.pack(">BxL", pdu_type, length) + self._take(length))
         except _BrokenError as error:
             self.event_queue.put(error.event)
+        except RequestError as error:
+            self._warn("invalid-pdu", str(error))
+            self.event_queue.put(_INVALID_PDU)
         except Exception as error:
             # Anything may come over a network, and neither pynetdicom nor pydicom has one error for what it cannot read
-            log.warning("action=invalid-pdu calling=%r: aborted (%s)", self.sender.ae_title, describe_error(error))
+            self._warn("invalid-pdu", describe_error(error))
             self.event_queue.put(_INVALID_PDU)
+
+    def _warn(self, action: str, why: str) -> None:
+        address = parse_address(self.assoc.requestor.address)
+        log.warning("action=%s calling=%r address=%s: aborted (%s)", action, self.sender.ae_title, address, why)
 
     def _patience_s(self) -> float:
         """How long a PDU that has begun may stand still."""
         timeout = self.network_timeout if self.state_machine.current_state == "Sta6" else self.assoc.acse_timeout
         return float(timeout or 60.0)
 
-    def _pass_on_pdu(self, encoded: bytearray) -> None:
+    def _pass_on_pdu(self, encoded: bytes) -> None:
+        if encoded[0] == _A_ASSOCIATE_RQ:
+            encoded = readable_request(encoded)
         pdu, event = self._decode_pdu(encoded)
         self._recv_pdu.put(pdu)
         self.event_queue.put(event)
@@ -284,9 +295,9 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
         status, comment = message.refusal or (SUCCESS, "")
         if status != SUCCESS:
             log.warning(
-                "action=instance-refused calling=%r instance=%.64r status=0x%04X: %s",
+                "action=instance-refused calling=%r instance=%r status=0x%04X: %s",
                 self.sender.ae_title,
-                command.sop_instance_uid,
+                command.sop_instance_uid[:64],
                 status,
                 comment,
             )
@@ -299,11 +310,11 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
 
         | status | when |
         |---|---|
-        | 0x0000 | it is on disk and in the index, or was already, byte for byte |
+        | 0x0000 | it is on disk and in the index, or was already, maybe in another transfer syntax |
         | 0x0122 | the announced SOP Class is not that of the presentation context |
         | 0xA700 | the disk is full or cannot be written; send it again later |
         | 0xA900 | it is not CT, its SOP Class or UID is not the announced one, or this node made it |
-        | 0xC000 | it cannot be parsed, is cut off or too large, or lacks a usable UID |
+        | 0xC000 | it cannot be parsed, is cut off or too large, has other frames than it says, or lacks a usable UID |
         | 0xC111 | another Instance with this UID is here |
         """
         cause: Exception | None = None

@@ -11,19 +11,17 @@ import zlib
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
-
-from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID, PYNETDICOM_IMPLEMENTATION_VERSION
 
 from node.config import Config
+from node.implementation import IMPLEMENTATION_CLASS_UID, implementation_version_name
 from node.index import Index, NewInstance
 from node.receive.commit import GroupCommit
 from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
+from node.receive.same import is_same
 from node.receive.sender import Source
 from node.receive.spool import Spool
 from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
-_COMPARED_BYTES = 2**20
 _NUM_SYNCS = 16  # at the same time; with more associations some wait a little
 
 
@@ -160,7 +158,7 @@ class Arriving:
 
 
 def _check_same(known: Path | None, received: Path) -> None:
-    """Passes when the stored Instance is the received one, and on disk; the group 2 header may differ.
+    """Passes when the stored Instance is the received one, in whatever transfer syntax, and on disk.
 
     Raises:
         RefusedError: it is another, or went away at this moment.
@@ -169,30 +167,23 @@ def _check_same(known: Path | None, received: Path) -> None:
         raise RefusedError(OUT_OF_RESOURCES, "the Instance here with this UID is just being removed")
     with known.open("rb") as one, received.open("rb") as other:
         os.fdatasync(one.fileno())  # whoever brings it may be waiting for that, too
-        sizes = [_seek_dataset(file) for file in (one, other)]
-        is_same = sizes[0] == sizes[1]
-        while is_same and (piece := one.read(_COMPARED_BYTES)):
-            is_same = piece == other.read(_COMPARED_BYTES)
-    if not is_same:
-        raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
-
-
-def _seek_dataset(file: BinaryIO) -> int:
-    """Goes behind the File Meta Information, whose length its first element gives (PS3.10 7.1); what follows, bytes."""
-    start = 144 + int.from_bytes(file.read(144)[140:], "little")
-    return file.seek(0, os.SEEK_END) - file.seek(start)
+        if not is_same(one, other):
+            raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
 
 
 def file_meta(announced: Announced) -> bytes:
-    """Preamble and File Meta Information as pynetdicom's `event.encoded_dataset()` writes them (PS3.10 7.1)."""
+    """Preamble and File Meta Information as pydicom writes them, by the name that an association announces.
+
+    Reference: PS3.10 7.1.
+    """
     elements = b"\x02\0\x01\0OB\0\0\x02\0\0\0\0\x01" + b"".join(
         struct.pack("<HH2sH", 2, number, vr, len(value)) + value
         for number, vr, value in (
             (0x0002, b"UI", _even(announced.sop_class_uid, b"\0")),
             (0x0003, b"UI", _even(announced.sop_instance_uid, b"\0")),
             (0x0010, b"UI", _even(announced.transfer_syntax_uid, b"\0")),
-            (0x0012, b"UI", _even(PYNETDICOM_IMPLEMENTATION_UID, b"\0")),
-            (0x0013, b"SH", _even(PYNETDICOM_IMPLEMENTATION_VERSION, b" ")),
+            (0x0012, b"UI", _even(IMPLEMENTATION_CLASS_UID, b"\0")),
+            (0x0013, b"SH", _even(implementation_version_name(), b" ")),
         )
     )
     return bytes(128) + b"DICM" + struct.pack("<HH2sHL", 2, 0, b"UL", 4, len(elements)) + elements

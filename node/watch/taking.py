@@ -77,7 +77,7 @@ class Taking:
         uid = file.announced.sop_instance_uid if file.announced else sop_instance_uid
         self.answered.add(sop_instance_uid or uid)
         if reason:
-            log.warning("action=instance-refused by=watch source=%r instance=%.64r: %s", self._source, uid, reason)
+            log.warning("action=instance-refused by=watch source=%r instance=%r: %s", self._source, uid[:64], reason)
 
     def take(self, pieces: Iterable[bytes], sop_instance_uid: str) -> None:
         """Takes a whole file, and returns as `finish` does; what breaks off is raised as it came.

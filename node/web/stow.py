@@ -179,5 +179,5 @@ async def _finish(part: IncomingFile, stored: Stored) -> None:
     except PARSE_ERRORS as error:
         status, comment, cause = CANNOT_UNDERSTAND, "the dataset cannot be parsed", describe_error(error)
     uid = part.announced.sop_instance_uid if part.announced else ""
-    log.warning("action=instance-refused by=stow instance=%.64r status=0x%04X: %s %s", uid, status, comment, cause)
+    log.warning("action=instance-refused by=stow instance=%r status=0x%04X: %s %s", uid[:64], status, comment, cause)
     stored.failed.append((part.announced, status))

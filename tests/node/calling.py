@@ -72,11 +72,14 @@ def item(kind: int, content: bytes) -> bytes:
 
 def associate_rq(
     *user_items: bytes, application_context: bytes = b"1.2.840.10008.3.1.1.1", version: int = 1,
-    sop_class: str = CTImageStorage,
+    sop_class: str = CTImageStorage, of_context: bytes = item(0x40, ExplicitVRLittleEndian.encode()), more: bytes = b"",
 ) -> bytes:  # fmt: skip
-    """An A-ASSOCIATE-RQ (PS3.8 9.3.2) for one SOP Class, with these items of user information beside the usual."""
-    context = b"\1\0\0\0" + item(0x30, sop_class.encode()) + item(0x40, ExplicitVRLittleEndian.encode())
+    """An A-ASSOCIATE-RQ (PS3.8 9.3.2) for one SOP Class, with these items of user information beside the usual.
+
+    of_context: sub-items of the presentation context, behind the abstract syntax. more: items at the end.
+    """
+    context = b"\1\0\0\0" + item(0x30, sop_class.encode()) + of_context
     user = item(0x51, struct.pack(">L", 16384)) + item(0x52, b"1.2.3") + b"".join(user_items)
     content = struct.pack(">HH16s16s32x", version, 0, b"CSPINE".ljust(16), b"CT1".ljust(16))
-    content += item(0x10, application_context) + item(0x20, context) + item(0x50, user)
+    content += item(0x10, application_context) + item(0x20, context) + item(0x50, user) + more
     return struct.pack(">BBL", 1, 0, len(content)) + content

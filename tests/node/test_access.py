@@ -135,6 +135,24 @@ def test_a_hundred_silent_connections_from_one_peer_keep_no_other_out(
     assert served(config, tmp_path)
 
 
+def test_strangers_that_only_connect_take_no_place_of_those_who_are_let_in(
+    start: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = start(
+        allow=[{"ae_title": "CT1", "address": "127.0.0.1"}],
+        max_associations=1,
+        max_associations_per_address=1,
+        associate_timeout_s=1000,
+    )
+    silent = [connect(config, "127.0.0.9") for _ in range(3)]
+    assert served(config, tmp_path / "sent")
+    assert all(map(is_quiet, silent))
+    assert rejected(associate(config, source="127.0.0.9")) == (1, 1, 3)  # and is told so
+    assert "no entry of receive.allow holds the address 127.0.0.9" in caplog.text
+    for connection in silent:
+        connection.close()
+
+
 def test_above_the_limits_an_association_is_rejected_as_transient(start: Callable[..., Config]) -> None:
     config = start(max_associations=3, max_associations_per_address=2)
     here = [associate(config) for _ in range(3)]

@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pynetdicom.dimse_messages import C_STORE_RQ, C_STORE_RSP
 from pynetdicom.dimse_primitives import C_STORE
 
 from node.config import Config
+from node.implementation import IMPLEMENTATION_CLASS_UID, implementation_version_name
 from node.index import Index
 from node.receive import lane
 from node.receive.command import Command, c_store_response, parse_command
@@ -54,6 +56,7 @@ from tests.wire import (
     value,
 )
 
+BY_US = IMPLEMENTATION_CLASS_UID, implementation_version_name()  # as the association announces
 SUCCESS, NO_SUCH_CLASS, OUT_OF_RESOURCES, CANNOT_UNDERSTAND = 0x0000, 0x0122, 0xA700, 0xC000
 MakeConfig = Callable[..., Config]
 
@@ -92,7 +95,7 @@ def size_of(path: Path) -> int:
 # ---- the same as pynetdicom ----
 
 
-def test_file_meta_information_and_dataset_are_what_pynetdicom_gives(
+def test_file_meta_information_and_dataset_are_what_pynetdicom_gives_but_for_who_wrote_them(
     receiver: Config, index: Index, instance: tuple[str, bytes]
 ) -> None:
     uid, dataset = instance
@@ -111,7 +114,12 @@ def test_file_meta_information_and_dataset_are_what_pynetdicom_gives(
     server.shutdown()
     path = index.find_instance(uid)
     assert path is not None
-    assert path.read_bytes() == given[0]
+    theirs, ours = dcmread(BytesIO(given[0])), dcmread(path)
+    assert ours == theirs
+    for ds in (theirs, ours):
+        ds.file_meta.ImplementationClassUID, ds.file_meta.ImplementationVersionName = BY_US
+        del ds.file_meta.FileMetaInformationGroupLength  # of our names
+    assert ours.file_meta == theirs.file_meta
 
 
 @pytest.mark.parametrize("length", [1, 20, 63, 64])
@@ -121,7 +129,13 @@ def test_the_file_meta_information_is_encoded_as_pydicom_does(length: int) -> No
     uid = "1." + "2" * (length - 2) if length > 1 else "1"
     announced = Announced(sop_class_uid=CTImageStorage, sop_instance_uid=uid, transfer_syntax_uid=RLELossless)
     expected = encode_file_meta(
-        create_file_meta(sop_class_uid=CTImageStorage, sop_instance_uid=uid, transfer_syntax=RLELossless)
+        create_file_meta(
+            sop_class_uid=CTImageStorage,
+            sop_instance_uid=uid,
+            transfer_syntax=RLELossless,
+            implementation_uid=BY_US[0],
+            implementation_version=BY_US[1],
+        )
     )
     assert file_meta(announced) == bytes(128) + b"DICM" + expected
 

@@ -1,18 +1,21 @@
 """What the receiver answers to the items of an A-ASSOCIATE-RQ."""
 
+import multiprocessing
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
 import pytest
-from pydicom.uid import CTImageStorage, MRImageStorage
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
 from pynetdicom.pdu import A_ASSOCIATE_AC
 
 from node.config import Config
 from node.implementation import IMPLEMENTATION_CLASS_UID
-from tests.node.calling import associate_rq, connect, item
+from node.process import be_child
+from tests.node.calling import associate_rq, connect, is_closed, item
 
 # pynetdicom leaves the socket of a refused connection open.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <:ResourceWarning")
@@ -76,12 +79,71 @@ def test_extended_negotiation_that_is_not_supported_is_ignored(start: Callable[.
         ">HH", 2 + len(uid) + 2 + len(service) + 2, len(uid)
     ) + uid + struct.pack(">H", len(service)) + service + b"\0\0"  # fmt: skip
     identity = item(0x58, b"\1\1" + struct.pack(">H", 4) + b"user" + b"\0\0")
-    unknown = item(0x5F, b"whatever")
     config = start()
     for asked in (extended, common, identity, extended + common + identity):
         assert len(accepted(config, asked)) == 3
-    encoded = answer_to(config, associate_rq(unknown))
-    assert encoded[0] in (2, 7)  # PS3.8 9.3.1: to be ignored; pynetdicom aborts
+
+
+def test_items_that_the_standard_does_not_know_are_ignored(
+    start: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    """PS3.8 9.3.1; pynetdicom would abort."""
+    config, unknown = start(), item(0x5F, b"whatever")
+    known = item(0x40, ExplicitVRLittleEndian.encode())
+    for given in ({}, {"more": item(0x60, b"whatever")}, {"of_context": item(0x41, b"whatever") + known}):
+        assert len(accepted(config, unknown, **given)) == 3
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"of_context": b""}, "a presentation context without transfer syntax"),
+        ({"of_context": item(0x40, b"")}, "a presentation context without transfer syntax"),
+        ({"more": b"\x50"}, "an item is cut off"),
+    ],
+)
+def test_a_request_that_cannot_be_understood_is_aborted_at_once_and_its_address_named(
+    start: Callable[..., Config], caplog: pytest.LogCaptureFixture, given: dict[str, Any], why: str
+) -> None:
+    config = start(associate_timeout_s=1000)
+    with closing(connect(config)) as peer:
+        peer.sendall(associate_rq(**given))
+        assert peer.recv(10, socket.MSG_WAITALL)[0] == 7  # A-ABORT
+        assert is_closed(peer)
+    assert caplog.messages == [f"action=invalid-pdu calling='' address=127.0.0.1: aborted ({why})"]
+    assert accepted(config)
+
+
+def test_what_has_no_place_in_an_association_is_logged_with_its_address(
+    start: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = start()
+    with closing(connect(config)) as peer:
+        peer.sendall(associate_rq())
+        assert peer.recv(1) == b"\2"
+        peer.sendall(b"\1\0\0\0\0\1\0")  # another request, which is none
+        assert is_closed(peer)
+    assert "calling='CT1' address=127.0.0.1: aborted (" in caplog.text
+
+
+def break_a_thread() -> None:
+    be_child("INFO")
+    thread = threading.Thread(target=lambda: int("Neck^Test"), name="breaking")
+    thread.start()
+    thread.join()
+
+
+def test_a_thread_that_breaks_in_a_child_process_names_itself_and_no_patient(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    child = multiprocessing.get_context("spawn").Process(target=break_a_thread)
+    child.start()
+    child.join()
+    said = capfd.readouterr().err
+    assert "action=thread-broken thread=breaking: unexpected ValueError at" in said
+    assert "Neck" not in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """What the receiver refuses, with which status, and that nothing of it stays."""
 
+import asyncio
 import errno
 import io
 import os
 import re
 import struct
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,10 @@ from node.config import Config
 from node.encode.identity import derive_uid
 from node.index import Index
 from node.receive import spool
+from node.receive.incoming import IncomingFile
+from node.receive.store import Store
+from node.watch.taking import Taking
+from node.web.stow import Stored, _finish
 from tests.node.sending import (
     CANNOT_UNDERSTAND,
     MISMATCH,
@@ -234,3 +240,24 @@ def test_a_refusal_says_why_in_64_characters_and_names_no_patient(
     assert status.ErrorComment == "Modality is 'MR'; only CT is taken"
     assert "status=0xA900" in caplog.text
     assert "Neck" not in caplog.text
+
+
+def test_the_longest_uid_is_named_in_full_by_whoever_refuses(
+    receiver: Config, index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    uid = "1.2." + "3" * 60
+    sent = make_instance(tmp_path / "sent", lambda ds: setattr(ds, "SOPInstanceUID", uid))
+    ds = pydicom.dcmread(sent)
+    ds.Modality = "MR"
+    ds.save_as(sent)
+    assert store_one(receiver, sent) == MISMATCH
+    store = Store(receiver, index, "watching")
+    taking = Taking("an archive", "it", "ARCHIVE", store, threading.Event())
+    taking.take([sent.read_bytes()], uid)
+    part = IncomingFile(store, taking._sender)
+    part.write(memoryview(sent.read_bytes()))
+    asyncio.run(_finish(part, Stored()))
+    store.close()
+    assert caplog.text.count(f"instance='{uid}'") == 3
+    for how in ("calling='SCANNER'", "by=watch", "by=stow"):
+        assert f"action=instance-refused {how}" in caplog.text

@@ -1,0 +1,105 @@
+"""Enhanced CT that describes other frames than it has: refused by name, before it costs anything."""
+
+from pathlib import Path
+
+import pytest
+from pydicom import Dataset, dcmread
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+from node.config import Config
+from node.index import Index
+from node.receive import headers
+from node.receive.status import RefusedError
+from tests.factories import make_ct_series, make_enhanced_ct
+from tests.node.sending import CANNOT_UNDERSTAND, SUCCESS, store_one
+from tests.node.test_undefined_lengths import read, written
+
+SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
+NONE_TOLD = object()
+
+
+def with_frames(
+    folder: Path,
+    num_items: int,
+    number_of_frames: object = NONE_TOLD,
+    syntax: str = ExplicitVRLittleEndian,
+    is_undefined: bool = False,
+) -> Path:
+    """A plain CT slice that describes so many frames by empty items."""
+    folder.mkdir(exist_ok=True)
+    (path,) = make_ct_series(folder, num_slices=1, rows=8, columns=8)
+    ds = dcmread(path)
+    ds.PerFrameFunctionalGroupsSequence = [Dataset() for _ in range(num_items)]
+    if number_of_frames is not NONE_TOLD:
+        ds.NumberOfFrames = number_of_frames
+    ds.save_as(path)
+    return written(path, syntax, is_undefined=is_undefined)
+
+
+@pytest.mark.parametrize("is_undefined", [True, False])
+@pytest.mark.parametrize("syntax", SYNTAXES)
+@pytest.mark.parametrize(
+    ("num_items", "number_of_frames", "why"),
+    [
+        (300, 2, "NumberOfFrames is 2, and 300 are described"),
+        (300, 300, "300 frames are more than the pixel data can hold"),
+        (300, NONE_TOLD, "300 frames are more than the pixel data can hold"),
+    ],
+)
+def test_frames_that_there_cannot_be_are_refused_before_one_is_made_of_each(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_items: int,
+    number_of_frames: object,
+    why: str,
+    syntax: str,
+    is_undefined: bool,
+) -> None:
+    path = with_frames(tmp_path, num_items, number_of_frames, syntax, is_undefined)
+    monkeypatch.setattr(headers, "read_dataset", None)  # pydicom, which makes objects
+    with pytest.raises(RefusedError, match=why):
+        read(path, 10**7)
+
+
+def test_frames_that_are_not_plainly_written_are_counted_before_headers_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = with_frames(tmp_path, 300, 2)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"SH\x02\0001 ", b"XX\x02\0001 "))  # a VR that there is not
+    monkeypatch.setattr(headers, "slice_headers", None)
+    with pytest.raises(RefusedError, match="NumberOfFrames is 2, and 300 are described"):
+        read(path, 10**7)
+
+
+@pytest.mark.parametrize("syntax", [*SYNTAXES, RLELossless])
+def test_enhanced_ct_is_taken_as_it_is_written(tmp_path: Path, syntax: str) -> None:
+    path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5, transfer_syntax_uid=RLELossless)
+    if syntax != RLELossless:
+        written(make_enhanced_ct(path, num_frames=5), syntax)
+    assert len(read(path, 10**7).headers) == 5
+
+
+@pytest.mark.parametrize("number_of_frames", ["+5", "005", "5 ", ""])
+def test_a_number_of_frames_may_be_written_in_any_way(tmp_path: Path, number_of_frames: str) -> None:
+    path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5)
+    head = b"\x28\0\x08\0IS"
+    told = number_of_frames.encode() + b" " * (len(number_of_frames) % 2)
+    path.write_bytes(path.read_bytes().replace(head + b"\2\0005 ", head + bytes([len(told), 0]) + told))
+    assert len(read(path, 10**7).headers) == 5
+
+
+def test_c_store_of_very_many_empty_frames_is_refused_by_name(
+    receiver: Config, index: Index, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A quarter of a million of them, 2 MB, cost minutes of CPU and hundreds of MB."""
+    assert store_one(receiver, with_frames(tmp_path / "odd", 60_000)) == CANNOT_UNDERSTAND
+    assert "60000 frames; an Instance may have 50000" in caplog.text
+    assert store_one(receiver, make_enhanced_ct(tmp_path / "good.dcm")) == SUCCESS
+    assert len(index.cases()) == 1
