@@ -38,8 +38,7 @@ from node.web import qido, rendered
 from node.web.levels import IN_REQUEST, Level
 
 STORE_STATUSES = {
-    status.SUCCESS: "the Instance is on disk and in the index, or was already, "
-    "byte for byte or in another transfer syntax but Deflated",
+    status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
     status.SOP_CLASS_NOT_SUPPORTED: "the SOP Class of the request is not that of the presentation context",
     status.OUT_OF_RESOURCES: "less than `receive.min_free_disk_mb` is free, or it cannot be written; send it later",
     status.MISMATCH: "Modality is not CT; SOP Class or Instance UID are not the announced ones; or this node made it",

@@ -5,8 +5,8 @@ about Series: that is `complete/`, which reads what is noted here. Started and w
 
 From the outside in: `supervisor.py` runs the processes, `server.py` is one of them, `contexts.py` says what is offered,
 `request.py` looks over who asks for an association, `lane.py` reads C-STORE from the socket and `command.py` its
-command sets, `store.py` takes one Instance with `headers.py`, `spool.py` and `commit.py`, or finds by `same.py`
-that it is here; `reconcile.py` makes disk and index agree after a crash.
+command sets, `store.py` takes one Instance with `headers.py`, `spool.py` and `commit.py`, `reconcile.py` makes disk and
+index agree after a crash.
 """
 
 from node.receive.supervisor import ReceiverError, Receivers

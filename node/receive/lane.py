@@ -310,7 +310,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
 
         | status | when |
         |---|---|
-        | 0x0000 | it is on disk and in the index, or was already, maybe in another transfer syntax |
+        | 0x0000 | it is on disk and in the index, or was already, byte for byte |
         | 0x0122 | the announced SOP Class is not that of the presentation context |
         | 0xA700 | the disk is full or cannot be written; send it again later |
         | 0xA900 | it is not CT, its SOP Class or UID is not the announced one, or this node made it |
