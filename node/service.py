@@ -235,6 +235,7 @@ class Service:
             )
             job = Job(
                 previous_dir=case.result_dir,
+                num_at_source=case.num_at_source,
                 files=files,
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )

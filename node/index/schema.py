@@ -58,6 +58,8 @@ STEPS = (
     (),
     # 14: a pause that a watched archive asked for outlives a restart.
     ("ALTER TABLE watched ADD COLUMN paused_until FLOAT",),
+    # 15: a result says that its source holds more than what was analysed.
+    ("ALTER TABLE cases ADD COLUMN num_at_source INTEGER",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 
