@@ -14,7 +14,7 @@ from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
     from node.case import Case
-    from node.index import Index
+    from node.index import Index, StoredFile
 
 _cases_argument = click.argument("names", metavar="CASE...", nargs=-1, required=True)
 
@@ -84,6 +84,8 @@ def retry(config_path: Path | None, names: tuple[str, ...]) -> None:
             return "has no Instances any more, they were purged; send the Series again"
         if not case.num_instances:
             return "has no Instances any more, they were lost from the disk; send the Series again"
+        if num_lost := sum(map(_is_lost, index.stored_files(case.series_instance_uid))):
+            return f"has {num_lost} Instances whose files are missing or cut off; send the Series again first"
         return "" if index.retry(case) else _CHANGED
 
     with open_index(load_config(config_path)) as index:
@@ -115,6 +117,13 @@ def delete(config_path: Path | None, names: tuple[str, ...], force: bool, yes: b
         if not yes:
             click.confirm(f"Delete {len(names)} case(s) with everything received and made?", abort=True)
         _do_to_each(index, names, "is deleted", delete_one)
+
+
+def _is_lost(file: "StoredFile") -> bool:
+    try:
+        return not file.is_whole()
+    except OSError:
+        return True
 
 
 _CHANGED = "has changed at this moment; look again with `cspine cases`"

@@ -12,7 +12,7 @@ from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
 from node.index.notifications import Notifications
 from node.index.operating import Operating
-from node.index.receiving import NewInstance, Receiving
+from node.index.receiving import NewInstance, Receiving, StoredFile, is_whole
 from node.index.retaining import Retaining
 from node.index.watching import TroubledSeries, WatchedSeries, WatchedSource, Watching
 
@@ -22,10 +22,12 @@ __all__ = [
     "HeldInstance",
     "Index",
     "NewInstance",
+    "StoredFile",
     "StoredSeries",
     "TroubledSeries",
     "WatchedSeries",
     "WatchedSource",
+    "is_whole",
 ]
 
 

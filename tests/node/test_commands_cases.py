@@ -134,6 +134,17 @@ def test_a_case_whose_instances_are_gone_is_not_started_again(cspine: Cspine, in
     assert index.cases_to_check() == []
 
 
+def test_a_case_of_which_a_file_was_lost_is_not_started_again_before_it_is_back(cspine: Cspine, index: Index) -> None:
+    finished(index, "1.1")
+    (path,) = index.instance_paths("1.1")
+    path.rename(path.with_suffix(".away"))
+    result = cspine("retry", "1.1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "has 1 Instances whose files are missing or cut off; send the Series again first" in result.stderr
+    path.with_suffix(".away").rename(path)
+    assert cspine("retry", "1.1").exit_code == 0
+
+
 def test_a_failed_case_has_all_its_attempts_again(cspine: Cspine, index: Index) -> None:
     assert index.fail_attempt(analysing(index, "1.1"), "step 'segment' hung", max_attempts=1) is CaseState.FAILED
     assert cspine("retry", "1.1").exit_code == 0
