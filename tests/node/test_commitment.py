@@ -1,5 +1,6 @@
 """Storage commitment, asked by pynetdicom and by Orthanc, over the same and over a new association."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -135,17 +136,26 @@ def test_what_is_held_is_committed_over_the_association_that_asked(
 
 def test_what_is_not_held_fails_with_its_reason(start: Callable[..., Config], index: Index, tmp_path: Path) -> None:
     config, requester = start(), Requester()
-    first, second, third = store(config, tmp_path, 3)
-    stored = index.find_instance(third[1])
-    assert stored is not None
-    stored.unlink()  # purged
+    first, second, third, fourth = store(config, tmp_path, 4)
+    for (_, uid), damage in ((third, Path.unlink), (fourth, lambda path: os.truncate(path, 500))):  # purged, cut off
+        stored = index.find_instance(uid)
+        assert stored is not None
+        damage(stored)
     unknown = generate_uid()
     association = requester.associate(config)
-    ask(association, generate_uid(), first, (EnhancedCTImageStorage, second[1]), third, (CTImageStorage, unknown))
+    ask(
+        association,
+        generate_uid(),
+        first,
+        (EnhancedCTImageStorage, second[1]),
+        third,
+        fourth,
+        (CTImageStorage, unknown),
+    )
     event_type, ds = requester.wait_for_report()
     association.release()
     assert (event_type, held(ds)) == (2, [first[1]])
-    assert failed(ds) == {second[1]: CONFLICT, third[1]: NO_SUCH_OBJECT, unknown: NO_SUCH_OBJECT}
+    assert failed(ds) == {second[1]: CONFLICT} | dict.fromkeys((third[1], fourth[1], unknown), NO_SUCH_OBJECT)
 
 
 def test_a_transaction_uid_that_was_used_before_fails_for_all_instances(
