@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -32,11 +32,15 @@ class What(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Originals or results of a finished case, and what they take."""
+    """Originals or results of a finished case, and what they take.
+
+    is_undelivered: a delivery of the case failed, so this may be all there is of its results.
+    """
 
     case: Case
     what: What
     num_bytes: int
+    is_undelivered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def plan(
 ) -> list[Purge]:
     """What goes: whatever is too old, then, until `excess_bytes` are freed, the finished longest ago first.
 
-    kept: in that order.
+    What was not delivered goes by age only: somebody has to have had the days to see to it. kept: in that order.
     """
     purges = [Purge(kept=item, why=why) for item in kept if (why := _too_old(item, config, now))]
     aged = {id(purge.kept) for purge in purges}
@@ -60,7 +64,7 @@ def plan(
     for item in kept:
         if excess_bytes <= 0:
             break
-        if id(item) not in aged:
+        if id(item) not in aged and not item.is_undelivered:
             purges.append(Purge(kept=item, why=why_excess))
             excess_bytes -= item.num_bytes
     return purges
@@ -84,7 +88,12 @@ def _too_old(item: Kept, config: RetentionConfig, now: float) -> str:
 
 def plan_now(index: Index, config: Config) -> list[Purge]:
     """`plan` for the data folder as it is."""
-    kept = [item for case in index.finished_cases() for item in _kept_of(index, case)]
+    undelivered = index.undelivered_cases()
+    kept = [
+        replace(item, is_undelivered=case.case_id in undelivered)
+        for case in index.finished_cases()
+        for item in _kept_of(index, case)
+    ]
     excess_bytes, why_excess = _excess(config)
     return plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
 

@@ -214,6 +214,21 @@ def test_results_wait_for_the_last_destination_or_for_its_being_given_up(index: 
     assert case_of(index, "1.2.3").state is CaseState.FAILED
 
 
+def test_what_could_not_be_delivered_goes_by_age_and_never_for_room(index: Index, make_config: MakeConfig) -> None:
+    receive(index, "1.2.3")
+    analyse(index, "1.2.3", "pacs")
+    bring_to(index, "1.2.4", CaseState.DONE)
+    delivery = index.next_delivery("pacs")
+    assert delivery is not None
+    index.settle_delivery(delivery, DeliveryState.FAILED, "refused for good")
+    full = make_config().model_copy(update={"retention": RetentionConfig(max_disk_gb=1e-9)})
+
+    assert {item.kept.case.series_instance_uid for item in plan_now(index, full)} == {"1.2.4"}
+    index.now = lambda: time.time() + 31 * DAY_S
+    why = {item.kept.case.series_instance_uid: item.why for item in plan_now(index, full)}
+    assert why["1.2.3"] == "failed 31.0 days ago, failed_days is 30"
+
+
 def test_results_wait_until_everyone_was_told_of_them(index: Index, config: Config) -> None:
     bring_to(index, "1.2.3", CaseState.DONE)
     row = {
