@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from apscheduler.events import EVENT_JOB_ERROR, JobExecutionEvent
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from node.broken_jobs import BrokenJobs
 from node.case import Case
 from node.commitment import report_due
 from node.complete import Sources, check_cases
@@ -29,7 +30,6 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
-from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
@@ -91,7 +91,9 @@ class Service:
             # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
-        self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
+        broken = BrokenJobs(self._index.where, self._name_job)
+        self._scheduler.add_listener(broken.on_error, EVENT_JOB_ERROR)
+        self._scheduler.add_listener(broken.on_executed, EVENT_JOB_EXECUTED)
         # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
         self._held: list[int] = []
         self._is_stopping = False
@@ -220,6 +222,11 @@ class Service:
             self._is_taken = True
             log.critical("action=database-taken: another node has taken this database; this one stops")
 
+    def _name_job(self, job_id: str) -> str:
+        """The function that a job calls."""
+        job = self._scheduler.get_job(job_id)
+        return job.name if job else job_id
+
     def _end_unheld(self) -> None:
         """Ends attempts that no worker is at: an earlier run's that was killed, or one whose end was not noted.
 
@@ -314,11 +321,6 @@ class Service:
             destinations=[item.name for item in destinations if Kind.REPORT_SR in item.profile.objects],
             refusal=outcome.reason,
         )
-
-
-def _log_broken_job(event: JobExecutionEvent) -> None:
-    """A fault of ours in a job of the scheduler, which runs it again at its next time."""
-    log.error("action=job-broke: %s", describe_error(event.exception))
 
 
 def _lock(data_dir: Path) -> BinaryIO:
