@@ -29,23 +29,28 @@ _cases_argument = click.argument("names", metavar="CASE...", nargs=-1, required=
     type=click.Choice([state.value for state in CaseState]),
     help="Only these; may be given repeatedly.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line.")
-def cases(config_path: Path | None, limit: int, states: tuple[str, ...], as_json: bool) -> None:
+@click.option("--totals", "only_totals", is_flag=True, help="Only what was won against the quiet time, over all cases.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line; with --totals one object.")
+def cases(config_path: Path | None, limit: int, states: tuple[str, ...], only_totals: bool, as_json: bool) -> None:
     """List the received Series: which state each is in, and why."""
     config = load_config(config_path)
-    from node.cases import print_json, print_table
+    from node.cases import describe_totals, print_json, print_table, print_totals_json
     from node.priority import priority_of
 
+    if only_totals:
+        with open_index(config) as index:
+            totals = index.totals()
+        if as_json:
+            print_totals_json(totals)
+        else:
+            click.echo(describe_totals(totals))
+        return
     show = print_json if as_json else print_table
     with open_index(config) as index:
         show(index.cases(limit, [CaseState(state) for state in states]), partial(priority_of, config=config.priority))
         since, totals = index.paused_since(), index.totals()
     if totals.num_cases and not as_json:
-        click.echo(
-            f"Won against the quiet time: {totals.won_s:.0f} s over {totals.num_cases} Series. "
-            f"Late Instances after a start: {totals.num_reopened}.",
-            err=True,
-        )
+        click.echo(describe_totals(totals), err=True)
     if since is not None:
         click.echo(f"Paused since {_local(since)}: no case is analysed until `cspine resume`.", err=True)
 

@@ -7,7 +7,7 @@ none of them.
 
 from node.index.analysing import Analysing
 from node.index.committing import Commitment, Committing, HeldInstance
-from node.index.completing import Completing, StoredSeries
+from node.index.completing import Completing, StoredSeries, Totals
 from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
 from node.index.notifications import Notifications
@@ -24,6 +24,7 @@ __all__ = [
     "NewInstance",
     "StoredFile",
     "StoredSeries",
+    "Totals",
     "TroubledSeries",
     "WatchedSeries",
     "WatchedSource",

@@ -255,3 +255,6 @@ def test_what_was_won_against_the_quiet_time_is_told_of_each_case_and_in_total(c
     expected = "Won against the quiet time: 48 s over 2 Series. Late Instances after a start: 0."
     assert expected in " ".join(cspine("cases").stderr.split())
     assert expected not in cspine("cases", "--json").output
+    assert expected in " ".join(cspine("cases", "--totals").stdout.split())
+    totals = json.loads(cspine("cases", "--totals", "--json").stdout)
+    assert totals == {"num_cases": 2, "won_s": 48.5, "num_reopened": 0}
