@@ -100,16 +100,16 @@ def plan_now(index: Index, config: Config) -> list[Purge]:
 
 def _kept_of(index: Index, case: Case) -> Iterator[Kept]:
     if case.originals_purged_at is None:
-        num_bytes = sum(_size(path) for path in index.instance_paths(case.series_instance_uid))
+        num_bytes = sum(size_bytes(path) for path in index.instance_paths(case.series_instance_uid))
         yield Kept(case=case, what=What.ORIGINALS, num_bytes=num_bytes)
     if case.result_dir is not None and case.results_purged_at is None:
-        yield Kept(case=case, what=What.RESULTS, num_bytes=_size(case.result_dir.parent))
+        yield Kept(case=case, what=What.RESULTS, num_bytes=size_bytes(case.result_dir.parent))
 
 
 def _excess(config: Config) -> tuple[int, str]:
     """By how many bytes the data folder holds too much, and by which limit; the worst of them."""
     disk = shutil.disk_usage(config.data_dir)
-    held = sum(_size(config.data_dir / name) for name in ("instances", "cases"))
+    held = sum(size_bytes(config.data_dir / name) for name in ("instances", "cases"))
     retention = config.retention
     limits = [(2 * config.receive.min_free_disk_mb * 2**20 - disk.free, "the disk is nearly full")]
     if retention.max_disk_percent is not None:
@@ -120,10 +120,10 @@ def _excess(config: Config) -> tuple[int, str]:
     return max(limits)
 
 
-def _size(path: Path) -> int:
+def size_bytes(path: Path) -> int:
     """Bytes of a file or of everything under a folder; what is not there, or goes meanwhile, has none."""
     try:
-        return sum(_size(child) for child in path.iterdir()) if path.is_dir() else path.stat().st_size
+        return sum(size_bytes(child) for child in path.iterdir()) if path.is_dir() else path.stat().st_size
     except FileNotFoundError:
         return 0
 
