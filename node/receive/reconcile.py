@@ -103,8 +103,8 @@ def _remove_strays(folder: Path, data_dir: Path, known: Set[str]) -> int:
     num_with_content = 0
     strays = []
     for name, _, files in os.walk(folder):
-        place = os.path.relpath(name, data_dir)
-        strays += [Path(name, file) for file in files if file.endswith(".dcm") and f"{place}/{file}" not in known]
+        relative = os.path.relpath(name, data_dir)
+        strays += [Path(name, file) for file in files if file.endswith(".dcm") and f"{relative}/{file}" not in known]
     for path in strays:
         try:
             has_content = path.stat().st_size > 0  # the others were made ahead

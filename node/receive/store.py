@@ -124,7 +124,7 @@ class Arriving:
                 if known is not None and not known.is_whole():
                     self._replace(known, instance)
                 else:
-                    _check_same(known and known.path, self._path)
+                    _check_same(known.path if known else None, self._path)
                 self.abandon()
             self._file.close()
             return instance
