@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
     CTImageStorage,
@@ -40,6 +41,12 @@ RELEASED_BY_S = 2.0  # on a busy machine, too
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scp, "REQUESTER_MAY_RELEASE_S", 0.1)
+
+
+@pytest.fixture
+def index(either_index: Index) -> Index:
+    """Each test on SQLite and on PostgreSQL."""
+    return either_index
 
 
 @pytest.fixture
@@ -186,6 +193,7 @@ def test_a_request_that_is_none_is_refused_and_not_noted(
 ) -> None:
     config, requester = start(), Requester()
     association = requester.associate(config)
+    given = dict(given)  # the other kind of database gets it, too
     references = given.pop("references", [(CTImageStorage, "1.2.3")])
     assert ask(association, given.pop("transaction", generate_uid()), *references, **given) == status
     association.release()
@@ -213,7 +221,7 @@ def test_a_requester_that_released_is_told_over_a_new_association_in_which_the_n
 
 def test_a_report_that_does_not_arrive_is_tried_again_even_after_a_crash_and_then_given_up(
     start: Callable[..., Config], index: Index, tmp_path: Path, free_port: Callable[[], int],
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, database: SecretStr | None,
 ) -> None:  # fmt: skip
     port = free_port()
     deliver = {"retry_first_s": 0.05, "retry_max_s": 0.05, "max_attempts": 3, "destinations": []}
@@ -227,7 +235,7 @@ def test_a_report_that_does_not_arrive_is_tried_again_even_after_a_crash_and_the
     # A process that died with the report in hand leaves only a lease, which ends.
     assert index.claim_commitment(lease_s=0.05, commitment_id=ids[0]) is not None
     index.hand_on_commitment(ids[0])
-    with closing(Index(index.data_dir)) as other:
+    with closing(Index(index.data_dir, database)) as other:
         assert other.claim_commitment(lease_s=0.05, commitment_id=ids[0]) is not None
     wait_until(lambda: report_due(index, config) or ("given up" in caplog.text and "CT1 at" in caplog.text))
     assert f"CT1 at 127.0.0.1:{port} cannot be reached" in caplog.text

@@ -28,6 +28,12 @@ from tests.node.sending import (
 from tests.receiver import listening
 
 
+@pytest.fixture
+def index(either_index: Index) -> Index:
+    """Each test on SQLite and on PostgreSQL."""
+    return either_index
+
+
 def test_files_without_a_row_are_removed_at_start_and_no_others(receiver: Config, index: Index, tmp_path: Path) -> None:
     sent = make_instance(tmp_path / "sent")
     assert store_one(receiver, sent) == SUCCESS
