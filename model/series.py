@@ -28,6 +28,7 @@ from model.decode import (
     read_instance,
 )
 from model.decode_pool import DecodePool
+from model.missing import missing_instances
 from model.stack import IncompleteSeries, SeriesError, SeriesRules, SliceHeader, Stack, check_series
 from model.volume import SliceSource, Volume
 
@@ -228,11 +229,15 @@ def _integer(ds: pydicom.Dataset, keyword: str) -> int | None:
 
 
 def read_series(
-    paths: Sequence[Path], rules: SeriesRules | None = None, decode_pool: DecodePool | None = None
+    paths: Sequence[Path],
+    rules: SeriesRules | None = None,
+    decode_pool: DecodePool | None = None,
+    num_at_source: int | None = None,
 ) -> Volume:
     """The volume of one CT Series, in Hounsfield units, from all its files in any order.
 
     decode_pool: decodes compressed pixels on several cores; None decodes them here, one after the other.
+    num_at_source: Instances that the source of the Series says it holds; None if it was not asked, or does not say.
 
     A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, marked interpolated:
     there is a nearest Instance to point at, but no frame that a segmentation could refer to.
@@ -257,6 +262,8 @@ def read_series(
     headers = [header for header, _, _ in found]
     stack = check_series(headers, rules, final=True)
     warnings = list(stack.warnings)
+    if incomplete := missing_instances(headers, stack, num_at_source):
+        warnings.append(incomplete)
     if num_foreign:
         warnings.append(f"{num_foreign} files are not DICOM and were left out.")
     held = {i: found[i][1] for i in (*stack.order, *(other for _, other in stack.duplicates))}
@@ -271,6 +278,7 @@ def read_series(
         grid=stack.grid,
         slices=_sources(headers, files, stack),
         warnings=tuple(warnings),
+        incomplete=incomplete,
     )
 
 

@@ -33,6 +33,7 @@ class Volume:
     grid: place of the voxels in LPS mm; sheared when the gantry was tilted.
     slices: one per Z index, same order as `voxels_hu`.
     warnings: sentences for the operator (e.g. a dropped localizer); no patient data.
+    incomplete: the one of them that says why Instances are, or may be, missing; "" if there is none.
     """
 
     study_instance_uid: str
@@ -41,3 +42,4 @@ class Volume:
     grid: Grid
     slices: tuple[SliceSource, ...]
     warnings: tuple[str, ...] = ()
+    incomplete: str = ""

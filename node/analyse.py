@@ -22,11 +22,15 @@ FINDINGS_FILE = "findings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What was written for a Series: the folder, the findings, and the DICOM objects in it."""
+    """What was written for a Series: the folder, the findings, and the DICOM objects in it.
+
+    incomplete: why Instances are, or may be, missing; "" if nothing tells so. It is among the warnings of the findings.
+    """
 
     folder: Path
     findings: Findings
     objects: tuple[ResultObject, ...]
+    incomplete: str
 
 
 def analyse_series(
@@ -39,13 +43,14 @@ def analyse_series(
     decode_pool: DecodePool | None = None,
     on_stage: Callable[[str], None] | None = None,
     previous_dir: Path | None = None,
+    num_at_source: int | None = None,
 ) -> Results:
     """Reads the Series, runs the model, and writes findings.json and the DICOM objects into `folder`.
 
     The folder appears whole or not at all: it is written under another name beside its place, synced and renamed. One
     that is there already is replaced. profiles: what the destinations want between them. decode_pool: for
     `read_series`. on_stage: called with "read", "segment", "classify" and "encode" as each begins. previous_dir: folder
-    of earlier results of the Series, which these supersede.
+    of earlier results of the Series, which these supersede. num_at_source: for `read_series`.
 
     Raises:
         SeriesError: the Series cannot be analysed.
@@ -54,7 +59,7 @@ def analyse_series(
     begin = on_stage or (lambda stage: None)
     started = time.perf_counter()
     begin("read")
-    volume = read_series(paths, rules, decode_pool)
+    volume = read_series(paths, rules, decode_pool, num_at_source)
     read_s = time.perf_counter() - started
     analysis = pipeline.analyse(volume, on_stage=on_stage)
 
@@ -67,7 +72,7 @@ def analyse_series(
     findings = _complete(analysis, volume, timings_s | {"total": ended - started})
     (draft / FINDINGS_FILE).write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
     _publish(draft, folder)
-    return Results(folder=folder, findings=findings, objects=_in_folder(objects, folder))
+    return Results(folder=folder, findings=findings, objects=_in_folder(objects, folder), incomplete=volume.incomplete)
 
 
 def report_refusal(

@@ -93,6 +93,7 @@ class Case:
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
     latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
     quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
+    num_at_source: Instances that its source said it holds when it was taken as whole; None if it did not say.
     is_asked_for: somebody had it started again, so it is analysed whatever the rules say.
     originals_purged_at, results_purged_at: when retention removed what was received, what was made; None while it is
     kept.
@@ -116,6 +117,7 @@ class Case:
     summary: str
     won_s: float | None
     num_reopened: int
+    num_at_source: int | None
     is_asked_for: bool
     originals_purged_at: float | None
     results_purged_at: float | None

@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from node.case import Case, CaseState
+from node.index import Totals
 from node.priority import Priority
 
 _COLOURS = {
@@ -65,3 +66,16 @@ def print_json(cases: Sequence[Case], priority_of: Callable[[Case], Priority]) -
         for key in [key for key, value in values.items() if key.endswith("_at") and value is not None]:
             values[key] = datetime.fromtimestamp(values[key]).astimezone().isoformat(timespec="seconds")
         sys.stdout.write(json.dumps(values, default=str) + "\n")
+
+
+def describe_totals(totals: Totals) -> str:
+    """For people."""
+    return (
+        f"Won against the quiet time: {totals.won_s:.0f} s over {totals.num_cases} Series. "
+        f"Late Instances after a start: {totals.num_reopened}."
+    )
+
+
+def print_totals_json(totals: Totals) -> None:
+    """A JSON object for programs."""
+    sys.stdout.write(json.dumps(asdict(totals)) + "\n")

@@ -13,6 +13,7 @@ from node.deliver import open_courier
 from node.index import DatabaseError, Index
 from node.peers import ClientTls, DicomWebSource, OrthancSource
 from node.process import try_write
+from node.retention import size_bytes
 from node.send import SendError
 from node.tls import TlsError, check_dates, client_context, server_context
 
@@ -128,10 +129,19 @@ def _check_destination(config: Config, destination: Destination) -> Check:
     try:
         courier = open_courier(destination, config.receive.ae_title)
         try:
-            return name, "", f"{destination.where} {courier.check()}"
+            said = f"{destination.where} {courier.check()}"
+            if isinstance(destination, FolderDestination) and _is_beside(destination.path, config.data_dir):
+                held_mb = size_bytes(destination.path) / 1e6
+                said += f"; {held_mb:.0f} MB on the disk of the data folder, which retention never removes"
+            return name, "", said
         finally:
             courier.close()
     except SendError as error:
         return name, str(error), ""
     except OSError as error:
         return name, f"{error.filename or destination.name}: {error.strerror}", ""
+
+
+def _is_beside(folder: Path, data_dir: Path) -> bool:
+    """Whether what is in the folder takes room from the data folder."""
+    return folder.is_dir() and data_dir.is_dir() and folder.stat().st_dev == data_dir.stat().st_dev

@@ -49,7 +49,7 @@ def serve(config_path: Path | None) -> None:
     """
     config = load_config(config_path)
     from node.process import set_up_logging
-    from node.service import StartError
+    from node.service import StartError, TakenError
     from node.service import serve as run
 
     set_up_logging(config.log_level)
@@ -60,6 +60,9 @@ def serve(config_path: Path | None) -> None:
         run(config, stopping, on_started=lambda: _say_how_to_use(config))
     except StartError as error:
         fail(f"The node cannot start: {error}.", EXIT_FAILED)
+    except TakenError as error:
+        click.echo(f"The node stopped: {error}.", err=True)
+        os._exit(EXIT_FAILED)  # as below
     # Python would wait for threads, and one may be with a destination that hangs; that delivery is still due.
     sys.stdout.flush()
     sys.stderr.flush()

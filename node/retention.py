@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -32,11 +32,15 @@ class What(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """Originals or results of a finished case, and what they take."""
+    """Originals or results of a finished case, and what they take.
+
+    is_undelivered: a delivery of the case failed, so this may be all there is of its results.
+    """
 
     case: Case
     what: What
     num_bytes: int
+    is_undelivered: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,7 @@ def plan(
 ) -> list[Purge]:
     """What goes: whatever is too old, then, until `excess_bytes` are freed, the finished longest ago first.
 
-    kept: in that order.
+    What was not delivered goes by age only: somebody has to have had the days to see to it. kept: in that order.
     """
     purges = [Purge(kept=item, why=why) for item in kept if (why := _too_old(item, config, now))]
     aged = {id(purge.kept) for purge in purges}
@@ -60,7 +64,7 @@ def plan(
     for item in kept:
         if excess_bytes <= 0:
             break
-        if id(item) not in aged:
+        if id(item) not in aged and not item.is_undelivered:
             purges.append(Purge(kept=item, why=why_excess))
             excess_bytes -= item.num_bytes
     return purges
@@ -84,23 +88,28 @@ def _too_old(item: Kept, config: RetentionConfig, now: float) -> str:
 
 def plan_now(index: Index, config: Config) -> list[Purge]:
     """`plan` for the data folder as it is."""
-    kept = [item for case in index.finished_cases() for item in _kept_of(index, case)]
+    undelivered = index.undelivered_cases()
+    kept = [
+        replace(item, is_undelivered=case.case_id in undelivered)
+        for case in index.finished_cases()
+        for item in _kept_of(index, case)
+    ]
     excess_bytes, why_excess = _excess(config)
     return plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
 
 
 def _kept_of(index: Index, case: Case) -> Iterator[Kept]:
     if case.originals_purged_at is None:
-        num_bytes = sum(_size(path) for path in index.instance_paths(case.series_instance_uid))
+        num_bytes = sum(size_bytes(path) for path in index.instance_paths(case.series_instance_uid))
         yield Kept(case=case, what=What.ORIGINALS, num_bytes=num_bytes)
     if case.result_dir is not None and case.results_purged_at is None:
-        yield Kept(case=case, what=What.RESULTS, num_bytes=_size(case.result_dir.parent))
+        yield Kept(case=case, what=What.RESULTS, num_bytes=size_bytes(case.result_dir.parent))
 
 
 def _excess(config: Config) -> tuple[int, str]:
     """By how many bytes the data folder holds too much, and by which limit; the worst of them."""
     disk = shutil.disk_usage(config.data_dir)
-    held = sum(_size(config.data_dir / name) for name in ("instances", "cases"))
+    held = sum(size_bytes(config.data_dir / name) for name in ("instances", "cases"))
     retention = config.retention
     limits = [(2 * config.receive.min_free_disk_mb * 2**20 - disk.free, "the disk is nearly full")]
     if retention.max_disk_percent is not None:
@@ -111,10 +120,10 @@ def _excess(config: Config) -> tuple[int, str]:
     return max(limits)
 
 
-def _size(path: Path) -> int:
+def size_bytes(path: Path) -> int:
     """Bytes of a file or of everything under a folder; what is not there, or goes meanwhile, has none."""
     try:
-        return sum(_size(child) for child in path.iterdir()) if path.is_dir() else path.stat().st_size
+        return sum(size_bytes(child) for child in path.iterdir()) if path.is_dir() else path.stat().st_size
     except FileNotFoundError:
         return 0
 

@@ -18,9 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from apscheduler.events import EVENT_JOB_ERROR, JobExecutionEvent
+from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED
 from apscheduler.schedulers.background import BackgroundScheduler
 
+from node.broken_jobs import BrokenJobs
 from node.case import Case
 from node.commitment import report_due
 from node.complete import Sources, check_cases
@@ -29,7 +30,6 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
-from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 _TICK_S = 0.25  # the longest a finished step waits for the next one
 _UNHELD_S = 30.0
+_HOLD_S = 5.0
 _TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
 _FIRST_RETENTION_S = 60.0
@@ -54,6 +55,10 @@ _CLOCK_S = 5.0  # how soon it is seen that the clock was set back
 
 class StartError(Exception):
     """The node cannot start; the message says why."""
+
+
+class TakenError(Exception):
+    """Another node has taken the database while this one runs."""
 
 
 class Service:
@@ -79,17 +84,20 @@ class Service:
         self._web: WebProcess | None = None
         self._watches: Watches | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_threads = 7 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
+        num_threads = 8 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
         num_threads += len(config.sources.each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
-        self._scheduler.add_listener(_log_broken_job, EVENT_JOB_ERROR)
+        broken = BrokenJobs(self._index.where, self._name_job)
+        self._scheduler.add_listener(broken.on_error, EVENT_JOB_ERROR)
+        self._scheduler.add_listener(broken.on_executed, EVENT_JOB_EXECUTED)
         # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
         self._held: list[int] = []
         self._is_stopping = False
+        self._is_taken = False  # the database, by another node
         self._lock = threading.Lock()
 
     def start(self) -> None:
@@ -121,6 +129,7 @@ class Service:
         self._every_tick(self._dispatch)
         self._every_tick(self._receivers.watch)
         self._scheduler.add_job(self._end_unheld, "interval", seconds=_UNHELD_S)
+        self._scheduler.add_job(self._hold_database, "interval", seconds=_HOLD_S)
         for destination in config.deliver.destinations:
             self._every_tick(deliver_due, index, config, destination)
         for target in config.notify.targets:
@@ -147,6 +156,17 @@ class Service:
         if set_back:
             log.warning("action=clock-set-back by_s=%.0f: the jobs go on", set_back.total_seconds())
 
+    def check_taken(self) -> None:
+        """Returns while the database is this node's.
+
+        Raises:
+            TakenError: it is another's now.
+        """
+        if self._is_taken:
+            raise TakenError(
+                "another node has taken this database while its server was away; give each node a database of its own"
+            )
+
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
         log.info("action=stopping")
@@ -164,7 +184,8 @@ class Service:
         for process in (self._receivers, self._web):
             if process is not None:
                 process.join(4)
-        self._index.put_back(held=())
+        if not self._is_taken:
+            self._index.put_back(held=())
         self._index.close()
         self._data_lock.close()
         log.info("action=stopped")
@@ -194,6 +215,17 @@ class Service:
 
     def _every_tick(self, function: Callable[..., None], *args: object) -> None:
         self._scheduler.add_job(function, "interval", args, seconds=_TICK_S)
+
+    def _hold_database(self) -> None:
+        """Sees to it that no other node takes the database: PostgreSQL forgets whose it is when it is restarted."""
+        if not self._is_taken and not self._index.hold(_TAKE_S):
+            self._is_taken = True
+            log.critical("action=database-taken: another node has taken this database; this one stops")
+
+    def _name_job(self, job_id: str) -> str:
+        """The function that a job calls."""
+        job = self._scheduler.get_job(job_id)
+        return job.name if job else job_id
 
     def _end_unheld(self) -> None:
         """Ends attempts that no worker is at: an earlier run's that was killed, or one whose end was not noted.
@@ -235,6 +267,7 @@ class Service:
             )
             job = Job(
                 previous_dir=case.result_dir,
+                num_at_source=case.num_at_source,
                 files=files,
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )
@@ -290,11 +323,6 @@ class Service:
         )
 
 
-def _log_broken_job(event: JobExecutionEvent) -> None:
-    """A fault of ours in a job of the scheduler, which runs it again at its next time."""
-    log.error("action=job-broke: %s", describe_error(event.exception))
-
-
 def _lock(data_dir: Path) -> BinaryIO:
     """Takes the data folder for this process, until the file is closed or the process ends, however it does.
 
@@ -318,6 +346,7 @@ def serve(config: Config, stopping: threading.Event, on_started: Callable[[], No
 
     Raises:
         StartError: it cannot start.
+        TakenError: it cannot go on.
     """
     service = Service(config)
     try:
@@ -325,5 +354,6 @@ def serve(config: Config, stopping: threading.Event, on_started: Callable[[], No
         on_started()
         while not stopping.wait(_CLOCK_S):
             service.heed_clock()
+            service.check_taken()
     finally:
         service.stop()

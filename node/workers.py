@@ -35,11 +35,13 @@ class Job:
     """One Series to analyse: its files by SOPInstanceUID, and the folder under which its result folder goes.
 
     previous_dir: the folder of earlier results, which those of this job supersede; None if there are none.
+    num_at_source: Instances that the source of the Series holds; None if it did not say.
     """
 
     files: Mapping[str, Path]
     results_dir: Path
     previous_dir: Path | None = None
+    num_at_source: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,7 @@ def _do(
             decode_pool=decode_pool,
             on_stage=on_stage,
             previous_dir=job.previous_dir,
+            num_at_source=job.num_at_source,
         )
     except SeriesError as error:
         reason = str(error)
@@ -289,6 +292,6 @@ def _do(
     return Analysed(
         folder=results.folder,
         sop_instance_uids=tuple(made.sop_instance_uid for made in results.objects),
-        summary=conclude(results.findings),
+        summary=" ".join(filter(None, (conclude(results.findings), results.incomplete))),
         total_s=results.findings.timings_s["total"],
     )

@@ -85,6 +85,14 @@ def database(request: pytest.FixtureRequest) -> SecretStr | None:
 
 
 @pytest.fixture
+def either_index(tmp_path: Path, database: SecretStr | None) -> Iterator[Index]:
+    """As `index`, once in each kind of database."""
+    opened = Index(tmp_path / "data", database)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
 def cspine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., "Result"]:
     """Runs a command in an empty folder; nothing but SystemExit may come out of it."""
     from click.testing import CliRunner

@@ -111,7 +111,7 @@ def fuzz(folder: Path, num_cases: int, seed: int) -> list[str]:
             assert all(process.is_alive() for process in receivers._processes.values()), f"seed {seed}, case {number}"
         took_s = time.monotonic() - started
         after = fuzzer.settled_resources(before)
-        kept = {path for _, path, _ in index.needed_files()}
+        kept = {file.path for file in index.needed_files()}
         strays = [p for p in (config.data_dir / "instances").rglob("*.dcm") if p.stat().st_size and p not in kept]
         assert not strays, f"{len(strays)} files without a row were left behind"
         broken = [line for line in said.read_text().splitlines() if "thread-broken" in line or "Traceback" in line]

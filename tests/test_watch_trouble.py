@@ -293,18 +293,19 @@ def test_the_log_says_of_a_broken_job_kind_and_place_and_no_values() -> None:
         "from apscheduler.events import EVENT_JOB_ERROR\n"
         "from apscheduler.schedulers.background import BackgroundScheduler\n"
         "from node.process import set_up_logging\n"
-        "from node.service import _log_broken_job\n"
+        "from node.broken_jobs import BrokenJobs\n"
         "set_up_logging('INFO')\n"
         "scheduler = BackgroundScheduler()\n"
         "logged = threading.Event()\n"
-        "scheduler.add_listener(lambda event: (_log_broken_job(event), logged.set()), EVENT_JOB_ERROR)\n"
+        "broken = BrokenJobs('the database', lambda job_id: 'look')\n"
+        "scheduler.add_listener(lambda event: (broken.on_error(event), logged.set()), EVENT_JOB_ERROR)\n"
         "scheduler.add_job(lambda: int('Doe^Jane'), next_run_time=datetime.now(), misfire_grace_time=None)\n"
         "scheduler.start()\n"
         "logged.wait(60)\n"
         "scheduler.shutdown()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "action=job-broke: unexpected ValueError at <string>:11" in done.stderr
+    assert "action=job-broke job=look: unexpected ValueError at <string>:12" in done.stderr
     assert "Doe" not in done.stderr
 
 

@@ -14,7 +14,7 @@ from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
     from node.case import Case
-    from node.index import Index
+    from node.index import Index, StoredFile
 
 _cases_argument = click.argument("names", metavar="CASE...", nargs=-1, required=True)
 
@@ -29,23 +29,28 @@ _cases_argument = click.argument("names", metavar="CASE...", nargs=-1, required=
     type=click.Choice([state.value for state in CaseState]),
     help="Only these; may be given repeatedly.",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line.")
-def cases(config_path: Path | None, limit: int, states: tuple[str, ...], as_json: bool) -> None:
+@click.option("--totals", "only_totals", is_flag=True, help="Only what was won against the quiet time, over all cases.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, one case per line; with --totals one object.")
+def cases(config_path: Path | None, limit: int, states: tuple[str, ...], only_totals: bool, as_json: bool) -> None:
     """List the received Series: which state each is in, and why."""
     config = load_config(config_path)
-    from node.cases import print_json, print_table
+    from node.cases import describe_totals, print_json, print_table, print_totals_json
     from node.priority import priority_of
 
+    if only_totals:
+        with open_index(config) as index:
+            totals = index.totals()
+        if as_json:
+            print_totals_json(totals)
+        else:
+            click.echo(describe_totals(totals))
+        return
     show = print_json if as_json else print_table
     with open_index(config) as index:
         show(index.cases(limit, [CaseState(state) for state in states]), partial(priority_of, config=config.priority))
         since, totals = index.paused_since(), index.totals()
     if totals.num_cases and not as_json:
-        click.echo(
-            f"Won against the quiet time: {totals.won_s:.0f} s over {totals.num_cases} Series. "
-            f"Late Instances after a start: {totals.num_reopened}.",
-            err=True,
-        )
+        click.echo(describe_totals(totals), err=True)
     if since is not None:
         click.echo(f"Paused since {_local(since)}: no case is analysed until `cspine resume`.", err=True)
 
@@ -84,6 +89,8 @@ def retry(config_path: Path | None, names: tuple[str, ...]) -> None:
             return "has no Instances any more, they were purged; send the Series again"
         if not case.num_instances:
             return "has no Instances any more, they were lost from the disk; send the Series again"
+        if num_lost := sum(map(_is_lost, index.stored_files(case.series_instance_uid))):
+            return f"has {num_lost} Instances whose files are missing or cut off; send the Series again first"
         return "" if index.retry(case) else _CHANGED
 
     with open_index(load_config(config_path)) as index:
@@ -115,6 +122,13 @@ def delete(config_path: Path | None, names: tuple[str, ...], force: bool, yes: b
         if not yes:
             click.confirm(f"Delete {len(names)} case(s) with everything received and made?", abort=True)
         _do_to_each(index, names, "is deleted", delete_one)
+
+
+def _is_lost(file: "StoredFile") -> bool:
+    try:
+        return not file.is_whole()
+    except OSError:
+        return True
 
 
 _CHANGED = "has changed at this moment; look again with `cspine cases`"

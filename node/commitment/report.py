@@ -5,7 +5,7 @@ from pydicom import Dataset
 from pynetdicom.association import Association
 from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance
 
-from node.index import Commitment, Index
+from node.index import Commitment, HeldInstance, Index, is_whole
 from node.status import Outcome, meaning_of
 
 NO_SUCH_OBJECT = 0x0112
@@ -13,7 +13,7 @@ CLASS_INSTANCE_CONFLICT = 0x0119
 DUPLICATE_TRANSACTION = 0x0131
 
 FAILURE_REASONS = {
-    NO_SUCH_OBJECT: "no such object instance: it is not here, or its file has been purged",
+    NO_SUCH_OBJECT: "no such object instance: it is not here, or its file has been purged, lost or cut off",
     CLASS_INSTANCE_CONFLICT: "class / instance conflict: it is here with another SOP Class",
     DUPLICATE_TRANSACTION: "duplicate transaction UID: an earlier request had it; for all Instances",
 }
@@ -34,12 +34,20 @@ def judge(index: Index, commitment: Commitment) -> list[tuple[str, str, int]]:
     judged = []
     for sop_class, uid in commitment.references:
         reason = 0
-        if uid not in held or not held[uid].path.is_file():
+        if uid not in held or not _is_kept(held[uid]):
             reason = NO_SUCH_OBJECT
         elif held[uid].sop_class_uid != sop_class:
             reason = CLASS_INSTANCE_CONFLICT
         judged.append((sop_class, uid, reason))
     return judged
+
+
+def _is_kept(instance: HeldInstance) -> bool:
+    """Whether its file is there, and as long as it came; one that cannot be looked at is not vouched for."""
+    try:
+        return is_whole(instance.path, instance.num_bytes)
+    except OSError:
+        return False
 
 
 def event_information(transaction_uid: str, judged: list[tuple[str, str, int]]) -> tuple[int, Dataset]:

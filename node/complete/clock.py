@@ -147,7 +147,7 @@ class _Study:
         won_s = max(0.0, case.last_received_at + self._config.complete.quiet_time_s - self._now)
         if case.is_asked_for:  # it was started again, and its Instances came long ago
             won_s = max(won_s, case.won_s or 0.0)
-        if not self._index.queue(case, won_s=won_s):
+        if not self._index.queue(case, won_s=won_s, num_at_source=item.num_at_source):
             return
         where = f"case={case.case_id} series={case.series_instance_uid} instances={case.num_instances}"
         log.info("action=complete %s won_s=%.1f", where, won_s)

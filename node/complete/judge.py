@@ -13,8 +13,9 @@ No signal in DICOM says "that was the last Instance". What there is, from strong
 | InstanceNumbers that are missing, or repeated | nothing: some scanners write 1 in all of them |
 
 Nothing outlasts the quiet time: after it a Series is judged as it is, and a lost slice bridged as far as the rules
-allow. A wrong guess costs one more analysis: a late slice reopens the case. The rules on slices are the model's
-(`check_series`), so that what passes here is what it can read.
+allow; the results say what tells that it is not all (`model/missing.py`). A wrong guess costs one more analysis: a late
+slice reopens the case. The rules on slices are the model's (`check_series`), so that what passes here is what it can
+read.
 """
 
 from collections.abc import Sequence

@@ -7,12 +7,12 @@ none of them.
 
 from node.index.analysing import Analysing
 from node.index.committing import Commitment, Committing, HeldInstance
-from node.index.completing import Completing, StoredSeries
+from node.index.completing import Completing, StoredSeries, Totals
 from node.index.database import DatabaseError
 from node.index.deliveries import Deliveries
 from node.index.notifications import Notifications
 from node.index.operating import Operating
-from node.index.receiving import NewInstance, Receiving
+from node.index.receiving import NewInstance, Receiving, StoredFile, is_whole
 from node.index.retaining import Retaining
 from node.index.watching import TroubledSeries, WatchedSeries, WatchedSource, Watching
 
@@ -22,10 +22,13 @@ __all__ = [
     "HeldInstance",
     "Index",
     "NewInstance",
+    "StoredFile",
     "StoredSeries",
+    "Totals",
     "TroubledSeries",
     "WatchedSeries",
     "WatchedSource",
+    "is_whole",
 ]
 
 

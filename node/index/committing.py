@@ -34,6 +34,7 @@ class HeldInstance:
 
     sop_class_uid: str
     path: Path
+    num_bytes: int | None  # of the file, as it was received; None if that was not noted
 
 
 class Committing(Database):
@@ -108,11 +109,15 @@ class Committing(Database):
     def held_instances(self, sop_instance_uids: Sequence[str]) -> dict[str, HeldInstance]:
         """Those of the Instances that have a row, by UID."""
         held = {}
-        columns = select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.headers)
+        columns = select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.num_bytes, _instances.c.headers)
         with self._engine.connect() as connection:
             for begin in range(0, len(sop_instance_uids), _CHUNK):
                 chunk = sop_instance_uids[begin : begin + _CHUNK]
-                for uid, path, headers in connection.execute(columns.where(_instances.c.sop_instance_uid.in_(chunk))):
-                    sop_class_uid = str(headers[0]["sop_class_uid"])
-                    held[uid] = HeldInstance(sop_class_uid=sop_class_uid, path=self.data_dir / path)
+                rows = connection.execute(columns.where(_instances.c.sop_instance_uid.in_(chunk)))
+                for uid, path, num_bytes, headers in rows:
+                    held[uid] = HeldInstance(
+                        sop_class_uid=str(headers[0]["sop_class_uid"]),
+                        path=self.data_dir / path,
+                        num_bytes=num_bytes,
+                    )
         return held

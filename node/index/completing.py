@@ -101,9 +101,12 @@ class Completing(Cases):
         with self._writing() as connection:
             connection.execute(unmoved(case).values(next_check_at=self.now()))
 
-    def queue(self, case: Case, *, won_s: float = 0.0) -> bool:
-        """The Series is whole. won_s: how much earlier than after the quiet time."""
-        return self._move(case, CaseState.QUEUED, queued_at=self.now(), won_s=won_s)
+    def queue(self, case: Case, *, won_s: float = 0.0, num_at_source: int | None = None) -> bool:
+        """The Series is whole, or is taken as it is. won_s: how much earlier than after the quiet time.
+
+        num_at_source: Instances that its source holds; None if it does not say.
+        """
+        return self._move(case, CaseState.QUEUED, queued_at=self.now(), won_s=won_s, num_at_source=num_at_source)
 
     def refuse(self, case: Case, reason: str) -> bool:
         """The Series cannot be analysed."""

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from pydantic import SecretStr
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import DBAPIError
 
 from node.index.engine import database_url, make_engine
@@ -21,6 +22,12 @@ from node.index.turn import Turn
 
 # PostgreSQL's advisory locks are numbers; these are "cspine" and what they are for.
 _SCHEMA_LOCK, _NODE_LOCK = 0x637370696E6501, 0x637370696E6502
+
+# The number of a process may be another's after a restart; together with its time it is not.
+_THIS_CONNECTION = text("SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+_END_CONNECTION = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = :pid AND backend_start = :backend_start"
+)
 
 
 class DatabaseError(Exception):
@@ -43,6 +50,7 @@ class Database:
         self.where = str(where)  # SQLAlchemy hides the password
         self._turn: Turn | None = None  # None with PostgreSQL, where writers need none
         self._holder: Connection | None = None  # has the database for this node as long as it is connected
+        self._held_as: dict[str, Any] = {}  # that connection, as the server knows it
         try:
             self._engine = make_engine(where)
         except ModuleNotFoundError as error:
@@ -88,7 +96,30 @@ class Database:
             if time.monotonic() >= until:
                 break
             time.sleep(0.1)
+        if taken:
+            self._held_as = dict(self._holder.execute(_THIS_CONNECTION).mappings().one())
         return taken
+
+    def hold(self, patience_s: float = 0.0) -> bool:
+        """Takes the database anew if the server has let go of it, as when it was restarted; False if another node has
+        it by now. For the node that took it, again and again.
+
+        Raises:
+            DBAPIError: the server cannot be reached.
+        """
+        if self._turn:
+            return True
+        if self._holder is not None:
+            try:
+                self._holder.execute(select(1))
+                return True
+            except DBAPIError:
+                self._holder.close()
+                self._holder = None
+        self._holder = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        # Where only the network was away, the server may still hold it for the connection that we had.
+        self._holder.execute(_END_CONNECTION, self._held_as)
+        return self.take(patience_s)
 
     @contextmanager
     def _writing(self) -> Iterator[Connection]:

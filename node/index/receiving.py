@@ -1,12 +1,13 @@
 """What the receiver notes: associations, and Instances that are safely on disk."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Select, bindparam, func, or_, select, update
+from sqlalchemy import Select, bindparam, func, or_, select, update
 from sqlalchemy import case as sql_case
 from sqlalchemy.dialects.postgresql import Insert, insert
 
@@ -45,6 +46,33 @@ class NewInstance:
     @property
     def study_instance_uid(self) -> str:
         return str(self.headers[0]["study_instance_uid"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """The file of an Instance that has a row. num_bytes: as it was received, None if that was not noted."""
+
+    sop_instance_uid: str
+    series_instance_uid: str
+    path: Path
+    num_bytes: int | None
+
+    def is_whole(self) -> bool:
+        """`is_whole` for it."""
+        return is_whole(self.path, self.num_bytes)
+
+
+def is_whole(path: str | Path, num_bytes: int | None) -> bool:
+    """Whether a file is there, with its length, if that is known.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    try:
+        found = os.stat(path).st_size  # noqa: PTH116 - the start of a node asks 100,000 times
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return num_bytes in (None, found)
 
 
 class Receiving(Cases):
@@ -158,18 +186,58 @@ class Receiving(Cases):
         with self._engine.connect() as connection:
             return set(connection.scalars(select(_instances.c.path).where(below)))
 
-    def needed_files(self) -> list[tuple[str, Path, int | None]]:
-        """SOPInstanceUID, file and its size of every Instance whose Series is still to be analysed."""
+    def needed_files(self) -> list[StoredFile]:
+        """Files of every Instance whose Series is still to be analysed."""
+        return self._files(_stored().join(_cases).where(_cases.c.state.in_(_NEEDED)))
+
+    def settled_paths(self) -> list[tuple[str, str, int | None]]:
+        """Of all the others SeriesInstanceUID, path relative to the data folder, and size: there are many."""
+        columns = select(_instances.c.series_instance_uid, _instances.c.path, _instances.c.num_bytes)
         with self._engine.connect() as connection:
-            rows = connection.execute(_needed(_instances.c.num_bytes))
-            return [(uid, self.data_dir / path, num_bytes) for uid, path, num_bytes in rows]
+            rows = connection.execute(columns.join_from(_instances, _cases).where(_cases.c.state.not_in(_NEEDED)))
+            return [(series, path, num_bytes) for series, path, num_bytes in rows]
+
+    def stored_files(self, series_instance_uid: str) -> list[StoredFile]:
+        """Files of a Series."""
+        return self._files(_stored().where(_instances.c.series_instance_uid == series_instance_uid))
+
+    def stored_file(self, sop_instance_uid: str) -> StoredFile | None:
+        """The file of an Instance, None if it is not here."""
+        found = self._files(_stored().where(_instances.c.sop_instance_uid == sop_instance_uid))
+        return found[0] if found else None
+
+    def replace_instance(self, instance: NewInstance) -> bool:
+        """Notes what is to take the place of a file that was lost, at the path that its row has.
+
+        False if there is no row any more, or one of another Series.
+        """
+        same = _instances.c.series_instance_uid == instance.series_instance_uid
+        row = update(_instances).where(_instances.c.sop_instance_uid == instance.sop_instance_uid, same)
+        values = {
+            "num_bytes": instance.num_bytes,
+            "checksum": instance.checksum,
+            "headers": list(instance.headers),
+        }
+        with self._writing() as connection:
+            return bool(connection.execute(row.values(values)).rowcount)
+
+    def _files(self, query: Select[Any]) -> list[StoredFile]:
+        with self._engine.connect() as connection:
+            return [
+                StoredFile(
+                    sop_instance_uid=uid, series_instance_uid=series, path=self.data_dir / path, num_bytes=num_bytes
+                )
+                for uid, series, path, num_bytes in connection.execute(query)
+            ]
 
     def files_in_doubt(self, receiver: str | None = None) -> list[tuple[str, Path, int | None]]:
-        """`needed_files` that came with associations still open, with checksums: not all were acknowledged.
+        """SOPInstanceUID, file and checksum of `needed_files` whose association is open: not all were acknowledged.
 
         receiver: only those of a run of a receiver.
         """
-        rows = _needed(_instances.c.checksum).join(_associations).where(_associations.c.ended_at.is_(None))
+        columns = select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.checksum)
+        rows = columns.join_from(_instances, _cases).where(_cases.c.state.in_(_NEEDED))
+        rows = rows.join(_associations).where(_associations.c.ended_at.is_(None))
         if receiver is not None:
             rows = rows.where(_associations.c.receiver == receiver)
         with self._engine.connect() as connection:
@@ -196,14 +264,14 @@ class Receiving(Cases):
         return reasons
 
 
-def _needed(column: Column[int]) -> Select[Any]:
-    """SOPInstanceUID, path and `column` of every Instance whose Series is still to be analysed."""
-    needed = (CaseState.RECEIVING, CaseState.QUEUED, CaseState.ANALYSING)
-    return (
-        select(_instances.c.sop_instance_uid, _instances.c.path, column)
-        .join_from(_instances, _cases)
-        .where(_cases.c.state.in_(needed))
-    )
+# Still to be analysed.
+_NEEDED = (CaseState.RECEIVING, CaseState.QUEUED, CaseState.ANALYSING)
+
+
+def _stored() -> Select[Any]:
+    """The values of a `StoredFile`."""
+    columns = _instances.c
+    return select(columns.sop_instance_uid, columns.series_instance_uid, columns.path, columns.num_bytes)
 
 
 _MADE = select(_results.c.case_id).where(_results.c.sop_instance_uid == bindparam("uid"))

@@ -32,6 +32,12 @@ class Retaining(Cases):
         done = _cases.c.state.in_(sorted(FINISHED)) & _nothing_pending()
         return self._cases(select(_cases).where(done, kept).order_by(_cases.c.changed_at))
 
+    def undelivered_cases(self) -> set[int]:
+        """Ids of cases of which a delivery failed or was given up."""
+        failed = select(_deliveries.c.case_id).where(_deliveries.c.state == DeliveryState.FAILED)
+        with self._engine.connect() as connection:
+            return set(connection.scalars(failed))
+
     def purge_originals(self, case: Case) -> bool:
         """Forgets the Instances of a finished case: if they are sent again, they are new."""
         mine = _instances.c.series_instance_uid == case.series_instance_uid

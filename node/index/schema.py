@@ -60,6 +60,8 @@ STEPS = (
     ("ALTER TABLE watched ADD COLUMN paused_until FLOAT",),
     # 15: Series that came to a watched Orthanc, and that it did not call stable yet, a new table.
     (),
+    # 16: a result says that its source holds more than what was analysed.
+    ("ALTER TABLE cases ADD COLUMN num_at_source INTEGER",),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

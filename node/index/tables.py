@@ -38,6 +38,7 @@ cases = Table(
     Column("summary", String, nullable=False, default=""),
     Column("won_s", Float),  # against the quiet time, when it was found whole
     Column("num_reopened", Integer, nullable=False, server_default="0"),
+    Column("num_at_source", Integer),  # Instances that its source said it holds, when it was taken as whole
     Column("skipped_for", String(64)),  # SeriesInstanceUID of the one that was preferred
     Column("is_asked_for", Integer, nullable=False, server_default="0"),  # 1 once somebody had it started again
     Column("originals_purged_at", Float),  # None while the Instances are kept

@@ -2,7 +2,9 @@
 
 A file without a row was never acknowledged: it is removed, and its sender sends it again. A row without its whole file
 was not either, unless a disk lost it: the two are synced at the same time, and a power cut may leave either alone. Then
-the row goes too, so that the Instance is taken when it is sent again, and its case says what happened. A file may have
+the row goes too, so that the Instance is taken when it is sent again, and its case says what happened; of a Series that
+is done with, the row stays, since the results stand, and what is sent again takes the place of the file (`store.py`).
+A file may have
 its length before its bytes, so those of associations that were open are read; what came with the others was
 acknowledged. A file that cannot be looked at, for a broken disk or a wrong owner, is named in the log and left as it
 is: one file keeps no node from starting.
@@ -11,10 +13,11 @@ is: one file keeps no node from starting.
 import logging
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Set
 from pathlib import Path
 
-from node.index import Index
+from node.index import Index, is_whole
 from node.process import sync
 
 log = logging.getLogger(__name__)
@@ -38,7 +41,16 @@ def reconcile(index: Index) -> int:
             num_ended,
             num_strays,
         )
-    _forget(index, (uid for uid, path, num_bytes in index.needed_files() if _is_lost(path, num_bytes)))
+    _forget(index, (it.sop_instance_uid for it in index.needed_files() if _is_lost(it.path, it.num_bytes)))
+    place = f"{index.data_dir}/"
+    lost = Counter(series for series, path, num in index.settled_paths() if _is_lost(place + path, num))
+    for series, num in lost.items():
+        log.error(
+            "action=instances-lost series=%s: %d of its files are missing or cut off; its results stand. Send the "
+            "Series again before `cspine retry`",
+            series,
+            num,
+        )
     return num_strays
 
 
@@ -89,7 +101,11 @@ def _remove_strays(folder: Path, data_dir: Path, known: Set[str]) -> int:
     if not folder.is_dir():  # it died before it made one
         return 0
     num_with_content = 0
-    for path in [path for path in folder.rglob("*.dcm") if str(path.relative_to(data_dir)) not in known]:
+    strays = []
+    for name, _, files in os.walk(folder):
+        relative = os.path.relpath(name, data_dir)
+        strays += [Path(name, file) for file in files if file.endswith(".dcm") and f"{relative}/{file}" not in known]
+    for path in strays:
         try:
             has_content = path.stat().st_size > 0  # the others were made ahead
             path.unlink()
@@ -106,17 +122,15 @@ def _remove_strays(folder: Path, data_dir: Path, known: Set[str]) -> int:
     return num_with_content
 
 
-def _is_lost(path: Path, num_bytes: int | None) -> bool:
+def _is_lost(path: str | Path, num_bytes: int | None) -> bool:
     try:
-        return num_bytes is not None and path.stat().st_size != num_bytes
-    except _GONE:
-        return True
+        return not is_whole(path, num_bytes)
     except OSError as error:
         _tell(path, error)
         return False
 
 
-def _tell(path: Path, error: OSError) -> None:
+def _tell(path: str | Path, error: OSError) -> None:
     log.error(
         "action=not-reconciled path=%s: %s. Check disk and owner. A case that needs it fails: `cspine retry` it once "
         "the file can be read, or `cspine delete` it and send the Series again",

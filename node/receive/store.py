@@ -4,6 +4,7 @@ Knows no association and no socket; `lane.py` brings the pieces and answers.
 """
 
 import errno
+import logging
 import os
 import shutil
 import struct
@@ -15,14 +16,18 @@ from typing import BinaryIO
 
 from node.config import Config
 from node.implementation import IMPLEMENTATION_CLASS_UID, implementation_version_name
-from node.index import Index, NewInstance
+from node.index import Index, NewInstance, StoredFile
+from node.process import sync
 from node.receive.commit import GroupCommit
 from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
 from node.receive.sender import Source
 from node.receive.spool import Spool
 from node.receive.status import CANNOT_UNDERSTAND, CONFLICT, MISMATCH, OUT_OF_RESOURCES, RefusedError
 
+log = logging.getLogger(__name__)
+
 _COMPARED_BYTES = 2**20
+_BEING_REMOVED = "the Instance here with this UID is just being removed"
 _NUM_SYNCS = 16  # at the same time; with more associations some wait a little
 
 
@@ -114,7 +119,11 @@ class Arriving:
             if not is_new:
                 if self._store.index.is_result(instance.sop_instance_uid):
                     raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
-                _check_same(self._store.index.find_instance(instance.sop_instance_uid), self._path)
+                known = self._store.index.stored_file(instance.sop_instance_uid)
+                if known is not None and not known.is_whole():
+                    self._replace(known, instance)
+                else:
+                    _check_same(known.path if known else None, self._path)
                 self.abandon()
             self._file.close()
             return instance
@@ -128,6 +137,25 @@ class Arriving:
             wait([self._syncing])
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+    def _replace(self, lost: StoredFile, instance: NewInstance) -> None:
+        """Puts what came, which is safely on disk, in the place of a stored file that was lost or cut off.
+
+        First the row: should the file not get there, it is still one that is not as its row says.
+
+        Raises:
+            RefusedError: the Instance was of another Series, or went away at this moment.
+            OSError: it cannot be put there.
+        """
+        if instance.series_instance_uid != lost.series_instance_uid:
+            raise RefusedError(CONFLICT, "another Instance with this UID was here, in another Series")
+        if not self._store.index.replace_instance(instance):
+            raise RefusedError(OUT_OF_RESOURCES, _BEING_REMOVED)
+        lost.path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.replace(lost.path)
+        for folder in (lost.path.parent, lost.path.parent.parent, self._store.index.data_dir / "instances"):
+            sync(folder)
+        log.warning("action=instance-restored series=%s instance=%s", lost.series_instance_uid, lost.sop_instance_uid)
 
     def _examined(self) -> NewInstance:
         """What the index is to know of it, if it is taken."""
@@ -165,7 +193,7 @@ def _check_same(known: Path | None, received: Path) -> None:
         RefusedError: it is another, or went away at this moment.
     """
     if known is None:
-        raise RefusedError(OUT_OF_RESOURCES, "the Instance here with this UID is just being removed")
+        raise RefusedError(OUT_OF_RESOURCES, _BEING_REMOVED)
     with known.open("rb") as one, received.open("rb") as other:
         os.fdatasync(one.fileno())  # whoever brings it may be waiting for that, too
         sizes = [_seek_dataset(file) for file in (one, other)]

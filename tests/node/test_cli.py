@@ -302,6 +302,19 @@ def test_check_of_a_device_that_is_not_there_is_a_failed_check(
     assert any(line.startswith("failed") and "cuda:63" in line for line in result.stdout.splitlines())
 
 
+def test_check_says_how_much_a_folder_holds_that_shares_the_disk_with_the_data(
+    cspine: Cspine, tmp_path: Path, untrained_bundle: Path
+) -> None:
+    results = tmp_path / "data" / "results"
+    (results / "1.2").mkdir(parents=True)
+    (results / "1.2" / "report.sr.dcm").write_bytes(bytes(3_000_000))
+    folder = {"name": "results", "type": "folder", "path": str(results)}
+    path = write_config(tmp_path, analyse={"bundle": str(untrained_bundle)}, deliver={"destinations": [folder]})
+    assert (
+        "3 MB on the disk of the data folder, which retention never removes" in cspine("check", "--config", path).stdout
+    )
+
+
 # ---- analyze ----
 
 

@@ -134,6 +134,17 @@ def test_a_case_whose_instances_are_gone_is_not_started_again(cspine: Cspine, in
     assert index.cases_to_check() == []
 
 
+def test_a_case_of_which_a_file_was_lost_is_not_started_again_before_it_is_back(cspine: Cspine, index: Index) -> None:
+    finished(index, "1.1")
+    (path,) = index.instance_paths("1.1")
+    path.rename(path.with_suffix(".away"))
+    result = cspine("retry", "1.1")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "has 1 Instances whose files are missing or cut off; send the Series again first" in result.stderr
+    path.with_suffix(".away").rename(path)
+    assert cspine("retry", "1.1").exit_code == 0
+
+
 def test_a_failed_case_has_all_its_attempts_again(cspine: Cspine, index: Index) -> None:
     assert index.fail_attempt(analysing(index, "1.1"), "step 'segment' hung", max_attempts=1) is CaseState.FAILED
     assert cspine("retry", "1.1").exit_code == 0
@@ -244,3 +255,6 @@ def test_what_was_won_against_the_quiet_time_is_told_of_each_case_and_in_total(c
     expected = "Won against the quiet time: 48 s over 2 Series. Late Instances after a start: 0."
     assert expected in " ".join(cspine("cases").stderr.split())
     assert expected not in cspine("cases", "--json").output
+    assert expected in " ".join(cspine("cases", "--totals").stdout.split())
+    totals = json.loads(cspine("cases", "--totals", "--json").stdout)
+    assert totals == {"num_cases": 2, "won_s": 48.5, "num_reopened": 0}

@@ -1,5 +1,6 @@
 """Storage commitment, asked by pynetdicom and by Orthanc, over the same and over a new association."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from pydicom import Dataset, dcmread
 from pydicom.uid import (
     CTImageStorage,
@@ -39,6 +41,12 @@ RELEASED_BY_S = 2.0  # on a busy machine, too
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scp, "REQUESTER_MAY_RELEASE_S", 0.1)
+
+
+@pytest.fixture
+def index(either_index: Index) -> Index:
+    """Each test on SQLite and on PostgreSQL."""
+    return either_index
 
 
 @pytest.fixture
@@ -135,17 +143,26 @@ def test_what_is_held_is_committed_over_the_association_that_asked(
 
 def test_what_is_not_held_fails_with_its_reason(start: Callable[..., Config], index: Index, tmp_path: Path) -> None:
     config, requester = start(), Requester()
-    first, second, third = store(config, tmp_path, 3)
-    stored = index.find_instance(third[1])
-    assert stored is not None
-    stored.unlink()  # purged
+    first, second, third, fourth = store(config, tmp_path, 4)
+    for (_, uid), damage in ((third, Path.unlink), (fourth, lambda path: os.truncate(path, 500))):  # purged, cut off
+        stored = index.find_instance(uid)
+        assert stored is not None
+        damage(stored)
     unknown = generate_uid()
     association = requester.associate(config)
-    ask(association, generate_uid(), first, (EnhancedCTImageStorage, second[1]), third, (CTImageStorage, unknown))
+    ask(
+        association,
+        generate_uid(),
+        first,
+        (EnhancedCTImageStorage, second[1]),
+        third,
+        fourth,
+        (CTImageStorage, unknown),
+    )
     event_type, ds = requester.wait_for_report()
     association.release()
     assert (event_type, held(ds)) == (2, [first[1]])
-    assert failed(ds) == {second[1]: CONFLICT, third[1]: NO_SUCH_OBJECT, unknown: NO_SUCH_OBJECT}
+    assert failed(ds) == {second[1]: CONFLICT} | dict.fromkeys((third[1], fourth[1], unknown), NO_SUCH_OBJECT)
 
 
 def test_a_transaction_uid_that_was_used_before_fails_for_all_instances(
@@ -176,6 +193,7 @@ def test_a_request_that_is_none_is_refused_and_not_noted(
 ) -> None:
     config, requester = start(), Requester()
     association = requester.associate(config)
+    given = dict(given)  # the other kind of database gets it, too
     references = given.pop("references", [(CTImageStorage, "1.2.3")])
     assert ask(association, given.pop("transaction", generate_uid()), *references, **given) == status
     association.release()
@@ -203,7 +221,7 @@ def test_a_requester_that_released_is_told_over_a_new_association_in_which_the_n
 
 def test_a_report_that_does_not_arrive_is_tried_again_even_after_a_crash_and_then_given_up(
     start: Callable[..., Config], index: Index, tmp_path: Path, free_port: Callable[[], int],
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, database: SecretStr | None,
 ) -> None:  # fmt: skip
     port = free_port()
     deliver = {"retry_first_s": 0.05, "retry_max_s": 0.05, "max_attempts": 3, "destinations": []}
@@ -217,7 +235,7 @@ def test_a_report_that_does_not_arrive_is_tried_again_even_after_a_crash_and_the
     # A process that died with the report in hand leaves only a lease, which ends.
     assert index.claim_commitment(lease_s=0.05, commitment_id=ids[0]) is not None
     index.hand_on_commitment(ids[0])
-    with closing(Index(index.data_dir)) as other:
+    with closing(Index(index.data_dir, database)) as other:
         assert other.claim_commitment(lease_s=0.05, commitment_id=ids[0]) is not None
     wait_until(lambda: report_due(index, config) or ("given up" in caplog.text and "CT1 at" in caplog.text))
     assert f"CT1 at 127.0.0.1:{port} cannot be reached" in caplog.text

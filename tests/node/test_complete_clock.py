@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
 from model import SliceHeader
 from node.case import Case, CaseState
@@ -36,8 +37,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def clocked(tmp_path: Path, clock: Clock) -> Iterator[Index]:
-    index = Index(tmp_path / "data", now=clock)
+def clocked(tmp_path: Path, clock: Clock, database: SecretStr | None) -> Iterator[Index]:
+    """In each kind of database."""
+    index = Index(tmp_path / "data", database, now=clock)
     yield index
     index.close()
 

@@ -14,11 +14,13 @@ from typing import Any
 import psycopg
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import update
+from sqlalchemy import select, update
+from sqlalchemy.exc import DBAPIError
 
 from node.case import Case, CaseState, DeliveryState
 from node.index import Index, tables
 from tests.node.test_index import new
+from tests.waiting import WAIT_S
 
 SERIES = [f"1.2.{number}" for number in range(6)]
 WRITE_S = 2.0
@@ -182,11 +184,38 @@ def test_threads_of_a_process_take_turns_too(index: Index) -> None:
 
 
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
-def test_a_postgresql_that_was_restarted_is_connected_to_again(index: Index, database: SecretStr) -> None:
+def test_a_postgresql_that_was_restarted_is_connected_to_again_and_stays_this_node_s(
+    index: Index, database: SecretStr, tmp_path: Path
+) -> None:
     queued(index, 1)
+    assert index.take()
+    assert index.hold()
     others = (
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'cspine' AND pid != pg_backend_pid()"
     )
-    with psycopg.connect(database.get_secret_value()) as connection:
+    with psycopg.connect(database.get_secret_value(), autocommit=True) as connection:
         connection.execute(others)
-    assert index.claim_next() is not None
+        assert index.claim_next() is not None
+        assert index.hold(WAIT_S)
+        other = Index(tmp_path / "other", database)
+        assert not other.take()
+        other.close()
+        connection.execute(others)
+        other = Index(tmp_path / "other", database)
+        assert other.take(WAIT_S)  # it came first
+        assert not index.hold()
+        other.close()
+    assert index.hold(WAIT_S)
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_postgresql_that_lost_sight_of_this_node_does_not_take_it_for_another(index: Index) -> None:
+    """Where the network was away, the server holds the database for a connection that is no more."""
+    assert index.take()
+    unseen = index._holder
+    assert unseen is not None
+    index._holder = None
+    assert index.hold(WAIT_S)
+    with pytest.raises(DBAPIError):
+        unseen.execute(select(1))
+    unseen.close()

@@ -13,6 +13,7 @@ from node.config import Config
 from node.index import Index
 from node.receive import store
 from node.receive.reconcile import reconcile, reconcile_run
+from node.receive.status import CONFLICT
 from tests.factories import make_ct_series
 from tests.node.sending import (
     SUCCESS,
@@ -25,6 +26,12 @@ from tests.node.sending import (
     store_one,
 )
 from tests.receiver import listening
+
+
+@pytest.fixture
+def index(either_index: Index) -> Index:
+    """Each test on SQLite and on PostgreSQL."""
+    return either_index
 
 
 def test_files_without_a_row_are_removed_at_start_and_no_others(receiver: Config, index: Index, tmp_path: Path) -> None:
@@ -95,6 +102,54 @@ def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_i
     assert encoded_dataset(stored) == encoded_dataset(sent[1])
 
 
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 500)])
+def test_a_lost_file_of_a_case_that_is_done_is_told_of_and_what_is_sent_again_takes_its_place(
+    make_config: MakeConfig,
+    index: Index,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sent = make_ct_series(tmp_path / "sent", num_slices=3)
+    with listening(make_config(), index) as config:
+        assert [store_one(config, path) for path in sent] == [SUCCESS] * 3
+    (case,) = index.cases()
+    assert index.skip(case, "a scout")
+    (case,) = index.cases()
+    stored = index.stored_file(pydicom.dcmread(sent[1]).SOPInstanceUID)
+    assert stored is not None
+    damage(stored.path)
+    reconcile(index)
+    lost = f"series={case.series_instance_uid}: 1 of its files are missing or cut off"
+    assert lost in caplog.text
+    assert index.cases() == [case]
+    with listening(make_config(), index) as config:
+        assert [store_one(config, path) for path in sent] == [SUCCESS] * 3
+    assert encoded_dataset(stored.path) == encoded_dataset(sent[1])
+    caplog.clear()
+    reconcile(index)
+    assert lost not in caplog.text
+    assert files_under(index.data_dir) == sorted(index.instance_paths(case.series_instance_uid))
+    assert index.cases() == [case]  # nothing new came
+
+
+def test_a_file_that_was_lost_is_not_replaced_by_an_instance_of_another_series(
+    make_config: MakeConfig, index: Index, tmp_path: Path
+) -> None:
+    sent = make_instance(tmp_path / "sent")
+    with listening(make_config(), index) as config:
+        assert store_one(config, sent) == SUCCESS
+        (stored,) = files_under(index.data_dir)
+        stored.unlink()
+        other = pydicom.dcmread(sent)
+        other.SeriesInstanceUID = "1.2.9"
+        other.save_as(tmp_path / "other.dcm")
+        assert store_one(config, tmp_path / "other.dcm") == CONFLICT
+        assert files_under(index.data_dir) == []
+        assert store_one(config, sent) == SUCCESS
+    assert files_under(index.data_dir) == [stored]
+
+
 def test_of_an_open_association_a_file_with_its_length_but_not_its_bytes_is_taken_again(
     make_config: MakeConfig, index: Index, tmp_path: Path
 ) -> None:
@@ -147,12 +202,12 @@ def test_a_file_that_cannot_be_looked_at_is_named_and_keeps_no_node_from_startin
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         with monkeypatch.context() as patch:
-            fdatasync, stat, unlink = os.fdatasync, Path.stat, Path.unlink
+            fdatasync, stat, unlink = os.fdatasync, os.stat, Path.unlink
             if call == "fdatasync":
                 name = "/proc/self/fd/{}".format
                 patch.setattr(os, "fdatasync", lambda fd: (fail_at(Path(name(fd)).readlink()), fdatasync(fd))[1])
             elif call == "stat":
-                patch.setattr(Path, "stat", lambda path, **values: (fail_at(path), stat(path, **values))[1])
+                patch.setattr(os, "stat", lambda path, **values: (fail_at(path), stat(path, **values))[1])
             else:
                 patch.setattr(Path, "unlink", lambda path, **values: (fail_at(path), unlink(path, **values))[1])
             reconcile(index)

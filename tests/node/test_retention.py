@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -172,11 +172,9 @@ def files_of(index: Index) -> list[Path]:
 
 
 @pytest.fixture
-def either_index(tmp_path: Path, database: SecretStr | None) -> Iterator[Index]:
-    """An index in each kind of database."""
-    opened = Index(tmp_path / "data", database)
-    yield opened
-    opened.close()
+def index(either_index: Index) -> Index:
+    """Each test on SQLite and on PostgreSQL."""
+    return either_index
 
 
 @pytest.fixture
@@ -214,6 +212,21 @@ def test_results_wait_for_the_last_destination_or_for_its_being_given_up(index: 
     assert case_of(index, "1.2.3").state is CaseState.FAILED
 
 
+def test_what_could_not_be_delivered_goes_by_age_and_never_for_room(index: Index, make_config: MakeConfig) -> None:
+    receive(index, "1.2.3")
+    analyse(index, "1.2.3", "pacs")
+    bring_to(index, "1.2.4", CaseState.DONE)
+    delivery = index.next_delivery("pacs")
+    assert delivery is not None
+    index.settle_delivery(delivery, DeliveryState.FAILED, "refused for good")
+    full = make_config().model_copy(update={"retention": RetentionConfig(max_disk_gb=1e-9)})
+
+    assert {item.kept.case.series_instance_uid for item in plan_now(index, full)} == {"1.2.4"}
+    index.now = lambda: time.time() + 31 * DAY_S
+    why = {item.kept.case.series_instance_uid: item.why for item in plan_now(index, full)}
+    assert why["1.2.3"] == "failed 31.0 days ago, failed_days is 30"
+
+
 def test_results_wait_until_everyone_was_told_of_them(index: Index, config: Config) -> None:
     bring_to(index, "1.2.3", CaseState.DONE)
     row = {
@@ -238,31 +251,31 @@ def test_results_wait_until_everyone_was_told_of_them(index: Index, config: Conf
 
 
 def test_what_was_purged_is_known(
-    either_index: Index,
+    index: Index,
     config: Config,
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for series, state in (("1.2.3", CaseState.DONE), ("1.2.4", CaseState.REFUSED)):
-        bring_to(either_index, series, state)
+        bring_to(index, series, state)
     caplog.set_level(logging.INFO)
 
-    run_retention(either_index, config)
+    run_retention(index, config)
 
-    assert files_of(either_index) == []
-    done, refused = case_of(either_index, "1.2.3"), case_of(either_index, "1.2.4")
+    assert files_of(index) == []
+    done, refused = case_of(index, "1.2.3"), case_of(index, "1.2.4")
     assert done.originals_purged_at == pytest.approx(time.time(), abs=60)
     assert done.results_purged_at == pytest.approx(time.time(), abs=60)
     assert (refused.reason, refused.results_purged_at) == ("no stack", None)
-    assert (done.num_instances, either_index.instance_paths("1.2.3")) == (3, [])
-    assert either_index.is_result(f"{RESULT_UID}.1.2.3"), "what this node made is never analysed, purged or not"
-    assert either_index.find_instance("1.2.3.0") is None
+    assert (done.num_instances, index.instance_paths("1.2.3")) == (3, [])
+    assert index.is_result(f"{RESULT_UID}.1.2.3"), "what this node made is never analysed, purged or not"
+    assert index.find_instance("1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
     print_table([done], lambda _: Priority.ROUTINE)
     assert "originals purged" in (shown := capsys.readouterr().out)
     assert "results purged" in shown
-    assert plan_now(either_index, config) == []
+    assert plan_now(index, config) == []
 
 
 def test_originals_may_go_and_results_stay(index: Index, make_config: MakeConfig) -> None:
@@ -277,51 +290,51 @@ def test_originals_may_go_and_results_stay(index: Index, make_config: MakeConfig
     assert [path.name for path in files_of(index)] == ["report.sr.dcm"]
 
 
-def test_a_purged_series_that_comes_again_is_new(either_index: Index, config: Config) -> None:
-    bring_to(either_index, "1.2.3", CaseState.DONE)
-    run_retention(either_index, config)
+def test_a_purged_series_that_comes_again_is_new(index: Index, config: Config) -> None:
+    bring_to(index, "1.2.3", CaseState.DONE)
+    run_retention(index, config)
 
-    paths = receive(either_index, "1.2.3", 2)
+    paths = receive(index, "1.2.3", 2)
 
-    case = case_of(either_index, "1.2.3")
+    case = case_of(index, "1.2.3")
     assert (case.state, case.num_instances, case.originals_purged_at) == (CaseState.RECEIVING, 2, None)
-    assert len(either_index.stored_series("1.2.3").headers) == 2
+    assert len(index.stored_series("1.2.3").headers) == 2
     assert case.results_purged_at is not None
-    folder = analyse(either_index, "1.2.3")
-    assert case_of(either_index, "1.2.3").results_purged_at is None
+    folder = analyse(index, "1.2.3")
+    assert case_of(index, "1.2.3").results_purged_at is None
     assert all(path.exists() for path in [*paths, folder])
 
 
-def test_a_case_that_is_analysed_again_before_its_turn_keeps_everything(either_index: Index, config: Config) -> None:
-    bring_to(either_index, "1.2.3", CaseState.DONE)
-    purges = plan_now(either_index, config)
-    assert either_index.retry(case_of(either_index, "1.2.3"))
-    folder = analyse(either_index, "1.2.3")  # of the same name, for the same Instances
-    paths = either_index.instance_paths("1.2.3")
+def test_a_case_that_is_analysed_again_before_its_turn_keeps_everything(index: Index, config: Config) -> None:
+    bring_to(index, "1.2.3", CaseState.DONE)
+    purges = plan_now(index, config)
+    assert index.retry(case_of(index, "1.2.3"))
+    folder = analyse(index, "1.2.3")  # of the same name, for the same Instances
+    paths = index.instance_paths("1.2.3")
 
-    assert purge(either_index, purges) == 0
+    assert purge(index, purges) == 0
 
     assert all(path.exists() for path in [*paths, folder])
 
 
-def test_a_case_that_a_late_instance_reopens_keeps_everything(either_index: Index, config: Config) -> None:
-    bring_to(either_index, "1.2.3", CaseState.DONE)
-    purges = plan_now(either_index, config)
-    path = either_index.data_dir / "instances" / "1.2.3" / "late.dcm"
+def test_a_case_that_a_late_instance_reopens_keeps_everything(index: Index, config: Config) -> None:
+    bring_to(index, "1.2.3", CaseState.DONE)
+    purges = plan_now(index, config)
+    path = index.data_dir / "instances" / "1.2.3" / "late.dcm"
     path.write_bytes(b"late")
     header = {"sop_instance_uid": "1.2.3.99", "series_instance_uid": "1.2.3", "study_instance_uid": "1.2"}
-    either_index.add_instance(
-        association_id=either_index.open_association("X"),
+    index.add_instance(
+        association_id=index.open_association("X"),
         calling_ae_title="X",
         path=path,
         headers=[header],
         quiet_time_s=1,
     )
 
-    assert purge(either_index, purges) == 0
+    assert purge(index, purges) == 0
 
-    assert len(either_index.instance_paths("1.2.3")) == 4
-    assert len(files_of(either_index)) == 5
+    assert len(index.instance_paths("1.2.3")) == 4
+    assert len(files_of(index)) == 5
 
 
 @pytest.mark.parametrize("free_mb", [150, 250])
@@ -441,10 +454,13 @@ def test_kill_dash_nine_in_the_middle_and_again_converges(tmp_path: Path, seed: 
 # ---- by hand ----
 
 
-def test_cspine_purge_says_what_would_go_and_then_does_it(index: Index, tmp_path: Path) -> None:
+def test_cspine_purge_says_what_would_go_and_then_does_it(
+    index: Index, tmp_path: Path, database: SecretStr | None
+) -> None:
     bring_to(index, "1.2.3", CaseState.DONE)
     path = tmp_path / "config.yaml"
-    path.write_text("data_dir: data\nretention: {originals_days: 0}\n", encoding="utf-8")
+    url = database.get_secret_value() if database else "null"
+    path.write_text(f"data_dir: data\ndatabase: {url}\nretention: {{originals_days: 0}}\n", encoding="utf-8")
 
     dry = CliRunner().invoke(main, ["purge", "--dry-run", "--config", str(path)], env={"COLUMNS": "200"})
     assert "done 0.0 days ago, originals_days is 0" in dry.output

@@ -15,7 +15,7 @@ from node import service as service_module
 from node.case import CaseState
 from node.config import Config
 from node.index import Index
-from node.service import Service
+from node.service import Service, TakenError
 from node.workers import Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
 
@@ -107,6 +107,24 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     assert the_case(index).state is CaseState.ANALYSING
     service.stop()
     assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+
+
+def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_the_cases_alone(
+    make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = Service(make_config())
+    service._pool = cast(Any, _Workers())
+    service._hold_database()
+    service.check_taken()
+    add_instance(index, 1)
+    assert index.queue(the_case(index))
+    service._dispatch()
+    monkeypatch.setattr(service._index, "hold", lambda _patience_s: False)
+    service._hold_database()
+    with pytest.raises(TakenError, match="another node has taken this database"):
+        service.check_taken()
+    service.stop()
+    assert the_case(index).state is CaseState.ANALYSING  # the other's, now
 
 
 def test_a_job_whose_time_passed_while_the_machine_slept_or_was_busy_runs_then(service: Service) -> None:

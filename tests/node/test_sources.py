@@ -222,7 +222,7 @@ def test_what_the_source_holds_and_does_not_send_is_awaited_no_longer_than_the_q
     node.check(29.9)
     assert node.case().state is CaseState.RECEIVING
     node.check(0.2)
-    assert node.case().state is CaseState.QUEUED
+    assert (node.case().state, node.case().num_at_source) == (CaseState.QUEUED, 40)
     assert "its source holds 40" in caplog.text
 
 

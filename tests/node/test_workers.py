@@ -4,12 +4,14 @@ What runs in them here is not the model but `play`, which does as the name of th
 import this module, so it imports little.
 """
 
+import json
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -250,6 +252,26 @@ def test_the_real_worker_tells_what_cannot_be_analysed_from_what_broke(
     outcome = pool.submit(make_job(whole, tmp_path / "file")).result(2 * WAIT_S)
     assert isinstance(outcome, Broken)
     assert outcome.reason.startswith("Not a directory")
+
+
+def test_a_series_of_which_half_is_missing_is_analysed_and_says_so_everywhere(
+    make_real_pool: MakePool, untrained_bundle: Path, tmp_path: Path
+) -> None:
+    from tests.factories import make_ct_series
+
+    paths = make_ct_series(tmp_path / "series", num_slices=60, spacing_mm=1.25, rows=64, columns=64)[::2]
+    pool = make_real_pool(analyse={"bundle": untrained_bundle})
+    by_numbers = make_job(paths, tmp_path / "results")
+    by_count = replace(by_numbers, num_at_source=60, results_dir=tmp_path / "others")
+    for half, words in (
+        (by_numbers, "Of InstanceNumbers 1 to 59, 29 are not here: Instances may be missing."),
+        (by_count, "Its source holds 60 Instances, and 30 came."),
+    ):
+        outcome = pool.submit(half).result(2 * WAIT_S)
+        assert isinstance(outcome, Analysed)
+        assert outcome.summary.endswith(f" {words}")
+        assert words in json.loads((outcome.folder / "findings.json").read_text())["warnings"]
+        assert words.encode() in (outcome.folder / "report.sr.dcm").read_bytes()
 
 
 def test_an_unexpected_error_is_told_without_its_message_which_may_name_a_patient() -> None:
