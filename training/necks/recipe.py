@@ -67,7 +67,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.7.0"
+VERSION = "0.8.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -115,7 +115,7 @@ class Plan:
     num_held_out_series: int = 8
     coarse_steps: tuple[int, ...] = (1800, 1300, 12500, 7800, 2600, 9000)
     fine_steps: tuple[int, ...] = (2000, 8900, 1350, 3600, 1250)
-    fracture_steps: tuple[tuple[int, int], ...] = ((5700, 5400), (11000, 3650), (8000, 2700))
+    fracture_steps: tuple[tuple[int, int], ...] = ((5700, 5400), (11000, 3650), (8000, 2700), (1500, 3000), (1800, 1700))
     batch_size: int = 4
     num_workers: int = 2
 
