@@ -115,7 +115,13 @@ class Plan:
     num_held_out_series: int = 8
     coarse_steps: tuple[int, ...] = (1800, 1300, 12500, 7800, 2600, 9000)
     fine_steps: tuple[int, ...] = (2000, 8900, 1350, 3600, 1250)
-    fracture_steps: tuple[tuple[int, int], ...] = ((5700, 5400), (11000, 3650), (8000, 2700), (1500, 3000), (1800, 1700))
+    fracture_steps: tuple[tuple[int, int], ...] = (
+        (5700, 5400),
+        (11000, 3650),
+        (8000, 2700),
+        (1500, 3000),
+        (1800, 1700),
+    )
     batch_size: int = 4
     num_workers: int = 2
 
