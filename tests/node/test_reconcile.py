@@ -8,7 +8,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from node.case import CaseState
+from node.case import Case, CaseState
 from node.config import Config
 from node.index import Index
 from node.receive import store
@@ -71,6 +71,15 @@ def test_what_a_dead_receiver_left_is_removed_while_another_is_receiving(
     dead.close()
 
 
+def received(config: Config, index: Index, tmp_path: Path) -> tuple[list[Path], Case]:
+    """Three slices that were sent and taken, and their case."""
+    sent = make_ct_series(tmp_path / "sent", num_slices=3)
+    with listening(config, index) as listener:
+        assert [store_one(listener, path) for path in sent] == [SUCCESS] * 3
+    (case,) = index.cases()
+    return sent, case
+
+
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 500)])
 def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_it(
     make_config: MakeConfig,
@@ -79,10 +88,7 @@ def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_i
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sent = make_ct_series(tmp_path / "sent", num_slices=3)
-    with listening(make_config(), index) as config:
-        assert [store_one(config, path) for path in sent] == [SUCCESS] * 3
-    (case,) = index.cases()
+    sent, case = received(make_config(), index, tmp_path)
     index.queue(case)
     uid = pydicom.dcmread(sent[1]).SOPInstanceUID
     stored = index.find_instance(uid)
@@ -110,10 +116,7 @@ def test_a_lost_file_of_a_case_that_is_done_is_told_of_and_what_is_sent_again_ta
     damage: Callable[[Path], None],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    sent = make_ct_series(tmp_path / "sent", num_slices=3)
-    with listening(make_config(), index) as config:
-        assert [store_one(config, path) for path in sent] == [SUCCESS] * 3
-    (case,) = index.cases()
+    sent, case = received(make_config(), index, tmp_path)
     assert index.skip(case, "a scout")
     (case,) = index.cases()
     stored = index.stored_file(pydicom.dcmread(sent[1]).SOPInstanceUID)
