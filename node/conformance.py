@@ -44,7 +44,8 @@ STORE_STATUSES = {
     status.MISMATCH: "Modality is not CT; SOP Class or Instance UID are not the announced ones; or this node made it",
     status.CANNOT_UNDERSTAND: "it cannot be parsed, is cut off, above `receive.max_instance_mb`, describes "
     "other frames than it has, or lacks a usable UID",
-    status.CONFLICT: "another Instance with the same SOP Instance UID is here, or the same in another transfer syntax; the first is kept",
+    status.CONFLICT: "another Instance with the same SOP Instance UID is here, or the same in another transfer syntax; "
+    "the first is kept",
 }
 
 _LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # since 2024; pydicom's dictionary does not have it
