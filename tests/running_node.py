@@ -14,7 +14,7 @@ import yaml
 from pydantic import SecretStr
 
 from model.phantom import Anatomy, Fracture, default_grid, render, write_series
-from node.case import Case, CaseState
+from node.case import Case, CaseState, Delivery, DeliveryState
 from node.config import DicomDestination
 from node.index import Index
 from tests.ports import free_port
@@ -108,14 +108,23 @@ class RunningNode:
         finally:
             index.close()
 
+    def open_deliveries(self) -> list[Delivery]:
+        """What is still to reach its destination."""
+        index = Index(self.data_dir, self._database)
+        try:
+            return index.deliveries(states=[DeliveryState.PENDING, DeliveryState.VERIFYING])
+        finally:
+            index.close()
+
     def wait_until_settled(self, num_cases: int = 1, timeout_s: float = 120.0) -> "Counter[CaseState]":
         """How many cases ended in which state, once that many are here and none has anything left to do."""
         deadline = time.monotonic() + timeout_s
         while True:
             cases = self.cases()
-            if len(cases) >= num_cases and all(case.state in SETTLED for case in cases):
+            # A refused case is that before the report that says so has been delivered.
+            if len(cases) >= num_cases and all(case.state in SETTLED for case in cases) and not self.open_deliveries():
                 return Counter(case.state for case in cases)
-            assert time.monotonic() < deadline, f"{cases}\n{self.log()}"
+            assert time.monotonic() < deadline, f"{cases}\n{self.open_deliveries()}\n{self.log()}"
             time.sleep(0.2)
 
     def log(self) -> str:
