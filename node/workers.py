@@ -95,7 +95,12 @@ class _CannotLoad:
     reason: str
 
 
-_Answer = JobOutcome | _Ready | _CannotLoad
+@dataclass(frozen=True)
+class _Taken:
+    """A worker has received its job."""
+
+
+_Answer = JobOutcome | _Ready | _CannotLoad | _Taken
 
 
 class WorkerPool:
@@ -147,9 +152,10 @@ class WorkerPool:
         self._loaded.put(worker.load(self._stopping))
         while (item := self._jobs.get()) is not None:
             job, future = item
-            if not worker.is_usable():  # it died while it had nothing to do
-                worker = self._replace(worker)
             outcome = worker.run(job, self._stopping)
+            if isinstance(outcome, Broken) and not worker.has_taken_job:  # it died while it had nothing to do
+                worker = self._replace(worker)
+                outcome = worker.run(job, self._stopping)
             if outcome is None:
                 future.cancel()
                 break
@@ -171,17 +177,23 @@ class _Worker:
         self._timeouts_s = {"start": _START_TIMEOUT_S} | config.analyse.timeouts_s.model_dump()
         self._connection, far_end = context.Pipe()
         self._process = context.Process(target=_work, args=(config, far_end), name="cspine-worker")
-        self._process.start()
-        far_end.close()
+        self.has_taken_job = False
         self._ready = False
         self._usable = True
+        self._not_started = ""
+        try:
+            self._process.start()
+        except OSError as error:  # no memory, or too many processes
+            self._not_started = f"cannot start a worker process: {error.strerror}"
+        far_end.close()
 
     def is_usable(self) -> bool:
-        return self._usable and self._process.is_alive()
+        return self._usable and not self._not_started and self._process.is_alive()
 
     def kill(self) -> None:
-        self._process.kill()
-        self._process.join()
+        if not self._not_started:
+            self._process.kill()
+            self._process.join()
         self._connection.close()
 
     def load(self, stopping: threading.Event) -> "_Answer | None":
@@ -192,18 +204,24 @@ class _Worker:
 
     def run(self, job: Job, stopping: threading.Event) -> JobOutcome | None:
         """How the job ended; None if the pool stopped first."""
+        self.has_taken_job = False
         answer: _Answer | None = _Ready() if self._ready else self.load(stopping)
         if isinstance(answer, _Ready):
             with contextlib.suppress(OSError):  # it is dead, and what follows says how it died
                 self._connection.send(job)
             answer = self._receive("read", stopping)
+        if isinstance(answer, _Taken):
+            self.has_taken_job = True
+            answer = self._receive("read", stopping)
         if isinstance(answer, _CannotLoad):
             return Broken(reason=answer.reason)
-        assert not isinstance(answer, _Ready)
+        assert not isinstance(answer, _Ready | _Taken)
         return answer
 
     def _receive(self, stage: str, stopping: threading.Event) -> "_Answer | None":
         """What the worker answers; Broken, and no longer usable, if it dies or a step takes too long."""
+        if self._not_started:
+            return Broken(reason=self._not_started)
         deadline = time.monotonic() + self._timeouts_s[stage]
         while not stopping.is_set():
             try:
@@ -248,6 +266,7 @@ def _work(config: Config, connection: Connection) -> None:
             job: Job = connection.recv()
         except EOFError:
             return
+        connection.send(_Taken())
         try:
             outcome = _do(job, config, pipeline, decode_pool, lambda stage: connection.send(_Stage(stage)))
         except Exception as error:

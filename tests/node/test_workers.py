@@ -4,6 +4,7 @@ What runs in them here is not the model but `play`, which does as the name of th
 import this module, so it imports little.
 """
 
+import errno
 import json
 import os
 import signal
@@ -36,6 +37,9 @@ def play(config: Config, connection: Connection) -> None:
     connection.send(workers._Ready())
     while True:
         job: Job = connection.recv()
+        if "before it took" in next(iter(job.files.values())).name and die_once(job.results_dir):
+            os.kill(os.getpid(), signal.SIGKILL)
+        connection.send(workers._Taken())
         match next(iter(job.files.values())).name:
             case "hang":
                 (job.results_dir / "begun").touch()
@@ -55,6 +59,19 @@ def play(config: Config, connection: Connection) -> None:
                 meet(job.results_dir)
         summary = f"{os.getpid()}"
         connection.send(Analysed(folder=job.results_dir, sop_instance_uids=(), summary=summary, total_s=0.0))
+
+
+def no_memory(*_: object) -> None:
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+
+def die_once(folder: Path) -> bool:
+    """Whether no other process has asked this of this folder."""
+    try:
+        (folder / "died").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def meet(folder: Path) -> None:
@@ -146,8 +163,28 @@ def test_a_worker_that_died_while_idle_costs_no_job(make_pool: MakePool) -> None
     pool = make_pool()
     first = pid_of(outcome_of(pool.submit(job("ok"))))
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: psutil.Process(first).status() == psutil.STATUS_ZOMBIE)
     assert pid_of(outcome_of(pool.submit(job("ok")))) != first
+
+
+def test_a_worker_that_dies_before_it_took_its_job_costs_no_job(make_pool: MakePool, tmp_path: Path) -> None:
+    """As one does that was killed a moment ago and does not look dead yet."""
+    pool = make_pool()
+    first = pid_of(outcome_of(pool.submit(job("ok"))))
+    assert pid_of(outcome_of(pool.submit(job("die before it took it", tmp_path)))) != first
+
+
+def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory or processes are short for a while: no job waits forever for a slot that is gone."""
+    pool = make_pool()
+    first = pid_of(outcome_of(pool.submit(job("ok"))))
+    with monkeypatch.context() as short:
+        short.setattr("multiprocessing.popen_spawn_posix.Popen", no_memory)
+        os.kill(first, signal.SIGKILL)
+        reason = "cannot start a worker process: Cannot allocate memory"
+        assert outcome_of(pool.submit(job("ok"))) == Broken(reason=reason)
+    wait_until(lambda: isinstance(outcome_of(pool.submit(job("ok"))), Analysed))
 
 
 @pytest.mark.parametrize(("what", "step"), [("hang", "read"), ("hang in classify", "classify")])
