@@ -56,23 +56,21 @@ class Judgement:
     patient_logit: float | None
 
 
-def stack_grid(
-    lower_lps_mm: FloatArray, upper_lps_mm: FloatArray, settings: ClassifySettings, twist_deg: float = 0.0
-) -> Grid:
+def stack_grid(middle_lps_mm: FloatArray, height_mm: float, settings: ClassifySettings, twist_deg: float = 0.0) -> Grid:
     """Planes over a vertebra's box, along the patient's axes, half a slice step apart and foot to head.
 
-    twist_deg: of the patient, as of a `Vertebra`; the planes are turned with it, so that the front is at their top.
+    middle_lps_mm, height_mm: of the box, as of a `Vertebra`. twist_deg: of the patient; the planes are turned with it,
+    so that the front is at their top.
     Slice j of the network is plane `NUM_NEIGHBOURS + 2 * j`; its neighbours are the planes beside it.
     """
     num_planes = 2 * (settings.num_slices - 1) + 1 + 2 * NUM_NEIGHBOURS
-    half_step_mm = max((upper_lps_mm[2] - lower_lps_mm[2]) / (2 * (settings.num_slices - 1)), 0.5)
-    centre = (np.asarray(lower_lps_mm) + np.asarray(upper_lps_mm)) / 2
+    half_step_mm = max(height_mm / (2 * (settings.num_slices - 1)), 0.5)
     planes = Grid.axial(
         shape=(num_planes, settings.num_pixels, settings.num_pixels),
         spacing_mm=(half_step_mm, settings.pixel_mm, settings.pixel_mm),
     )
     affine = about_long_axis(twist_deg) @ planes.affine
-    affine[:3, 3] += centre
+    affine[:3, 3] += middle_lps_mm
     return Grid(shape=planes.shape, affine=affine)
 
 
@@ -132,7 +130,7 @@ def judge(
         return Judgement(verdicts={}, patient_logit=None)
     settings = bundle.classify
     planes = [
-        stack_grid(vertebra.lower_lps_mm, vertebra.upper_lps_mm, settings, vertebra.twist_deg) for vertebra in vertebrae
+        stack_grid(vertebra.middle_lps_mm, vertebra.height_mm, settings, vertebra.twist_deg) for vertebra in vertebrae
     ]
     slices = [slice_grid(grid) for grid in planes]
     planes_hu = torch.stack([sample_planes(volume.voxels_hu, volume.grid, grid) for grid in planes])

@@ -93,6 +93,7 @@ class Vertebra:
     """One found level. lower_lps_mm, upper_lps_mm: its box in the patient. is_cut: the field of view ends inside it.
 
     twist_deg: how far the patient lies turned about the long axis, from the front to the left above 0; 0 for little.
+    middle_lps_mm: of its box, seen as the patient faces forward (`middle_of_box`).
     """
 
     label: int
@@ -100,8 +101,14 @@ class Vertebra:
     volume_mm3: float
     lower_lps_mm: FloatArray
     upper_lps_mm: FloatArray
+    middle_lps_mm: FloatArray
     is_cut: bool
     twist_deg: float = 0.0
+
+    @property
+    def height_mm(self) -> float:
+        """Of its box, along the patient."""
+        return float(self.upper_lps_mm[2] - self.lower_lps_mm[2])
 
 
 def network_input(voxels_hu: Tensor) -> Tensor:
@@ -149,7 +156,7 @@ def find_vertebrae(
     if not look.found.any():
         return labels, []
     part = _draw(labels, look, bone_weight)
-    return labels, [replace(found, twist_deg=twist_deg) for found in _describe(labels, volume.grid, part)]
+    return labels, _describe(labels, volume.grid, part, twist_deg)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -195,6 +202,17 @@ def about_long_axis(turn_deg: float) -> FloatArray:
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_euler("z", turn_deg, degrees=True).as_matrix()
     return turn
+
+
+def middle_of_box(points_lps_mm: FloatArray, twist_deg: float = 0.0) -> FloatArray:
+    """The middle, in LPS mm, of the box about points `(n, 3)`, along the axes of a patient who lies turned so far.
+
+    A vertebra is longer than wide: in a patient turned by 45 degrees the box along the scanner's axes lies 6 to 8 mm
+    elsewhere.
+    """
+    turn = about_long_axis(twist_deg)[:3, :3]
+    facing = points_lps_mm @ turn
+    return np.asarray(turn @ (facing.min(axis=0) + facing.max(axis=0)) / 2)
 
 
 def turned_by_deg(cervical: NDArray[np.bool_], grid: Grid) -> float:
@@ -403,7 +421,7 @@ def _boxes(labels: NDArray[np.uint8], part: tuple[slice, ...]) -> Iterator[tuple
             yield label, tuple(slice(side.start + of.start, side.stop + of.start) for side, of in sides)
 
 
-def _describe(labels: NDArray[np.uint8], grid: Grid, part: tuple[slice, ...]) -> list[Vertebra]:
+def _describe(labels: NDArray[np.uint8], grid: Grid, part: tuple[slice, ...], twist_deg: float) -> list[Vertebra]:
     """What was drawn, measured on the source grid, head to foot. part: nothing was drawn outside it."""
     vertebrae = []
     for label, box in _boxes(labels, part):
@@ -424,7 +442,9 @@ def _describe(labels: NDArray[np.uint8], grid: Grid, part: tuple[slice, ...]) ->
                 volume_mm3=volume_mm3,
                 lower_lps_mm=points.min(axis=0),
                 upper_lps_mm=points.max(axis=0),
+                middle_lps_mm=middle_of_box(points, twist_deg),
                 is_cut=_is_cut(mask, box, grid),
+                twist_deg=twist_deg,
             )
         )
     return vertebrae

@@ -23,7 +23,7 @@ from model.levels import LEVELS
 from model.networks import VertebraUNet
 from model.phantom import Anatomy, Fracture, Phantom, kinds_at, render
 from model.resample import average_pool
-from model.segment import find_vertebrae
+from model.segment import find_vertebrae, middle_of_box
 from model.volume import SliceSource, Volume
 
 PREVALENCE = 0.28
@@ -94,7 +94,7 @@ def classify_samples(
         if 2 * (mask & truth).sum() < MIN_DICE * (mask.sum() + truth.sum()):
             mask = truth
         points = grid.to_lps_mm(np.argwhere(mask).astype(float))
-        stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
+        stack = stack_grid(middle_of_box(points), float(np.ptp(points[:, 2])), classify)
         slices = slice_grid(stack)
         planes.append(sample_planes(phantom.voxels_hu, grid, stack).round().to(torch.int16).numpy())
         masks.append((sample_mask(mask.astype(np.uint8), grid, slices, label=1) * 255).to(torch.uint8).numpy())

@@ -24,7 +24,7 @@ from model.geometry import Grid
 from model.levels import OUTPUTS
 from model.networks import FractureAnswer
 from model.pipeline import Pipeline, load_pipeline
-from model.segment import Vertebra
+from model.segment import Vertebra, middle_of_box
 from model.volume import SliceSource, Volume
 
 CPU = torch.device("cpu")
@@ -73,6 +73,7 @@ def make_vertebrae() -> tuple[np.ndarray, list[Vertebra]]:
                 volume_mm3=float(len(points)),
                 lower_lps_mm=points.min(axis=0),
                 upper_lps_mm=points.max(axis=0),
+                middle_lps_mm=middle_of_box(points),
                 is_cut=label == 4,
             )
         )

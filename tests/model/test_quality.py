@@ -17,7 +17,7 @@ from model.geometry import Grid
 from model.phantom import Anatomy, default_grid, render
 from model.pipeline import Pipeline, load_pipeline
 from model.quality import check_values, reasons_not_to_judge
-from model.segment import Vertebra
+from model.segment import Vertebra, middle_of_box
 from model.series import SeriesError, read_series
 from model.volume import SliceSource, Volume
 from tests.factories import make_ct_series
@@ -51,6 +51,7 @@ def vertebrae_of(labels: Labels, grid: Grid) -> list[Vertebra]:
                 volume_mm3=len(points) * grid.voxel_volume_mm3,
                 lower_lps_mm=points.min(axis=0),
                 upper_lps_mm=points.max(axis=0),
+                middle_lps_mm=middle_of_box(points),
                 is_cut=False,
             )
         )

@@ -13,6 +13,7 @@ from model.bundle import ClassifySettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
 from model.geometry import Grid
 from model.levels import LEVELS
+from model.segment import middle_of_box
 from training.inserted.insertion import Inserted
 
 
@@ -37,7 +38,7 @@ def inserted_stacks(
     for label in there:
         box = boxes[label - 1]
         points = grid.to_lps_mm(np.argwhere(labels[box] == label) + [float(side.start) for side in box])
-        stack = stack_grid(points.min(axis=0), points.max(axis=0), classify)
+        stack = stack_grid(middle_of_box(points), float(np.ptp(points[:, 2])), classify)
         slices = slice_grid(stack)
         planes.append(sample_planes(inserted.voxels_hu, grid, stack).round().to(torch.int16).numpy())
         masks.append((sample_mask(labels, grid, slices, label) * 255).to(torch.uint8).numpy())

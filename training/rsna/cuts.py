@@ -22,7 +22,7 @@ from model import LEVELS, Grid, SeriesError, Volume, load_pipeline, read_bundle
 from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
-from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3, turned_by_deg
+from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3, middle_of_box, turned_by_deg
 from training.files import locked, remove_unfinished, write_json
 from training.rsna.cache import FORMAT, Cache, CacheError, Study, digest
 from training.rsna.processes import in_processes
@@ -194,7 +194,8 @@ def cut_study(
     for i in np.flatnonzero(judged):
         label = int(i) + 1
         points = labels_grid.to_lps_mm(voxels[i].astype(float))
-        planes = stack_grid(points.min(axis=0), points.max(axis=0), settings, twist_deg)  # type: ignore[arg-type]  # it reads what both have
+        middle_lps_mm, height_mm = middle_of_box(points, twist_deg), float(np.ptp(points[:, 2]))
+        planes = stack_grid(middle_lps_mm, height_mm, settings, twist_deg)  # type: ignore[arg-type]  # it reads what both have
         mask = sample_mask(labels, labels_grid, planes, label)
         planes_hu[i] = sample_planes(volume.voxels_hu, volume.grid, planes).round().numpy()
         masks[i] = (mask * 255).round().numpy()
