@@ -65,6 +65,7 @@ class DeliveryState(StrEnum):
     VERIFYING = "verifying"  # every object was taken; the destination is asked again at next_attempt_at
     DONE = "done"  # the destination has every object
     FAILED = "failed"  # given up; the reason says why
+    SUPERSEDED = "superseded"  # not done when the case came to another end; not sent any more
 
 
 class ObjectState(StrEnum):
