@@ -233,8 +233,8 @@ def _retrieve() -> Iterator[str]:
     )
     yield from _prose(
         """Matched, at their level and below; a value, several UIDs or codes, `*` and `?`, and ranges of dates and
-        times. Names are matched as a whole or by one of their component groups, whatever
-        the case of A to Z; of everything else the case counts."""
+        times. Names are matched as a whole or by one of their component groups, whatever the case of A to Z and the
+        delimiters at their end (Doe^Jane^^^ is Doe^Jane); of everything else the case counts."""
     )
     patient = ", ".join(PATIENT_KEYS)
     study = ", ".join(k for k in Level.STUDY.keywords if k not in (*PATIENT_KEYS, *ABOUT_THE_QUERY))
