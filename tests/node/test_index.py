@@ -255,6 +255,13 @@ def test_new_results_go_also_where_earlier_ones_were_superseded(index: Index) ->
     assert (the_case(index).state, the_case(index).reason) == (CaseState.DONE, "")
 
 
+def test_results_go_out_though_their_instances_were_lost_from_the_disk(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs")
+    index.forget_instances([f"{SERIES}.1"])
+    assert the_case(index).state is CaseState.REFUSED
+    assert due(index, "pacs").state is DeliveryState.PENDING
+
+
 def test_a_refusal_that_is_overtaken_supersedes_nothing(index: Index) -> None:
     assert finish(index, claimed(index), "pacs")
     add(index, 2)
