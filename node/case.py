@@ -7,6 +7,7 @@ database only (`index/`).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class DeliveryState(StrEnum):
     VERIFYING = "verifying"  # every object was taken; the destination is asked again at next_attempt_at
     DONE = "done"  # the destination has every object
     FAILED = "failed"  # given up; the reason says why
+    SUPERSEDED = "superseded"  # not done when the case came to another end; not sent any more
 
 
 class ObjectState(StrEnum):
@@ -94,6 +96,8 @@ class Case:
     latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
     quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
     num_at_source: Instances that its source said it holds when it was taken as whole; None if it did not say.
+    num_conflicts: how often an Instance was refused since one with its UID is here, of this Series, and not the same;
+    last_conflict_at, last_conflict_from: when last, and from which calling AE title, None if never.
     is_asked_for: somebody had it started again, so it is analysed whatever the rules say.
     originals_purged_at, results_purged_at: when retention removed what was received, what was made; None while it is
     kept.
@@ -118,9 +122,24 @@ class Case:
     won_s: float | None
     num_reopened: int
     num_at_source: int | None
+    num_conflicts: int
+    last_conflict_at: float | None
+    last_conflict_from: str | None
     is_asked_for: bool
     originals_purged_at: float | None
     results_purged_at: float | None
+
+    @property
+    def conflicts(self) -> str:
+        """What was refused for the UID of an Instance that is here, in words; "" if nothing was."""
+        if self.last_conflict_at is None:
+            return ""
+        refused = "1 Instance" if self.num_conflicts == 1 else f"{self.num_conflicts} Instances"
+        at = datetime.fromtimestamp(self.last_conflict_at).strftime("%Y-%m-%d %H:%M:%S")
+        return (
+            f"{refused} refused: an Instance with the same UID is here, with other content or in another transfer "
+            f"syntax. Last {at}, from {self.last_conflict_from}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,9 @@ def _as_scp() -> Iterator[str]:
         """The Error Comment says which. Instances are kept as they came. SOPClassUID and SOPInstanceUID missing from
         the dataset are taken from the request, a missing Modality is taken as CT. Source Instances in any character set
         pydicom knows are read.""",
+        """What was refused with 0xC111, by STOW-RS too, is counted at the case of the Instance that is here: `cspine
+        cases` and the case list say how many times, when last, and from which calling AE title (for STOW-RS, STOW-RS).
+        One that is sent again counts again.""",
         """Instances are kept as long as `retention` says, by default 30 days after their results are delivered, less
         when the disk fills: the node is no archive. One that was purged is new when it is sent again.""",
     )
@@ -230,8 +233,8 @@ def _retrieve() -> Iterator[str]:
     )
     yield from _prose(
         """Matched, at their level and below; a value, several UIDs or codes, `*` and `?`, and ranges of dates and
-        times. Names are matched as a whole or by one of their component groups, whatever
-        the case of A to Z; of everything else the case counts."""
+        times. Names are matched as a whole or by one of their component groups, whatever the case of A to Z and the
+        delimiters at their end (Doe^Jane^^^ is Doe^Jane); of everything else the case counts."""
     )
     patient = ", ".join(PATIENT_KEYS)
     study = ", ".join(k for k in Level.STUDY.keywords if k not in (*PATIENT_KEYS, *ABOUT_THE_QUERY))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from node.index import Index
 
 _UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
-_COLOURS = {DeliveryState.DONE: "green", DeliveryState.FAILED: "red"}
+_COLOURS = {DeliveryState.DONE: "green", DeliveryState.FAILED: "red", DeliveryState.SUPERSEDED: "bright_black"}
 _ids_argument = click.argument("ids", metavar="ID...", nargs=-1, type=int)
 _destination_option = click.option("--destination", help="Only those to the destination of this name.")
 

@@ -8,7 +8,8 @@ from sqlalchemy import func, select, update
 
 from node.case import Carrier, Case, CaseState
 from node.index import tables
-from node.index.cases import Cases, unmoved
+from node.index.cases import Cases, moved_to, unmoved
+from node.index.deliveries import supersede_deliveries
 
 _associations, _cases, _instances = tables.associations, tables.cases, tables.instances
 
@@ -109,12 +110,22 @@ class Completing(Cases):
         return self._move(case, CaseState.QUEUED, queued_at=self.now(), won_s=won_s, num_at_source=num_at_source)
 
     def refuse(self, case: Case, reason: str) -> bool:
-        """The Series cannot be analysed."""
-        return self._move(case, CaseState.REFUSED, reason)
+        """The Series cannot be analysed; results of fewer Instances that are still on their way go out no more."""
+        return self._end(case, CaseState.REFUSED, reason)
 
     def skip(self, case: Case, reason: str, *, skipped_for: str | None = None) -> bool:
-        """The Series is not to be analysed. skipped_for: SeriesInstanceUID of the one that was preferred."""
-        return self._move(case, CaseState.SKIPPED, reason, skipped_for=skipped_for)
+        """The Series is not to be analysed; earlier results as with `refuse`. skipped_for: SeriesInstanceUID of the one
+        that was preferred."""
+        return self._end(case, CaseState.SKIPPED, reason, skipped_for=skipped_for)
+
+    def _end(self, case: Case, state: CaseState, reason: str, **values: Any) -> bool:
+        now = self.now()
+        with self._writing() as connection:
+            moved = moved_to(case, state).values(reason=reason, changed_at=now, **values)
+            if not connection.execute(moved).rowcount:
+                return False
+            supersede_deliveries(connection, case.case_id, now)
+            return True
 
     def reconsider_skipped(self) -> None:
         """Has a Series that was passed over judged again when the one that was preferred came to nothing."""

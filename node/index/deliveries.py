@@ -16,6 +16,7 @@ _cases, _deliveries = tables.cases, tables.deliveries
 _UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
 _THERE = (ObjectState.TAKEN, ObjectState.VERIFIED)
 _UNSAID = "taken, and left out of the report on storage commitment"
+_SUPERSEDED = "not sent any more: the case has come to another end since these results were made"
 _FRESH: Mapping[str, Any] = {
     "state": DeliveryState.PENDING,
     "attempts": 0,
@@ -210,6 +211,7 @@ def replace_deliveries(
     connection: Connection, case_id: int, result_dir: str, destinations: Sequence[str], now: float
 ) -> None:
     """Has results go to the destinations, instead of earlier ones of the case; notes what of those is there already."""
+    supersede_deliveries(connection, case_id, now)
     rows = connection.execute(select(_deliveries).where(_deliveries.c.case_id == case_id)).mappings()
     earlier = {row["destination"]: [*row["superseded"], *_keys_there(row["objects"])] for row in rows}
     for destination in destinations:
@@ -229,6 +231,20 @@ def replace_deliveries(
             connection.execute(_deliveries.insert().values(case_id=case_id, destination=destination, **values))
 
 
+def supersede_deliveries(connection: Connection, case_id: int, now: float) -> None:
+    """Ends deliveries of earlier results of the case that are not done, also failed ones: no outage that ends, and no
+    retry of all that failed, may bring to a destination what is not true any more."""
+    mine = (_deliveries.c.case_id == case_id) & (_deliveries.c.state != DeliveryState.DONE)
+    values = {
+        "state": DeliveryState.SUPERSEDED,
+        "reason": _SUPERSEDED,
+        "transaction_uid": "",
+        "unreachable": 0,
+        "changed_at": now,
+    }
+    connection.execute(update(_deliveries).where(mine).values(values))
+
+
 def _lock_cases(connection: Connection, case_ids: Collection[int]) -> None:
     """Two deliveries of a case that end at once would each find the other pending."""
     cases = select(_cases.c.case_id).where(_cases.c.case_id.in_(case_ids)).order_by(_cases.c.series_instance_uid)
@@ -237,7 +253,8 @@ def _lock_cases(connection: Connection, case_ids: Collection[int]) -> None:
 
 def _settle_case(connection: Connection, case_id: int, now: float) -> None:
     """Takes the case of a delivery on, and lets its reason say what is wrong with any of its deliveries."""
-    rows = connection.execute(select(_deliveries).where(_deliveries.c.case_id == case_id)).mappings().all()
+    counts = (_deliveries.c.case_id == case_id) & (_deliveries.c.state != DeliveryState.SUPERSEDED)
+    rows = connection.execute(select(_deliveries).where(counts)).mappings().all()
     states = {row["state"] for row in rows}
     if states & set(_UNSETTLED):
         state = CaseState.DELIVERING

@@ -180,6 +180,20 @@ class Receiving(Cases):
             instance.sop_instance_uid in new and first_with[instance.sop_instance_uid] is instance for instance in batch
         ]
 
+    def note_conflict(self, series_instance_uid: str, calling_ae_title: str) -> None:
+        """Counts, for the Series of the one that is here, an Instance that was refused since it has the UID of that.
+
+        Three columns of the case: who repeats it for ever leaves no more. The case has not changed by it.
+        """
+        case = update(_cases).where(_cases.c.series_instance_uid == series_instance_uid)
+        values = {
+            "num_conflicts": _cases.c.num_conflicts + 1,
+            "last_conflict_at": self.now(),
+            "last_conflict_from": calling_ae_title,
+        }
+        with self._writing() as connection:
+            connection.execute(case.values(values))
+
     def paths_under(self, folder: Path) -> set[str]:
         """Files of stored Instances in a folder and all below it, relative to the data folder. Reads all rows."""
         below = _instances.c.path.startswith(f"{folder.relative_to(self.data_dir)}/", autoescape=True)

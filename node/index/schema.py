@@ -62,6 +62,12 @@ STEPS = (
     (),
     # 16: a result says that its source holds more than what was analysed.
     ("ALTER TABLE cases ADD COLUMN num_at_source INTEGER",),
+    # 17: Instances that were refused for the UID of one that is here.
+    (
+        "ALTER TABLE cases ADD COLUMN num_conflicts INTEGER DEFAULT '0' NOT NULL",
+        "ALTER TABLE cases ADD COLUMN last_conflict_at FLOAT",
+        "ALTER TABLE cases ADD COLUMN last_conflict_from VARCHAR(16)",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -39,6 +39,9 @@ cases = Table(
     Column("won_s", Float),  # against the quiet time, when it was found whole
     Column("num_reopened", Integer, nullable=False, server_default="0"),
     Column("num_at_source", Integer),  # Instances that its source said it holds, when it was taken as whole
+    Column("num_conflicts", Integer, nullable=False, server_default="0"),  # refused: the UID of one that is here
+    Column("last_conflict_at", Float),
+    Column("last_conflict_from", String(16)),  # its calling AE title
     Column("skipped_for", String(64)),  # SeriesInstanceUID of the one that was preferred
     Column("is_asked_for", Integer, nullable=False, server_default="0"),  # 1 once somebody had it started again
     Column("originals_purged_at", Float),  # None while the Instances are kept

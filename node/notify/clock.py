@@ -18,6 +18,7 @@ from node.index import Index
 from node.notify import fhir, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient, event_of
+from node.person_name import shortest_name
 from node.retry import describe_wait, retry_wait_s
 from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarget
 
@@ -125,7 +126,8 @@ def read_patient(paths: Iterable[Path]) -> Patient | None:
     """
     for path in paths:
         ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()])
-        return Patient(**{name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()})
+        values = {name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()}
+        return Patient(**values | {"name": shortest_name(values["name"])})
     return None
 
 

@@ -28,7 +28,7 @@ class Event(StrEnum):
 class Patient:
     """Who it is about, as the source Instances say; "" where they do not.
 
-    name: as DICOM writes it, `Family^Given`. birth_date: `YYYYMMDD`. sex: M, F or O.
+    name: as DICOM writes it, `Family^Given`, without delimiters at the end. birth_date: `YYYYMMDD`. sex: M, F or O.
     """
 
     patient_id: str = ""

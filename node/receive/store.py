@@ -14,10 +14,12 @@ from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from node.config import Config
 from node.implementation import IMPLEMENTATION_CLASS_UID, implementation_version_name
 from node.index import Index, NewInstance, StoredFile
-from node.process import sync
+from node.process import describe_error, sync
 from node.receive.commit import GroupCommit
 from node.receive.headers import NUM_PREFIX_BYTES, Announced, Encoded, HeaderReader, is_uid
 from node.receive.sender import Source
@@ -120,10 +122,12 @@ class Arriving:
                 if self._store.index.is_result(instance.sop_instance_uid):
                     raise RefusedError(MISMATCH, "this node made this Instance; results are never analysed")
                 known = self._store.index.stored_file(instance.sop_instance_uid)
-                if known is not None and not known.is_whole():
+                if known is None:
+                    raise RefusedError(OUT_OF_RESOURCES, _BEING_REMOVED)
+                if not known.is_whole():
                     self._replace(known, instance)
-                else:
-                    _check_same(known.path if known else None, self._path)
+                elif not _is_same(known.path, self._path):
+                    raise self._conflict(known, "another Instance with this UID is here; the first one is kept")
                 self.abandon()
             self._file.close()
             return instance
@@ -148,7 +152,7 @@ class Arriving:
             OSError: it cannot be put there.
         """
         if instance.series_instance_uid != lost.series_instance_uid:
-            raise RefusedError(CONFLICT, "another Instance with this UID was here, in another Series")
+            raise self._conflict(lost, "another Instance with this UID was here, in another Series")
         if not self._store.index.replace_instance(instance):
             raise RefusedError(OUT_OF_RESOURCES, _BEING_REMOVED)
         lost.path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,6 +160,14 @@ class Arriving:
         for folder in (lost.path.parent, lost.path.parent.parent, self._store.index.data_dir / "instances"):
             sync(folder)
         log.warning("action=instance-restored series=%s instance=%s", lost.series_instance_uid, lost.sop_instance_uid)
+
+    def _conflict(self, known: StoredFile, comment: str) -> RefusedError:
+        """The refusal, noted for the Series of the Instance that is known; it stands if that cannot be noted."""
+        try:
+            self._store.index.note_conflict(known.series_instance_uid, self._sender.ae_title)
+        except (OSError, SQLAlchemyError) as error:
+            log.warning("action=conflict-not-noted series=%s: %s", known.series_instance_uid, describe_error(error))
+        return RefusedError(CONFLICT, comment)
 
     def _examined(self) -> NewInstance:
         """What the index is to know of it, if it is taken."""
@@ -186,22 +198,15 @@ class Arriving:
             raise
 
 
-def _check_same(known: Path | None, received: Path) -> None:
-    """Passes when the stored Instance is the received one, and on disk; the group 2 header may differ.
-
-    Raises:
-        RefusedError: it is another, or went away at this moment.
-    """
-    if known is None:
-        raise RefusedError(OUT_OF_RESOURCES, _BEING_REMOVED)
+def _is_same(known: Path, received: Path) -> bool:
+    """Whether the stored Instance is the received one, and it is on disk then; the group 2 header may differ."""
     with known.open("rb") as one, received.open("rb") as other:
         os.fdatasync(one.fileno())  # whoever brings it may be waiting for that, too
         sizes = [_seek_dataset(file) for file in (one, other)]
         is_same = sizes[0] == sizes[1]
         while is_same and (piece := one.read(_COMPARED_BYTES)):
             is_same = piece == other.read(_COMPARED_BYTES)
-    if not is_same:
-        raise RefusedError(CONFLICT, "another Instance with this UID is here; the first one is kept")
+    return is_same
 
 
 def _seek_dataset(file: BinaryIO) -> int:

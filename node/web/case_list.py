@@ -156,11 +156,11 @@ def _models(findings: Mapping[int, Mapping[str, Any]]) -> Iterator[str]:
 def _row(case: Case, findings: Mapping[str, Any] | None, segmentation: str | None, has_viewer: bool) -> str:
     received = datetime.fromtimestamp(case.first_received_at).astimezone()
     shown = f'<time datetime="{received.isoformat(timespec="seconds")}">{received:%Y-%m-%d %H:%M:%S}</time>'
-    reason = f'<span class="reason">{escape(case.reason)}</span>' if case.reason else ""
+    more = "".join(f'<span class="reason">{escape(text)}</span>' for text in (case.reason, case.conflicts) if text)
     cells = [
         _uid(case.study_instance_uid),
         _uid(case.series_instance_uid),
-        f"{escape(case.state)}{reason}",
+        f"{escape(case.state)}{more}",
         *_said(findings),
         _link(case, segmentation) if has_viewer else "not installed: make viewer",
     ]

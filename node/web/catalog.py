@@ -19,6 +19,7 @@ from typing import Any
 from pydicom import Dataset, dcmread
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
+from pydicom.valuerep import PersonName
 from sqlalchemy import (
     JSON,
     Column,
@@ -43,11 +44,12 @@ from sqlalchemy import (
 from model import PARSE_ERRORS
 from node.case import Case
 from node.index import Index
+from node.person_name import shortest_name
 from node.web.attributes import attribute_json, completed
 from node.web.levels import IN_REQUEST, Level
 from node.web.matching import Condition
 
-_VERSION = 5  # of the tables below; a file of another version is made anew
+_VERSION = 6  # of the tables below; a file of another version is made anew
 
 
 _metadata = MetaData()
@@ -429,13 +431,15 @@ def _json(ds: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
 
 
 def _text(ds: Dataset, keyword: str) -> str:
-    """A value as it is matched: several are joined as in DICOM."""
+    """A value as it is matched: several are joined as in DICOM, names are as short as they can be."""
     try:
         value = ds.get(keyword)
     except PARSE_ERRORS:
         return ""
     if value is None:
         return ""
+    if isinstance(value, PersonName):
+        return shortest_name(str(value).strip())
     return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value).strip()
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
-from sqlalchemy import ColumnElement, and_, false, or_
+from sqlalchemy import ColumnElement, String, and_, false, func, or_, true
 
+from node.person_name import shortest_name
+
+_ALL_DELIMITERS = "^^^^"  # of the five components of a name
 _RANGES = ("DA", "TM", "DT")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
 
@@ -61,10 +64,19 @@ def _fits(column: ColumnElement[Any], value: str) -> ColumnElement[bool]:
 
 
 def _is_name(column: ColumnElement[Any], name: str) -> ColumnElement[bool]:
-    """A name, or one of its component groups (PS3.5 6.2.1.2), whatever the case."""
-    pattern = _as_like(name)
-    places = (pattern,) if "=" in name else (pattern, f"{pattern}=%", f"%={pattern}", f"%={pattern}=%")
-    return or_(*(column.like(place, escape="!") for place in places))
+    """A name, or one of its component groups (PS3.5 6.2.1.2), whatever the case and the delimiters at its end.
+
+    column: holds names as `shortest_name` writes them.
+    """
+    asked = shortest_name(name)
+    if not asked:  # nothing but delimiters: no value
+        return true()
+    pattern = _as_like(asked)
+    places = (pattern,) if "=" in asked else (pattern, f"{pattern}=%", f"%={pattern}", f"%={pattern}=%")
+    spelled: list[ColumnElement[Any]] = [column]
+    if "*" in asked:  # `Doe^*` is to find `Doe`, which is `Doe^` too
+        spelled.append(func.replace(column, "=", f"{_ALL_DELIMITERS}=", type_=String).concat(_ALL_DELIMITERS))
+    return or_(*(written.like(place, escape="!") for written in spelled for place in places))
 
 
 def _as_like(pattern: str) -> str:

@@ -1,7 +1,10 @@
 """Commands over cases, each on SQLite and on PostgreSQL, while another connection (the node's) is open."""
 
 import json
+import re
+import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +261,19 @@ def test_what_was_won_against_the_quiet_time_is_told_of_each_case_and_in_total(c
     assert expected in " ".join(cspine("cases", "--totals").stdout.split())
     totals = json.loads(cspine("cases", "--totals", "--json").stdout)
     assert totals == {"num_cases": 2, "won_s": 48.5, "num_reopened": 0}
+
+
+def test_refused_conflicts_are_told_of_their_series(cspine: Cspine, index: Index) -> None:
+    receive(index, "1.1")
+    receive(index, "1.2")
+    assert "refused" not in cspine("cases").stdout
+    index.note_conflict("1.1", "OLD")
+    index.note_conflict("1.1", "CT1")
+    told = " ".join(cspine("cases").stdout.split())
+    assert told.count("refused") == 1
+    assert "2 Instances refused: an Instance with the same UID is here, with other content or in another" in told
+    assert re.search("transfer syntax. Last [0-9]{4}-[0-9: -]{14}, from CT1", told)
+    other, hit = listed(cspine)
+    assert (hit["num_conflicts"], hit["last_conflict_from"]) == (2, "CT1")
+    assert abs(datetime.fromisoformat(hit["last_conflict_at"]).timestamp() - time.time()) < 60
+    assert (other["num_conflicts"], other["last_conflict_at"], other["last_conflict_from"]) == (0, None, None)

@@ -200,6 +200,77 @@ def test_deliveries_of_superseded_results_do_not_count_for_the_new_ones(index: I
     assert due(index, "pacs").result_dir.name == "new"
 
 
+def end_without_results(index: Index, how: str) -> None:
+    """A late Instance comes, and then no results."""
+    add(index, 2)
+    if how == "refused":
+        assert index.refuse(the_case(index), "gaps")
+        return
+    if how == "skipped":
+        assert index.skip(the_case(index), "another Series is preferred")
+        return
+    assert index.queue(the_case(index))
+    held = index.claim_next()
+    assert held is not None
+    reports = index.data_dir / "cases" / SERIES / "reports"
+    assert index.finish(
+        held, reports, summary="Not analysed", sop_instance_uids=(), destinations=["reports"], refusal="gaps"
+    )
+
+
+@pytest.mark.parametrize("how", ["refused", "refused with a report", "skipped"])
+def test_results_that_wait_for_a_destination_go_out_no_more_once_the_case_ends_without_any(
+    index: Index, how: str
+) -> None:
+    assert finish(index, claimed(index), "done", "waiting", "on its way", "verifying", "failed", "reports")
+    index.settle_delivery(due(index, "done"), DeliveryState.DONE)
+    index.settle_delivery(due(index, "verifying"), DeliveryState.VERIFYING, transaction_uid="1.2.9")
+    index.settle_delivery(due(index, "failed"), DeliveryState.FAILED, "given up after 20 attempt(s)")
+    on_its_way = due(index, "on its way")
+    end_without_results(index, how)
+    assert {delivery.destination: delivery.state for delivery in index.deliveries()} == {
+        "done": DeliveryState.DONE,
+        **dict.fromkeys(("waiting", "on its way", "verifying", "failed"), DeliveryState.SUPERSEDED),
+        "reports": DeliveryState.PENDING if how == "refused with a report" else DeliveryState.SUPERSEDED,
+    }
+    ended = the_case(index)
+    assert not index.settle_delivery(on_its_way, DeliveryState.PENDING, "attempt 1 failed", 0.0)
+    assert not index.report_commitment("1.2.9", ["9.8.7"], {})
+    assert all(index.next_delivery(name) is None for name in ("waiting", "on its way", "verifying", "failed"))
+    assert the_case(index) == ended
+    assert index.undelivered_cases() == set()
+
+
+def test_new_results_go_also_where_earlier_ones_were_superseded(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs", "gone")
+    end_without_results(index, "refused")
+    assert index.retry(the_case(index))
+    assert index.queue(the_case(index))
+    held = index.claim_next()
+    assert held is not None
+    assert finish(index, held, "pacs", folder="new")
+    assert due(index, "pacs").result_dir.name == "new"
+    assert index.next_delivery("gone") is None
+    index.settle_delivery(due(index, "pacs"), DeliveryState.DONE)
+    assert (the_case(index).state, the_case(index).reason) == (CaseState.DONE, "")
+
+
+def test_results_go_out_though_their_instances_were_lost_from_the_disk(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs")
+    index.forget_instances([f"{SERIES}.1"])
+    assert the_case(index).state is CaseState.REFUSED
+    assert due(index, "pacs").state is DeliveryState.PENDING
+
+
+def test_a_refusal_that_is_overtaken_supersedes_nothing(index: Index) -> None:
+    assert finish(index, claimed(index), "pacs")
+    add(index, 2)
+    old = the_case(index)
+    add(index, 3)
+    assert not index.refuse(old, "gaps")
+    assert due(index, "pacs").state is DeliveryState.PENDING
+
+
 def test_a_case_is_checked_after_the_quiet_time_or_when_its_association_ends(index: Index) -> None:
     association_id = index.open_association("SCANNER")
     add(index, 1, association_id=association_id, quiet_time_s=60)

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import DBAPIError
 
 from node.case import Case, CaseState, DeliveryState
@@ -47,6 +47,39 @@ def join(processes: list[Any]) -> None:
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def refuse_many(data_dir: Path, database: SecretStr | None, name: str, times: int) -> None:
+    index = Index(data_dir, database)
+    for _ in range(times):
+        index.note_conflict(SERIES[0], name)
+    index.close()
+
+
+def test_conflicts_that_several_processes_refuse_are_all_counted_and_leave_nothing_else(
+    index: Index, tmp_path: Path, database: SecretStr | None
+) -> None:
+    index.add_instances(
+        [new(index, 1, uid, association_id=index.open_association("SCANNER")) for uid in SERIES[:2]], quiet_time_s=0
+    )
+    before = table_sizes(index)
+    join([start(refuse_many, tmp_path / "data", database, f"SCANNER{number}", 25) for number in range(4)])
+    index.note_conflict("1.2.404", "SCANNER")  # the case was deleted meanwhile
+    restarted = Index(tmp_path / "data", database)
+    found = {case.series_instance_uid: case for case in restarted.cases()}
+    restarted.close()
+    case = found[SERIES[0]]
+    assert (case.num_conflicts, found[SERIES[1]].num_conflicts) == (100, 0)
+    assert case.last_conflict_from in {f"SCANNER{number}" for number in range(4)}
+    assert table_sizes(index) == before
+
+
+def table_sizes(index: Index) -> dict[str, int]:
+    with index._engine.connect() as connection:
+        return {
+            table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
+            for table in tables.metadata.sorted_tables
+        }
 
 
 def queued(index: Index, number: int) -> list[str]:

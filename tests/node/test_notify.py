@@ -258,7 +258,7 @@ def test_the_patient_is_named_only_where_that_is_switched_on(
     index: Index, web: WebServer, target: WebhookTarget, tmp_path: Path, patient_data: bool
 ) -> None:
     def name(_i: int, ds: object) -> None:
-        ds.PatientName, ds.PatientID = "Müller^Eva", "P-1"  # type: ignore[attr-defined]
+        ds.PatientName, ds.PatientID = "Müller^Eva^^^", "P-1"  # type: ignore[attr-defined]
         ds.SpecificCharacterSet = "ISO_IR 192"  # type: ignore[attr-defined]
 
     (path,) = make_ct_series(index.data_dir / "instances" / SERIES, num_slices=1, edit=name)

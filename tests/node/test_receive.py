@@ -23,6 +23,7 @@ from pydicom.uid import (
     generate_uid,
 )
 from pynetdicom.sop_class import Verification
+from sqlalchemy.exc import OperationalError
 
 from node.case import CaseState
 from node.config import Config
@@ -183,6 +184,45 @@ def test_another_instance_with_the_same_uid_is_refused_and_the_first_kept(
     assert stored is not None
     assert encoded_dataset(stored) == encoded_dataset(first)
     assert len(index.cases()) == 1
+
+
+def test_refused_conflicts_are_counted_at_the_series_of_the_instance_that_is_here(
+    receiver: Config, index: Index, tmp_path: Path
+) -> None:
+    uid = generate_uid()
+    first, second, in_other_series = (
+        make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(3)
+    )
+    ds = pydicom.dcmread(first)
+    ds.KVP = "80"
+    ds.save_as(second)
+    assert [store_one(receiver, path) for path in (first, first)] == [SUCCESS, SUCCESS]
+    (before,) = index.cases()
+    assert (before.num_conflicts, before.last_conflict_at, before.conflicts) == (0, None, "")
+    began_at = time.time()
+    assert [store_one(receiver, path) for path in (second, in_other_series, first)] == [CONFLICT, CONFLICT, SUCCESS]
+    (case,) = index.cases()
+    assert (case.series_instance_uid, case.num_conflicts) == (ds.SeriesInstanceUID, 2)
+    assert case.last_conflict_from == "SCANNER"
+    assert began_at <= (case.last_conflict_at or 0) <= time.time()
+    assert case.changed_at == before.changed_at  # nothing became of it
+
+
+def test_a_conflict_that_cannot_be_counted_is_refused_all_the_same(
+    receiver: Config, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    uid = generate_uid()
+    first, second = (
+        make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(2)
+    )
+    assert store_one(receiver, first) == SUCCESS
+
+    def away(*_: str) -> None:
+        raise OperationalError("UPDATE cases", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(index, "note_conflict", away)
+    assert store_one(receiver, second) == CONFLICT
+    assert "action=conflict-not-noted series=" in caplog.text
 
 
 @pytest.mark.parametrize(("same", "second_status"), [(True, SUCCESS), (False, CONFLICT)])

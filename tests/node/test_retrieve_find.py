@@ -37,6 +37,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
         ({"PatientName": "MÜLLER*"}, []),  # case counts beyond ASCII
         ({"PatientName": "müller*"}, [2, 0]),
         ({"PatientName": "doe^jane"}, [1]),
+        ({"PatientName": "doe^jane^^^"}, [1]),
+        ({"PatientName": "^^^^"}, [2, 1, 0]),  # no value
         ({"PatientName": "Müller*", "AccessionNumber": "ACC2"}, [2]),
         ({"StudyDate": "20260102-"}, [2, 1]),
         ({"StudyDate": "-20260101"}, [0]),

@@ -156,6 +156,19 @@ def test_reasons_are_text_and_nothing_but_the_style_may_run(server: WebServer, i
     assert re.findall(r"(?:https?:)?//", answer.text) == []
 
 
+def test_refused_conflicts_stand_beside_the_state(server: WebServer, index: Index, receive: Receive) -> None:
+    case = receive()
+    assert "refused" not in get(server).text
+    for _ in range(2):
+        index.note_conflict(case.series_instance_uid, "<b>CT1")
+    state = Read(get(server).text).rows[1][3]
+    assert re.fullmatch(
+        "receiving2 Instances refused: an Instance with the same UID is here, with other content or in another "
+        r"transfer syntax. Last [0-9]{4}-[0-9: -]{14}, from <b>CT1",
+        state,
+    )
+
+
 def test_many_cases_come_in_pages(server: WebServer, receive: Receive, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(case_list, "_NUM_ON_PAGE", 2)
     monkeypatch.setattr(case_list, "find_viewer", lambda: None)

@@ -49,6 +49,68 @@ def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
     assert len(japanese.get(f"/studies?{query}").json()) == is_found
 
 
+NAMES = {
+    "A": "Doe^Jane^^^",
+    "B": "Doe^Jane",
+    "C": "Doe^^^^",
+    "D": "Roe^Eva^^^=山田^花^^= ",
+    "E": "^^^^",
+    "F": "Doe^^^Dr",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "patients"),
+    [
+        ("Doe^Jane", "AB"),
+        ("doe^jane^", "AB"),
+        ("Doe^Jane^^^==", "AB"),
+        ("Doe^Jane^*", "AB"),
+        ("Doe^*^*", "ABCF"),
+        ("Do?^J*", "AB"),
+        ("Doe", "C"),
+        ("Doe^", "C"),
+        ("Doe^^^D*", "F"),
+        ("Doe^^^*", "CF"),
+        ("山田^花", "D"),
+        ("山田^花^*", "D"),
+        ("山田^花^^^", "D"),
+        ("Roe^Eva=山田^花", "D"),
+        ("Roe^Eva^^=山田^*", "D"),
+        ("Jane^*", ""),
+        ("^Jane", ""),
+        ("^^", "ABCDEF"),  # no value: it asks nothing
+        ("=", "ABCDEF"),
+        ("%22%22&emptyvaluematching=true", "E"),
+    ],
+)
+def test_delimiters_at_the_end_of_a_name_do_not_count(named: WebServer, name: str, patients: str) -> None:
+    found = named.get(f"/studies?PatientName={name}").json()
+    assert "".join(sorted(values(found, "00100020"))) == patients
+
+
+def test_a_name_is_returned_as_it_stands_in_the_file(named: WebServer) -> None:
+    (found,) = named.get("/studies?PatientID=A").json()
+    assert found["00100010"]["Value"] == [{"Alphabetic": "Doe^Jane^^^"}]
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
+    """Holds a Study of each of `NAMES`."""
+    index = Index(tmp_path_factory.mktemp("named"))
+    for patient, name in NAMES.items():
+
+        def edit(_i: int, ds: Dataset, patient: str = patient, name: str = name) -> None:
+            ds.SpecificCharacterSet = "ISO_IR 192"
+            ds.PatientID, ds.PatientName = patient, name
+
+        hold(index, make_ct_series(index.data_dir / "instances" / patient, num_slices=1, edit=edit))
+    server = WebServer(Config(), index)
+    yield server
+    server.stop()
+    index.close()
+
+
 @pytest.mark.parametrize("path", ["/%00", "/" + 300 * "a", "/..%2fconfig.yaml", "/%2fetc%2fpasswd"])
 def test_what_can_be_no_file_of_the_viewer_is_not_there(
     japanese: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str

@@ -163,6 +163,8 @@ def test_another_instance_with_a_known_uid_is_refused(web: WebServer, index: Ind
     answer = stow(web, [path.read_bytes()])
     assert answer.status_code == 409
     assert items(answer, "00081198")[0]["00081197"]["Value"] == [0xC111]
+    (case,) = index.cases()
+    assert (case.num_conflicts, case.last_conflict_from) == (1, "STOW-RS")
 
 
 def test_an_address_that_names_a_study_takes_no_other(web: WebServer, index: Index, tmp_path: Path) -> None:
