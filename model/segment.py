@@ -137,9 +137,12 @@ def find_vertebrae(
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
     scanned = _coarse(volume, network, settings, device)
-    if twist_deg := turned_by_deg(scanned.found & (scanned.chain[0][1].numpy() < len(LEVELS) + 0.5), scanned.grid):
+    if twist_deg := turned_by_deg(scanned.labels, scanned.grid):
         facing = _coarse(_turned(volume, about_long_axis(-twist_deg)), network, settings, device)
-        scanned, twist_deg = (facing, twist_deg) if facing.found.any() else (scanned, 0.0)
+        if facing.num_levels >= scanned.num_levels:  # or the angle was misread, or the network lost its way
+            scanned = facing
+        else:
+            twist_deg = 0.0
     looks, turn = [scanned], _to_upright(scanned)
     if turn is not None:
         upright = _coarse(_turned(scanned.volume, turn), network, settings, device)
@@ -176,6 +179,16 @@ class _Look:
     def found(self) -> NDArray[np.bool_]:
         """The voxels of the chain."""
         return self.chain[1]
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        """The level of each voxel of the chain; 0 elsewhere."""
+        return np.where(self.found, self.chain[0][1].round().clamp(1, LAST_LEVEL), 0).astype(np.uint8)
+
+    @property
+    def num_levels(self) -> int:
+        """How many of C1..C7 the chain holds."""
+        return len(np.intersect1d(self.labels, np.arange(1, len(LEVELS) + 1)))
 
     def centroid_lps_mm(self, first: float, last: float) -> FloatArray | None:
         """Of the chain from one level coordinate to another; None if there is nothing."""
@@ -215,22 +228,29 @@ def middle_of_box(points_lps_mm: FloatArray, twist_deg: float = 0.0) -> FloatArr
     return np.asarray(turn @ (facing.min(axis=0) + facing.max(axis=0)) / 2)
 
 
-def turned_by_deg(cervical: NDArray[np.bool_], grid: Grid) -> float:
+def turned_by_deg(labels: NDArray[np.uint8], grid: Grid) -> float:
     """How far the patient is turned about the long axis, as `Vertebra.twist_deg`; 0 if that cannot be told either.
 
-    A vertebra is its own mirror image about the midplane. Seen from above, all layers of the spine laid upon each
-    other, that plane is the one whose mirror image fits best.
+    A vertebra is its own mirror image about the midplane. Seen from above, the spine stood upright and all its layers
+    laid upon each other, that plane is the one whose mirror image fits best.
 
-    cervical: the voxels of C1..C7, `(Z, Y, X)`; of small ones, some are enough.
+    labels: uint8 `(Z, Y, X)`, 1..7 = C1..C7, others ignored.
     """
     z, y, x = (max(1, int(SEEN_MM / spacing_mm)) for spacing_mm in grid.spacing_mm)
-    where = np.argwhere(cervical[::z, ::y, ::x]) * (z, y, x)
-    if not len(where):
+    some = labels[::z, ::y, ::x]
+    where = np.nonzero((some > 0) & (some <= len(LEVELS)))
+    if not len(where[0]):
         return 0.0
-    points = grid.to_lps_mm(where.astype(float))[:, :2]
-    _, layer = np.unique(where[:, 0], return_inverse=True)
+    indices = (np.stack(where, axis=1) * (z, y, x)).astype(float)
+    points, of_level = grid.to_lps_mm(indices), some[where]
+    upper, lower = (points[(of_level >= first) & (of_level <= last)] for first, last in ((2, 4), (5, 7)))
+    if len(upper) and len(lower):
+        up = upper.mean(axis=0) - lower.mean(axis=0)
+        points = points @ Rotation.align_vectors((0, 0, 1), up / np.linalg.norm(up))[0].as_matrix().T
+    step_mm = max(n * spacing_mm for n, spacing_mm in zip((z, y, x), grid.spacing_mm, strict=True))
+    _, layer = np.unique(np.floor(points[:, 2] / step_mm), return_inverse=True)
     middles = [np.bincount(layer, points[:, axis]) / np.bincount(layer) for axis in (0, 1)]
-    seen = points - np.stack(middles, axis=1)[layer]
+    seen = points[:, :2] - np.stack(middles, axis=1)[layer]
     edges = np.arange(-60, 60 + SEEN_MM, SEEN_MM)
     fits = {}
     for twist_deg in np.arange(-MAX_TWIST_DEG, MAX_TWIST_DEG + 1, TWIST_STEP_DEG):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from model.bundle import SegmentSettings
@@ -111,6 +112,41 @@ def test_a_patient_turned_about_the_long_axis_is_looked_at_facing_forward(twist_
         (truth > 0) & (truth < 8), iterations=2
     )  # at the border HU, and so the level, fall off
     assert (labels[inner] == truth[inner]).mean() > 0.9
+
+
+@pytest.mark.parametrize("pose_deg", [(50, -25, 30), (60, 25, -30)])
+def test_how_far_a_neck_is_turned_is_told_though_it_leans_and_is_tilted(pose_deg: tuple[int, int, int]) -> None:
+    volume, _ = posed_neck(pose_deg)
+    reader = Reader()
+
+    find_vertebrae(volume, reader, SETTINGS, torch.device("cpu"))
+
+    assert len(reader.shown) == 3, "as scanned, facing forward, upright"
+    _, back_at, left_at = torch.nonzero(reader.shown[-1] > 290).float().unbind(dim=1)
+    behind = back_at > back_at.quantile(0.9)
+    off_mm = 3 * (left_at[behind].mean() - left_at[~behind].mean())
+    assert abs(off_mm) < 2, "the spinous process lies behind the body"
+
+
+def posed_neck(pose_deg: tuple[int, int, int]) -> tuple[Volume, np.ndarray]:
+    """Blocks with a spinous process that lean forward, are tilted to a side, then turned about the long axis."""
+    z, y, x = np.indices((140, 140, 140)).reshape(3, -1) * 1.5 - 105
+    pose = Rotation.from_euler("xyz", pose_deg, degrees=True)
+    left, back, up = (axis.reshape(140, 140, 140) for axis in pose.inv().apply(np.stack([x, y, z], axis=1)).T)
+    level = np.floor((72 - up) / 18 + 1)
+    body, process = (np.abs(left) < 20) & (np.abs(back + 10) < 12), (np.abs(left) < 7) & (np.abs(back - 14) < 14)
+    return seen_as(level, (level >= 1) & (level <= 8) & (body | process))
+
+
+def test_where_facing_forward_shows_less_the_patient_is_taken_as_scanned() -> None:
+    volume, truth = posed_neck((40, 15, 40))
+
+    labels, vertebrae = find_vertebrae(volume, Reader(num_looks=1), SETTINGS, torch.device("cpu"))
+
+    assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4, 5, 6, 7]
+    assert {vertebra.twist_deg for vertebra in vertebrae} == {0.0}
+    cervical = (truth > 0) & (truth < 8)
+    assert (labels[cervical] == truth[cervical]).mean() > 0.8
 
 
 def test_what_is_not_seen_upright_stays_as_it_was_seen_first() -> None:

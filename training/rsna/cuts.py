@@ -190,7 +190,7 @@ def cut_study(
     judged = visible >= MIN_VISIBLE
     fractured = np.array(study.levels) & judged
     voxels = _voxels(labels)
-    twist_deg = turned_by_deg((labels > 0) & (labels <= len(LEVELS)), labels_grid)
+    twist_deg = turned_by_deg(labels, labels_grid)
     for i in np.flatnonzero(judged):
         label = int(i) + 1
         points = labels_grid.to_lps_mm(voxels[i].astype(float))
