@@ -54,10 +54,11 @@ LEAN_DEG, TILT_DEG = 25.0, 10.0
 what is. Each vertebra is taken from that look in which it stands more upright, since a head is held upright on a neck
 that leans."""
 
-TWIST_DEG, TWIST_STEP_DEG, MAX_TWIST_DEG, MIN_FIT_GAIN = 15.0, 3.0, 75.0, 0.03
-"""A patient turned about the long axis by more than TWIST_DEG is looked at facing forward. How far is found in steps,
-up to MAX_TWIST_DEG, by the symmetry of the vertebrae, which has to be so much better there than as scanned, or
-the spine has no one midplane. Off by up to 9 degrees on real CT that was turned by up to 45 (training/LOG.md)."""
+TWIST_DEG, TWIST_STEP_DEG, MIN_FIT_GAIN, ON_THE_SIDE_DEG = 15.0, 3.0, 0.03, 45.0
+"""A patient turned about the long axis by more than TWIST_DEG is looked at facing forward. How far is found in steps by
+the symmetry of the vertebrae, which has to be so much better there than as scanned, or the spine has no one midplane.
+Off by up to 9 degrees on real CT that was turned by up to 45 (training/LOG.md). From ON_THE_SIDE_DEG on, both sides of
+the midplane are tried for the front."""
 
 OUTSIDE = torch.tensor([-8.0, 0.0])[:, None, None, None]
 """Scores where nothing was looked at."""
@@ -136,13 +137,7 @@ def find_vertebrae(
     refine: RefineSettings | None = None,
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
-    scanned = _coarse(volume, network, settings, device)
-    if twist_deg := turned_by_deg(scanned.labels, scanned.grid):
-        facing = _coarse(_turned(volume, about_long_axis(-twist_deg)), network, settings, device)
-        if facing.num_levels >= scanned.num_levels:  # or the angle was misread, or the network lost its way
-            scanned = facing
-        else:
-            twist_deg = 0.0
+    scanned, twist_deg = _facing_forward(_coarse(volume, network, settings, device), network, settings, device)
     looks, turn = [scanned], _to_upright(scanned)
     if turn is not None:
         upright = _coarse(_turned(scanned.volume, turn), network, settings, device)
@@ -190,6 +185,11 @@ class _Look:
         """How many of C1..C7 the chain holds."""
         return len(np.intersect1d(self.labels, np.arange(1, len(LEVELS) + 1)))
 
+    @property
+    def certainty(self) -> float:
+        """Mean logit of bone in the chain; 0 without one."""
+        return float(self.scores[0].numpy()[self.found].mean()) if self.found.any() else 0.0
+
     def centroid_lps_mm(self, first: float, last: float) -> FloatArray | None:
         """Of the chain from one level coordinate to another; None if there is nothing."""
         level = self.chain[0][1].numpy()
@@ -208,6 +208,24 @@ def _coarse(
 def _turned(volume: Volume, turn: FloatArray) -> Volume:
     """The volume as of a patient who was turned, `(4, 4)`, in LPS mm."""
     return replace(volume, grid=Grid(shape=volume.grid.shape, affine=turn @ volume.grid.affine))
+
+
+def _facing_forward(
+    scanned: _Look, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
+) -> tuple[_Look, float]:
+    """The look at the patient turned to face forward, and how far turned he lies; as scanned, and 0, if he is not or
+    if fewer levels are found so: then the angle was misread.
+    """
+    twist_deg = turned_by_deg(scanned.labels, scanned.grid)
+    if not twist_deg:
+        return scanned, 0.0
+    # A mirror does not tell front from back. Of the right one the network is surer.
+    angles = [twist_deg] if abs(twist_deg) < ON_THE_SIDE_DEG else [twist_deg, twist_deg - np.copysign(180, twist_deg)]
+    looks = [_coarse(_turned(scanned.volume, about_long_axis(-angle)), network, settings, device) for angle in angles]
+    best = int(np.argmax([look.certainty for look in looks]))
+    if looks[best].num_levels < scanned.num_levels:
+        return scanned, 0.0
+    return looks[best], float(angles[best])
 
 
 def about_long_axis(turn_deg: float) -> FloatArray:
@@ -253,7 +271,7 @@ def turned_by_deg(labels: NDArray[np.uint8], grid: Grid) -> float:
     seen = points[:, :2] - np.stack(middles, axis=1)[layer]
     edges = np.arange(-60, 60 + SEEN_MM, SEEN_MM)
     fits = {}
-    for twist_deg in np.arange(-MAX_TWIST_DEG, MAX_TWIST_DEG + 1, TWIST_STEP_DEG):
+    for twist_deg in np.arange(-90, 91, TWIST_STEP_DEG):
         across, along = about_long_axis(-twist_deg)[:2, :2] @ seen.T
         picture = ndimage.gaussian_filter(np.histogram2d(across, along, bins=(edges, edges))[0], BLUR_PIXELS)
         fits[float(twist_deg)] = (picture * picture[::-1]).sum() / (picture**2).sum()
