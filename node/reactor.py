@@ -49,5 +49,5 @@ class Checkpoint(threading.Event):
 
 
 def use_checkpoint(assoc: Association) -> None:
-    """For an Association whose reactor does not run yet: at EVT_CONN_OPEN of a requestor."""
+    """For an Association whose reactor does not run yet: at EVT_CONN_OPEN, or when it is made."""
     assoc._reactor_checkpoint = Checkpoint(assoc)

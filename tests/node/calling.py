@@ -12,6 +12,7 @@ from pynetdicom.association import Association
 from node.config import Config
 from node.implementation import make_ae
 from tests.factories import make_ct_series
+from tests.raw_scu import ON_OPEN
 from tests.waiting import WAIT_S
 
 MakeConfig = Callable[..., Config]
@@ -23,7 +24,9 @@ def associate(
     ae = make_ae(calling)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = WAIT_S
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
-    return ae.associate(config.receive.host, config.receive.port, ae_title=called, bind_address=(source, 0))
+    return ae.associate(
+        config.receive.host, config.receive.port, ae_title=called, bind_address=(source, 0), evt_handlers=ON_OPEN
+    )
 
 
 def rejected(association: Association) -> tuple[int, int, int] | None:

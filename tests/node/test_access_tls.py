@@ -18,6 +18,7 @@ from node.tls import client_context
 from tests.certificates import Authority, Files
 from tests.factories import make_ct_series
 from tests.node.calling import connect, is_closed, is_quiet
+from tests.raw_scu import ON_OPEN
 from tests.waiting import wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -104,7 +105,7 @@ def test_a_renewed_certificate_is_used_for_the_next_association_and_running_ones
     ae = make_ae("CT1")
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     context = client_context(ClientTls(ca=authority.certificate))
-    running = ae.associate("127.0.0.1", config.receive.port, tls_args=(context, "127.0.0.1"))
+    running = ae.associate("127.0.0.1", config.receive.port, tls_args=(context, "127.0.0.1"), evt_handlers=ON_OPEN)
     assert running.is_established
     new = renewed.sign("node")
     for old_path, new_path in ((files.key, new.key), (files.certificate, new.certificate)):
