@@ -3,14 +3,18 @@
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom.association import Association
 
 from node.config import Config
 from node.implementation import make_ae
+from node.receive import guard
 from tests.factories import make_ct_series
 from tests.raw_scu import ON_OPEN
 from tests.waiting import WAIT_S
@@ -57,6 +61,12 @@ def is_closed(connection: socket.socket) -> bool:
     except OSError:
         pass
     return True
+
+
+def let_pass(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the guard of a receiver in this process see its clock so much later."""
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds, sleep=time.sleep)
+    monkeypatch.setattr(guard, "time", later)
 
 
 def served(config: Config, folder: Path) -> bool:
