@@ -266,7 +266,8 @@ def test_addresses_of_one_ipv6_network_are_one_peer(tmp_path: Path) -> None:
 
 
 def test_the_limits_hold_over_all_receiver_processes(make_config: MakeConfig, index: Index) -> None:
-    config = make_config(receive={"processes": 2, "max_associations": 5, "max_associations_per_address": 3})
+    limits = {"max_associations": 5, "max_associations_per_address": 3}
+    config = make_config(receive={"processes": 2, "network_timeout_s": WAIT_S} | limits)
     receivers = Receivers(config, index)
     receivers.start()
     try:
