@@ -7,10 +7,11 @@ machine once in some hundred messages (measured: 2 of 678, and none of 1,710 wit
 """
 
 import threading
+import time
 
 from pynetdicom.association import Association
 
-_LOOK_S = 0.05  # how often to see whether there is still a reactor to wait for
+_LOOK_S = 0.05  # how often to see whether there is still a reactor to wait for, and whether its flag is up
 
 
 class Checkpoint(threading.Event):
@@ -39,7 +40,13 @@ class Checkpoint(threading.Event):
             self._stands = True
             self._turn.notify_all()
             try:
-                return self._turn.wait_for(self.is_set, timeout)
+                until = None if timeout is None else time.monotonic() + timeout
+                while not self.is_set() and (until is None or time.monotonic() < until):
+                    # pynetdicom answers an N-EVENT-REPORT in another thread, which takes the flag down at its end:
+                    # who waits for it would wait for ever.
+                    self._assoc._is_paused = True
+                    self._turn.wait(_LOOK_S)
+                return self.is_set()
             finally:
                 self._stands = False
 
@@ -49,5 +56,5 @@ class Checkpoint(threading.Event):
 
 
 def use_checkpoint(assoc: Association) -> None:
-    """For an Association whose reactor does not run yet: at EVT_CONN_OPEN of a requestor."""
+    """For an Association whose reactor does not run yet: at EVT_CONN_OPEN, or when it is made."""
     assoc._reactor_checkpoint = Checkpoint(assoc)

@@ -1,5 +1,6 @@
 """Fixtures that tests of the node share: a port, a configuration, an index in a folder of its own, a model bundle."""
 
+import gc
 import socketserver
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,17 @@ def _servers_stop_quickly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socketserver.BaseServer.serve_forever, "__defaults__", (0.02,))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_nothing_to_later_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the tests of a file may leave to the garbage collector is collected while they still may.
+
+    Else it warns, which is an error, in whatever test happens to run when it is collected.
+    """
+    yield
+    if next(request.node.iter_markers("filterwarnings"), None):
+        gc.collect()
 
 
 @pytest.fixture(name="free_port")

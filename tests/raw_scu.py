@@ -15,6 +15,8 @@ from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import split_dataset
 
+from node.reactor import use_checkpoint
+
 Context = tuple[str, str]  # abstract syntax, transfer syntax
 
 
@@ -24,11 +26,16 @@ def associate(port: int, contexts: Iterable[Context]) -> Association:
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = 30
     for abstract_syntax, transfer_syntax in contexts:
         ae.add_requested_context(abstract_syntax, transfer_syntax)
-    return ae.associate("127.0.0.1", port, ae_title="CSPINE", evt_handlers=[(evt.EVT_CONN_OPEN, _set_no_delay)])
+    return ae.associate("127.0.0.1", port, ae_title="CSPINE", evt_handlers=ON_OPEN)
 
 
-def _set_no_delay(event: evt.Event) -> None:
+def _on_open(event: evt.Event) -> None:
+    use_checkpoint(event.assoc)
     event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+ON_OPEN = [(evt.EVT_CONN_OPEN, _on_open)]
+"""For whatever a test associates by itself: without this its reactor now and then takes an answer away from it."""
 
 
 def send_bytes(association: Association, encoded: bytes, context: Context, sop_instance_uid: str) -> Dataset | None:

@@ -70,6 +70,7 @@ class RunningNode:
 
     def kill(self) -> None:
         """`kill -9` of the main process."""
+        self.process.send_signal(signal.SIGSTOP)  # or it may start another process unnoticed
         self._note_pids()
         self.process.kill()
         self.process.wait()

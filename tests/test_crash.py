@@ -7,9 +7,10 @@ import pytest
 from tests.fuzz_receiver import fuzz
 from tests.soak import kill_at_random
 
-
 # pynetdicom 3.0.4 leaves its socket unclosed when a connection is refused or reset.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
 @pytest.mark.timeout(600)
 def test_kills_of_any_process_lose_nothing_and_repeat_nothing(tmp_path: Path) -> None:
     line = kill_at_random(tmp_path / "kills", num_kills=12, seed=20, num_long=2, main_share=0.15)

@@ -27,9 +27,11 @@ from node.web.multipart import Event, PartBegins, PartData
 from node.web.settings import WebConfig
 from tests.certificates import Authority
 from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
+from tests.gate import Gate
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
 from tests.running_node import RunningNode, phantom_series
+from tests.waiting import wait_until
 from tests.web_archive_stand_in import AZURE, DCM4CHEE, GOOGLE, ONE_BY_ONE, SPARE, STORED, Shape, StandIn
 from tests.web_server import WebServer, hold
 
@@ -455,13 +457,14 @@ def test_under_tls_only_the_named_authority_is_trusted_and_our_certificate_shown
 
 def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:
     http_port = free_port()
-    url = f"http://127.0.0.1:{http_port}/dicom-web"
+    gate = Gate(http_port, num_bytes=2_000_000)  # of eight million
+    url = f"http://127.0.0.1:{gate.port}/dicom-web"
     source = {"name": "pacs", "url": url, "poll_s": 1, "begin": "2026-01-01", "overlap_days": None}
     (tmp_path / "node").mkdir()
     node = RunningNode(
         tmp_path / "node",
         analyse={"threads": 1},
-        complete={"quiet_time_s": 5},
+        complete={"quiet_time_s": 60},  # longer than the model takes to load: the rest comes after that
         sources={"dicomweb": [source]},
         deliver={"destinations": [{"name": "pacs", "type": "dicomweb", "url": url}]},
     )
@@ -472,13 +475,11 @@ def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(t
         fracture = Fracture(level="C5", kind="body", width_mm=2.0)
         paths = phantom_series(tmp_path / "in", seed=5, fractures=(fracture,))
         orthanc.upload(tmp_path / "in")
-        deadline = time.monotonic() + 60
-        while not (cases := node.cases()):
-            assert time.monotonic() < deadline, node.log()
-            time.sleep(0.02)
+        wait_until(node.cases, node.log)
         node.kill()
         node.wait_until_gone()
-        assert cases[0].num_instances < len(paths)
+        assert 0 < node.cases()[0].num_instances < len(paths)
+        gate.open()
         node.start()
         assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
         (case,) = node.cases()
@@ -494,3 +495,4 @@ def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(t
         if node.process.poll() is None:
             node.kill()
         orthanc.stop()
+        gate.stop()

@@ -67,13 +67,14 @@ def test_what_could_not_be_sent_by_stow_is_sent_when_it_can(
     try:
         make_mixed(tmp_path / "in")
         orthanc.upload(tmp_path / "in")
-        wait_until(lambda: orthanc.log().count("cspine: NOT SENT") == 2, "the log says so of both", orthanc.log)
+        wait_until(lambda: orthanc.log().count("cspine: NOT SENT") >= 2, "the log says so of both", orthanc.log)
         assert "Tried again in 5 s" in orthanc.log()
         assert index.cases() == []
         web.tokens.make("orthanc", ("store",))
         wait_until(lambda: sorted(case.num_instances for case in index.cases()) == [5, 8], "both came", orthanc.log)
+        said = orthanc.log()
         time.sleep(STABLE_AGE_S)
-        assert orthanc.log().count("NOT SENT") == 2
+        assert orthanc.log().count("NOT SENT") == said.count("NOT SENT")
     finally:
         orthanc.stop()
         web.stop()

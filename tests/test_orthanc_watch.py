@@ -23,6 +23,7 @@ from node.watch.describe import describe
 from node.watch.orthanc import OrthancWatch
 from orthanc.client import Instance, Orthanc
 from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
+from tests.gate import Gate
 from tests.orthanc_server import STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
 from tests.running_node import RunningNode, phantom_series
@@ -317,12 +318,13 @@ def test_the_rules_can_ask_what_they_can_ask_of_a_series_that_is_here() -> None:
 
 def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:
     http_port = free_port()
-    url = f"http://127.0.0.1:{http_port}"
+    gate = Gate(http_port, num_bytes=2_000_000)  # of eight million
+    url = f"http://127.0.0.1:{gate.port}"
     (tmp_path / "node").mkdir()
     node = RunningNode(
         tmp_path / "node",
         analyse={"threads": 1},
-        complete={"quiet_time_s": 5},
+        complete={"quiet_time_s": 60},  # longer than the model takes to load: the rest comes after that
         sources={"orthanc": [{"name": "pacs", "url": url, "connections": 1, "poll_s": 1, "begin": "oldest"}]},
         deliver={"destinations": [{"name": "pacs", "type": "orthanc", "url": url, "source_metadata": 4100}]},
     )
@@ -333,14 +335,11 @@ def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(t
         fracture = Fracture(level="C5", kind="body", width_mm=2.0)
         paths = phantom_series(tmp_path / "in", seed=5, fractures=(fracture,))
         orthanc.upload(tmp_path / "in")
-        deadline = time.monotonic() + 60
-        while not (cases := node.cases()):
-            assert time.monotonic() < deadline, node.log()
-            time.sleep(0.02)
-        if node.process.poll() is None:
-            node.kill()
-        assert cases[0].num_instances < len(paths)
+        wait_until(node.cases, node.log)
+        node.kill()
         node.wait_until_gone()
+        assert 0 < node.cases()[0].num_instances < len(paths)
+        gate.open()
         node.start()
         assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
         (case,) = node.cases()
@@ -362,3 +361,4 @@ def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(t
         if node.process.poll() is None:
             node.kill()
         orthanc.stop()
+        gate.stop()

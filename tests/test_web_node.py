@@ -14,6 +14,7 @@ from node.case import CaseState
 from node.web.multipart import end_of, part_head
 from tests.ports import free_port
 from tests.running_node import RunningNode, phantom_series
+from tests.waiting import WAIT_S
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def stow(port: int, paths: list[Path]) -> requests.Response:
 
 
 def find(port: int, path: str) -> Any:
-    return requests.get(f"http://127.0.0.1:{port}/dicom-web{path}", timeout=20).json()
+    return requests.get(f"http://127.0.0.1:{port}/dicom-web{path}", timeout=WAIT_S).json()
 
 
 def web_process(node: RunningNode, port: int) -> psutil.Process | None:
@@ -72,7 +73,7 @@ def test_the_http_side_is_started_again_and_loses_nothing(node: RunningNode, por
     process = web_process(node, port)
     assert process is not None
     process.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + WAIT_S
     while True:
         try:
             assert stow(port, rest).status_code == 200

@@ -20,6 +20,7 @@ from node.config import Config
 from node.implementation import make_ae
 from node.index import Index
 from node.process import be_child, spare_the_collector
+from node.reactor import use_checkpoint
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.guard import Guard, GuardedServer
 from node.receive.lane import take_lane
@@ -62,6 +63,7 @@ class _Handler(RequestHandler):  # type: ignore[misc]
     def _create_association(self) -> Any:
         assoc = super()._create_association()
         take_lane(assoc, self.server.store, self.server.max_pdu_bytes)
+        use_checkpoint(assoc)  # a report on storage commitment is sent from another thread than the reactor's
         return assoc
 
 

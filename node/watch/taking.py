@@ -108,14 +108,24 @@ class Taking:
             Exception: as `fetch`, or the first that it returned.
         """
         problems: list[Exception] = []
-        pool = ThreadPoolExecutor(num_at_a_time, "watch")
-        try:
-            for problem in pool.map(fetch, instances):
-                problems += [problem] if problem else []
+        is_over = threading.Event()  # set by who finds out: this thread may be slow to look at what came of each
+
+        def fetch_next(instance: _Instance) -> None:
+            if is_over.is_set():
+                return
+            try:
+                problem = fetch(instance)
+            except BaseException:
+                is_over.set()
+                raise
+            if problem is not None:
+                problems.append(problem)
                 if len(problems) > _MAX_PROBLEMS:  # each may have cost a timeout
-                    break
-        finally:
-            pool.shutdown(cancel_futures=True)
+                    is_over.set()
+
+        with ThreadPoolExecutor(num_at_a_time, "watch") as pool:
+            for _ in pool.map(fetch_next, instances):
+                pass
         if problems:
             raise problems[0]
 

@@ -3,15 +3,20 @@
 import select
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from pynetdicom.association import Association
 
 from node.config import Config
 from node.implementation import make_ae
+from node.receive import guard
 from tests.factories import make_ct_series
+from tests.raw_scu import ON_OPEN
 from tests.waiting import WAIT_S
 
 MakeConfig = Callable[..., Config]
@@ -23,7 +28,9 @@ def associate(
     ae = make_ae(calling)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = WAIT_S
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
-    return ae.associate(config.receive.host, config.receive.port, ae_title=called, bind_address=(source, 0))
+    return ae.associate(
+        config.receive.host, config.receive.port, ae_title=called, bind_address=(source, 0), evt_handlers=ON_OPEN
+    )
 
 
 def rejected(association: Association) -> tuple[int, int, int] | None:
@@ -54,6 +61,12 @@ def is_closed(connection: socket.socket) -> bool:
     except OSError:
         pass
     return True
+
+
+def let_pass(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the guard of a receiver in this process see its clock so much later."""
+    later = SimpleNamespace(monotonic=lambda: time.monotonic() + seconds, sleep=time.sleep)
+    monkeypatch.setattr(guard, "time", later)
 
 
 def served(config: Config, folder: Path) -> bool:

@@ -21,7 +21,7 @@ from node.peers import DicomPeer
 from node.send import associated
 from tests.factories import make_ct_series, make_report
 from tests.ports import free_port
-from tests.waiting import wait_until
+from tests.waiting import WAIT_S, wait_until
 from tests.web_server import hold
 
 STUDY_FIND, PATIENT_FIND = StudyRootQueryRetrieveInformationModelFind, PatientRootQueryRetrieveInformationModelFind
@@ -116,5 +116,5 @@ def retrieve(tmp_path: Path, *arguments: str) -> tuple[str, list[Dataset]]:
     folder = tmp_path / "got"
     folder.mkdir(exist_ok=True)
     more = ["-od", str(folder)] if Path(arguments[0]).name == "getscu" else []
-    done = subprocess.run([*arguments, *more], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([*arguments, *more], capture_output=True, text=True, timeout=WAIT_S, check=False)
     return done.stdout + done.stderr, [dcmread(path) for path in sorted(folder.iterdir())]

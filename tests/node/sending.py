@@ -13,7 +13,7 @@ from pynetdicom.dsutils import split_dataset
 from node.config import Config
 from node.index import Index
 from tests.factories import make_ct_series
-from tests.raw_scu import store
+from tests.raw_scu import ON_OPEN, store
 from tests.waiting import WAIT_S
 
 SUCCESS, OUT_OF_RESOURCES, MISMATCH, CANNOT_UNDERSTAND, CONFLICT = 0x0000, 0xA700, 0xA900, 0xC000, 0xC111
@@ -29,7 +29,7 @@ def associate(
     for sop_class in sop_classes or (CTImageStorage,):
         for syntax in transfer_syntaxes:
             ae.add_requested_context(sop_class, syntax)
-    return ae.associate(config.receive.host, config.receive.port, ae_title="ANYTHING")
+    return ae.associate(config.receive.host, config.receive.port, ae_title="ANYTHING", evt_handlers=ON_OPEN)
 
 
 def encoded_dataset(path: Path) -> bytes:

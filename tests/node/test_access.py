@@ -18,7 +18,17 @@ from node.index import Index
 from node.receive import Receivers, guard, server
 from node.receive.access import Caller, judge, parse_address
 from node.receive.places import NoPlaceError, Places
-from tests.node.calling import MakeConfig, associate, associate_rq, connect, is_closed, is_quiet, rejected, served
+from tests.node.calling import (
+    MakeConfig,
+    associate,
+    associate_rq,
+    connect,
+    is_closed,
+    is_quiet,
+    let_pass,
+    rejected,
+    served,
+)
 from tests.waiting import WAIT_S, wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -121,15 +131,16 @@ def num_threads() -> int:
 
 
 def test_a_hundred_silent_connections_from_one_peer_keep_no_other_out(
-    start: Callable[..., Config], tmp_path: Path
+    start: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = start(max_associations=8, max_associations_per_address=4, associate_timeout_s=6)
+    config = start(max_associations=8, max_associations_per_address=4, associate_timeout_s=1000)
     before = num_threads()
     with ExitStack() as stack:
         silent = [stack.enter_context(closing(connect(config, "127.0.0.2"))) for _ in range(100)]
         assert served(config, tmp_path)
         assert is_quiet(silent[0])  # it was not waited for
         assert num_threads() - before < 2 * 60
+        let_pass(1000, monkeypatch)
         assert all(is_closed(connection) for connection in silent)
     wait_until(lambda: num_threads() <= before)
     assert served(config, tmp_path)
@@ -165,13 +176,16 @@ def test_above_the_limits_an_association_is_rejected_as_transient(start: Callabl
         association.abort()
 
 
-def test_a_request_that_comes_byte_by_byte_is_cut_off(start: Callable[..., Config], tmp_path: Path) -> None:
-    config = start(associate_timeout_s=0.5)
+def test_a_request_that_comes_byte_by_byte_is_cut_off(
+    start: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = start(associate_timeout_s=1000)
     request = associate_rq()
 
     def trickle(connection: socket.socket) -> None:
-        for number in range(len(request)):  # more than 200: the whole takes twenty times as long as it may
+        for number in range(len(request)):  # more than 200: the whole takes several times as long as it may
             connection.send(request[number : number + 1])
+            let_pass(20 * number, monkeypatch)
             time.sleep(0.05)
 
     with closing(connect(config, "127.0.0.2")) as slow, pytest.raises(ConnectionError):
@@ -252,7 +266,8 @@ def test_addresses_of_one_ipv6_network_are_one_peer(tmp_path: Path) -> None:
 
 
 def test_the_limits_hold_over_all_receiver_processes(make_config: MakeConfig, index: Index) -> None:
-    config = make_config(receive={"processes": 2, "max_associations": 5, "max_associations_per_address": 3})
+    limits = {"max_associations": 5, "max_associations_per_address": 3}
+    config = make_config(receive={"processes": 2, "network_timeout_s": WAIT_S} | limits)
     receivers = Receivers(config, index)
     receivers.start()
     try:

@@ -17,7 +17,8 @@ from node.peers import ClientTls
 from node.tls import client_context
 from tests.certificates import Authority, Files
 from tests.factories import make_ct_series
-from tests.node.calling import connect, is_closed, is_quiet
+from tests.node.calling import connect, is_closed, is_quiet, let_pass
+from tests.raw_scu import ON_OPEN
 from tests.waiting import wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -85,12 +86,13 @@ def test_without_a_client_certificate_a_peer_is_let_in_if_none_is_required(
 
 @needs_dcmtk
 def test_a_handshake_that_does_not_end_holds_up_nobody_and_is_cut_off(
-    start: Callable[..., Config], authority: Authority, node_files: Files
+    start: Callable[..., Config], authority: Authority, node_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = start(tls=tls_settings(node_files, verify="none"), associate_timeout_s=6)
+    config = start(tls=tls_settings(node_files, verify="none"), associate_timeout_s=1000)
     with closing(connect(config, "127.0.0.2")) as silent:
         assert dcmtk(config, "+tla", "+cf", authority.certificate).returncode == 0
         assert is_quiet(silent)  # it was not waited for
+        let_pass(1000, monkeypatch)
         assert is_closed(silent)
 
 
@@ -104,7 +106,7 @@ def test_a_renewed_certificate_is_used_for_the_next_association_and_running_ones
     ae = make_ae("CT1")
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     context = client_context(ClientTls(ca=authority.certificate))
-    running = ae.associate("127.0.0.1", config.receive.port, tls_args=(context, "127.0.0.1"))
+    running = ae.associate("127.0.0.1", config.receive.port, tls_args=(context, "127.0.0.1"), evt_handlers=ON_OPEN)
     assert running.is_established
     new = renewed.sign("node")
     for old_path, new_path in ((files.key, new.key), (files.certificate, new.certificate)):

@@ -24,12 +24,20 @@ from node.deliver import commitment
 from node.index import Index
 from tests.node.handed_over import Clock, deliver, hand_over, the_case, the_delivery, uids_of
 from tests.orthanc_server import OrthancServer
+from tests.raw_scu import ON_OPEN
 from tests.receiver import listening
+from tests.waiting import WAIT_S
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 MakeConfig = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def _linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that comes is waited for, however busy the machine is."""
+    monkeypatch.setattr(commitment, "_LINGER_S", WAIT_S)
 
 
 @pytest.fixture
@@ -62,6 +70,7 @@ class Pacs:
             (destination.host, destination.port),
             block=False,
             evt_handlers=[
+                *ON_OPEN,
                 (evt.EVT_C_STORE, self._store),
                 (evt.EVT_N_ACTION, self._commit),
                 (evt.EVT_DIMSE_SENT, self._report_what_was_asked),
@@ -70,7 +79,7 @@ class Pacs:
 
     def stop(self) -> None:
         for thread in self._threads:
-            thread.join(10)
+            thread.join(WAIT_S)
         self.server.shutdown()
 
     def report(self, association: Any, request: Dataset) -> None:
@@ -95,7 +104,9 @@ class Pacs:
         ae = AE(ae_title="PACS")
         ae.add_requested_context(StorageCommitmentPushModel)
         role = build_role(StorageCommitmentPushModel, scu_role=False, scp_role=True)
-        association = ae.associate("127.0.0.1", self._node_port, ae_title="CSPINE", ext_neg=[role])
+        association = ae.associate(
+            "127.0.0.1", self._node_port, ae_title="CSPINE", ext_neg=[role], evt_handlers=ON_OPEN
+        )
         assert association.is_established
         assert association.accepted_contexts[0].as_scp
         self.report(association, request)

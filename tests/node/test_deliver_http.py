@@ -246,7 +246,7 @@ def test_a_server_that_is_too_slow_is_tried_again(
     index: Index, make_config: MakeConfig, results: Path, server: DicomWebServer, web: DicomWebDestination
 ) -> None:
     hand_over(index, results, "web")
-    server.wait_s = 0.5
+    server.wait_s = 5.0
     case = deliver(index, make_config(), web.model_copy(update={"timeout_s": 0.1}))
     assert case.state is CaseState.DELIVERING
     assert "did not answer within 0.1 s" in case.reason

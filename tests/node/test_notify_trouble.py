@@ -21,6 +21,7 @@ from node.targets import Hl7Target, MailTarget, Rule, WebhookTarget
 from tests.factories import make_ct_series
 from tests.node.test_notify import analysing
 from tests.node.test_notify_messages import POSITIVE
+from tests.waiting import WAIT_S
 
 
 class MailServer:
@@ -158,7 +159,7 @@ def answering() -> Iterator[Callable[[bytes], int]]:
     ids=["another version", "no version", "line feeds", "a line feed at the end", "nothing at the end"],
 )
 def test_an_acknowledgement_in_another_form_is_one(answering: Callable[[bytes], int], answer: bytes) -> None:
-    target = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(answer), timeout_s=2)
+    target = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(answer), timeout_s=WAIT_S)
     hl7_oru.send(POSITIVE, target)
 
 

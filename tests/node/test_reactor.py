@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from node.reactor import Checkpoint
+from tests.waiting import wait_until
 
 
 class Reactor(threading.Thread):
     """Passes the checkpoint as fast as it can, as pynetdicom's reactor does; counts what it does behind it."""
 
     _kill = False
+    _is_paused = False
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -49,6 +51,14 @@ def test_nothing_is_served_between_clear_and_set(reactor: Reactor) -> None:
             assert not reactor.is_serving
         assert reactor.num_served == before
         reactor.checkpoint.set()
+
+
+def test_the_flag_that_another_thread_took_down_is_up_again_while_the_reactor_stands(reactor: Reactor) -> None:
+    """As the thread does in which pynetdicom answers an N-EVENT-REPORT."""
+    reactor.checkpoint.clear()
+    for _ in range(3):
+        wait_until(lambda: reactor._is_paused)
+        reactor._is_paused = False
 
 
 def test_a_reactor_that_ended_is_not_waited_for(reactor: Reactor) -> None:

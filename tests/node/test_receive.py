@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +40,7 @@ from tests.node.sending import (
     make_instance,
     store_one,
 )
-from tests.waiting import wait_until
+from tests.waiting import WAIT_S, wait_until
 
 
 def test_c_echo_is_answered(receiver: Config) -> None:
@@ -74,7 +73,7 @@ def test_success_is_answered_only_when_file_name_and_row_are_safe(
     def note(sync: Callable[[int], None]) -> Callable[[int], None]:
         def noted(descriptor: int) -> None:
             if len(happened) == 2:  # of the file: its row comes first then
-                time.sleep(0.2)
+                wait_until(lambda: "row" in happened)
             sync(descriptor)
             happened.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
 
@@ -235,7 +234,7 @@ def test_one_uid_over_two_associations_at_the_same_moment_is_one_instance(
         make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(2)
     )
     both, statuses, add = threading.Barrier(2), [], GroupCommit.add
-    monkeypatch.setattr(GroupCommit, "add", lambda *values: (both.wait(5), add(*values))[1])
+    monkeypatch.setattr(GroupCommit, "add", lambda *values: (both.wait(WAIT_S), add(*values))[1])
     senders = [
         threading.Thread(target=lambda path=path: statuses.append(store_one(receiver, path)))
         for path in (first, first if same else second)

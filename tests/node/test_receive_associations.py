@@ -73,9 +73,10 @@ def test_a_dropped_connection_is_noted(receiver: Config, index: Index, tmp_path:
 
 
 def test_a_silent_association_is_ended(make_config: MakeConfig, index: Index, tmp_path: Path) -> None:
+    path = make_instance(tmp_path / "sent")
     with listening(make_config(receive={"network_timeout_s": 3}), index) as config:
         association = associate(config)
-        association.send_c_store(make_instance(tmp_path / "sent"))
+        association.send_c_store(path)
         wait_until(lambda: carried(index) == (0, 0, 1))
         association.abort()
 

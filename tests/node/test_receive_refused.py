@@ -46,6 +46,7 @@ from tests.node.sending import (
     store_one,
 )
 from tests.receiver import listening
+from tests.waiting import wait_until
 
 
 @pytest.mark.parametrize("sop_class", [MRImageStorage, SecondaryCaptureImageStorage, SegmentationStorage])
@@ -150,7 +151,7 @@ def test_a_uid_that_is_none_is_refused_and_becomes_no_path(
         )
         assert status.get("Status") in (CANNOT_UNDERSTAND, MISMATCH, None), uid
         association.release() if "Status" in status else association.abort()
-        assert files_under(index.data_dir) == [], uid
+        wait_until(lambda: files_under(index.data_dir) == [], uid)
     assert index.cases() == []
     named_as_we_do = re.compile(r"data|data/cspine.*|data/instances(/run0(/0000(/000-\d\d.dcm)?)?)?|sent|sent/0000.dcm")
     names = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]

@@ -418,14 +418,19 @@ def test_kill_dash_nine_in_the_middle_and_again_converges(tmp_path: Path, seed: 
         "data_dir: data\nretention: {originals_days: 0, results_days: 0}\n", encoding="utf-8"
     )
     program = (
-        "import sys; from pathlib import Path; from node.config import load_config; from node.index import Index\n"
-        "from node.retention import run_retention\n"
-        "config = load_config(Path(sys.argv[1])); index = Index(config.data_dir)\n"
-        "print('go', flush=True); run_retention(index, config)"
+        "import sys, time; from pathlib import Path; from node import retention\n"
+        "from node.config import load_config; from node.index import Index\n"
+        "remove, num_left = retention._remove, int(sys.argv[2])\n"
+        "def remove_slowly(path):\n"
+        "    global num_left; remove(path); num_left -= 1; time.sleep(0.5 if num_left < 10 else 0)\n"
+        "retention._remove = remove_slowly; config = load_config(Path(sys.argv[1])); index = Index(config.data_dir)\n"
+        "print('go', flush=True); retention.run_retention(index, config)"
     )
     num_files = len(files_of(index))
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path / "config.yaml"), str(num_files)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "go\n"

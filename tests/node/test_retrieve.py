@@ -32,6 +32,7 @@ from node.send import associated
 from tests.factories import make_ct_series
 from tests.node.retrieving import NUM_SLICES, STUDY_FIND, Held, ask, retrieve, tool, wait_for_cancel
 from tests.ports import free_port
+from tests.raw_scu import ON_OPEN
 from tests.receiver import listening
 from tests.waiting import WAIT_S, wait_until
 from tests.web_server import hold
@@ -95,7 +96,7 @@ def c_get(
 
     association = ae.associate(
         "127.0.0.1", held.peer.port, ext_neg=[build_role(sop_class, scp_role=True) for sop_class in classes],
-        evt_handlers=[(evt.EVT_C_STORE, on_store)],
+        evt_handlers=[*ON_OPEN, (evt.EVT_C_STORE, on_store)],
     )  # fmt: skip
     query = Dataset()
     for keyword, value in keys.items():
@@ -338,7 +339,10 @@ def test_the_connection_still_stores_while_it_retrieves(held: Held, tmp_path: Pa
     ae.add_requested_context(CTImageStorage, ExplicitVRLittleEndian)
     ae.add_requested_context(STUDY_FIND)
     association = ae.associate(
-        "127.0.0.1", held.peer.port, ext_neg=[build_role(CTImageStorage, scu_role=True, scp_role=True)]
+        "127.0.0.1",
+        held.peer.port,
+        ext_neg=[build_role(CTImageStorage, scu_role=True, scp_role=True)],
+        evt_handlers=ON_OPEN,
     )
     assert association.send_c_store(dcmread(path)).Status == 0x0000
     query = Dataset()

@@ -25,6 +25,7 @@ from pynetdicom.sop_class import Verification
 from node.config import DicomDestination
 from node.send import Answer, SendError, echo, find_dicom_files, send_files
 from tests.factories import make_ct_series, make_report
+from tests.waiting import WAIT_S
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -33,7 +34,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
 @pytest.fixture
 def nowhere(free_port: Callable[[], int]) -> DicomDestination:
     """An address where nothing listens."""
-    return DicomDestination(type="dicom", name="peer", host="127.0.0.1", port=free_port(), ae_title="PEER", timeout_s=3)
+    return DicomDestination(
+        type="dicom", name="peer", host="127.0.0.1", port=free_port(), ae_title="PEER", timeout_s=WAIT_S
+    )
 
 
 @pytest.fixture

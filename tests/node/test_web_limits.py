@@ -42,9 +42,12 @@ def connect(server: WebServer) -> socket.socket:
 
 
 def what_comes(client: socket.socket) -> bytes:
-    """All that the server sends until it closes."""
-    with client.makefile("rb") as incoming:
-        return incoming.read()
+    """All that the server sends until it closes; what we sent may have come after that."""
+    came = b""
+    with suppress(ConnectionError):
+        while piece := client.recv(65536):
+            came += piece
+    return came
 
 
 def store_and_wait(client: socket.socket) -> None:
@@ -64,9 +67,12 @@ def num_connections(server: WebServer) -> int:
 def test_a_connection_without_a_whole_request_is_closed(
     serve: Callable[..., WebServer], monkeypatch: pytest.MonkeyPatch, allow: str, begun: bytes
 ) -> None:
-    monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 0.3)
-    with connect(serve(allow=allow)) as client:
+    server = serve(allow=allow)
+    if b"\r\n\r\n" not in begun:
+        monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 0.3)
+    with connect(server) as client:
         client.sendall(begun)
+        monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 0.3)  # for a head after a whole request
         assert what_comes(client).count(b"HTTP/1.1") == begun.count(b"\r\n\r\n")
 
 
@@ -94,8 +100,8 @@ def test_what_comes_byte_by_byte_keeps_no_connection_open(
 def test_a_request_may_take_longer_than_its_head(
     serve: Callable[..., WebServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 0.2)
-    with connect(serve(body_timeout_s=1)) as client:
+    monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 2)
+    with connect(serve(body_timeout_s=4)) as client:
         store_and_wait(client)
         assert what_comes(client).startswith(b"HTTP/1.1 408")
 
@@ -142,7 +148,6 @@ def test_answers_that_are_not_read_keep_no_connection_open(
     make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch, num_requests: int
 ) -> None:
     monkeypatch.setattr(kernel_files, "READ_TIMEOUT_S", 0.3)
-    monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 1)
     listening = socket.create_server(("127.0.0.1", 0))
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of each connection
     server = WebServer(make_config().model_copy(update={"web": WebConfig(allow="tokens")}), index, listening)
@@ -152,6 +157,7 @@ def test_answers_that_are_not_read_keep_no_connection_open(
         client.connect(("127.0.0.1", server.port))
         client.sendall(GET + b"\r\n")
         assert client.recv(10) == b"HTTP/1.1 4"
+        monkeypatch.setattr(limits, "_HEAD_TIMEOUT_S", 1)
         client.settimeout(1)
         with suppress(TimeoutError, ConnectionError):
             client.sendall((GET + b"\r\n") * num_requests)

@@ -51,8 +51,8 @@ def play(config: Config, connection: Connection) -> None:
             case "hang in classify":
                 for stage in ("read", "segment", "classify"):
                     connection.send(workers._Stage(stage))
-                    time.sleep(1.5)
-                time.sleep(600)
+                    (job.results_dir / stage).touch()
+                    wait_until((job.results_dir / f"{stage} is over").exists)
             case "slow":
                 time.sleep(1)
             case "meet":
@@ -187,15 +187,44 @@ def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
     wait_until(lambda: isinstance(outcome_of(pool.submit(job("ok"))), Analysed))
 
 
-@pytest.mark.parametrize(("what", "step"), [("hang", "read"), ("hang in classify", "classify")])
+class Clock:
+    """What time it is for the one slot of a pool: it stands still until moved."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._num_looks = 0
+
+    def monotonic(self) -> float:
+        self._num_looks += 1
+        return self.now_s
+
+    def wait_until_seen(self) -> None:
+        """Returns when the slot has taken what its worker said before, and has seen what time it is."""
+        seen = self._num_looks + 3  # one look after a wait that may have ended before, two after what was said
+        wait_until(lambda: self._num_looks >= seen)
+
+
+@pytest.mark.parametrize("step", ["read", "classify"])
 def test_a_worker_whose_step_takes_too_long_is_stopped_and_replaced(
-    make_pool: MakePool, tmp_path: Path, what: str, step: str
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """Each step has its own time: the first two of the second job take longer together than either may."""
+    """Each step has its own time: the first two take longer together than either may."""
+    clock = Clock()
+    monkeypatch.setattr(workers, "time", clock)
     pool = make_pool(timeouts_s={"read": 2.5, "segment": 2.5, "classify": 2.5})
     first = pid_of(outcome_of(pool.submit(job("ok"))))
-    outcome = outcome_of(pool.submit(job(what, tmp_path)))
-    assert outcome == Broken(reason=f"step {step!r} did not end within 2.5 s; its worker was stopped")
+    future = pool.submit(job("hang in classify", tmp_path))
+    for name in ("read", "segment") if step == "classify" else ():
+        wait_until((tmp_path / name).exists)
+        clock.wait_until_seen()
+        clock.now_s += 2.0
+        clock.wait_until_seen()
+        (tmp_path / f"{name} is over").touch()
+    wait_until((tmp_path / step).exists)
+    clock.wait_until_seen()
+    assert not future.done()
+    clock.now_s += 3.0
+    assert outcome_of(future) == Broken(reason=f"step {step!r} did not end within 2.5 s; its worker was stopped")
     assert not psutil.pid_exists(first)
     assert isinstance(outcome_of(pool.submit(job("ok"))), Analysed)
 
