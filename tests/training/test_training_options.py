@@ -89,13 +89,23 @@ def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, t
     [
         ("all", ["--folds", "0,1,5"], "'0,1,5' names a fold that is none; they are 0 to 4"),
         ("calibrate", ["--level-specificity", "95"], "is not in the range 0<=x<=1"),
+        ("segment", ["--epochs", "0"], "0 is not in the range x>=1"),
+        ("segment", ["--learning-rate", "0"], "is not in the range x>0"),
+        ("segment", ["--precision", "half"], "'half' is not one of 'auto', '32-true'"),
+        ("segment", ["--seed", "-1"], "-1 is not in the range"),
+        ("segment", ["--channels", "8"], "'8' must be two or more numbers from 1 on"),
+        ("segment", ["--crop", "0,16,16"], "'0,16,16' must be two or more numbers from 1 on"),
+        ("regions", ["--cut", "A", "--threshold", "50"], "is not in the range 0<=x<=1"),
+        ("classify", ["--cut", "A", "--dropout", "1"], "is not in the range 0<=x<1"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_runs(
     tmp_path: Path, command: str, option: list[str], sentence: str
 ) -> None:
     where = ["--cache", str(tmp_path / "cache"), "--work", str(tmp_path / "work")]
-    more = ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")] if command == "all" else []
+    more = {"all": ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")], "calibrate": []}.get(
+        command, ["--fold", "0"]
+    )
 
     refused = CliRunner().invoke(main, [command, *where, *more, *option])
 

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import click
 
-from training.commands.run_options import CACHE_AND_WORK, echo
-
-SHARE = click.FloatRange(0, 1)
+from training.commands.run_options import CACHE_AND_WORK, SHARE, echo
 
 
 @click.command()
