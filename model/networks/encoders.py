@@ -35,6 +35,11 @@ def make_encoder(name: str, in_channels: int) -> "ResidualEncoder | EfficientNet
     )
 
 
+def total_stride(encoder: "ResidualEncoder | EfficientNet | TimmEncoder") -> int:
+    """What the sides of an encoder's input must be divisible by, so that decoders can double its features back."""
+    return int(encoder.stride * 2 ** (len(encoder.out_channels) - 1))
+
+
 class ResidualBlock2d(nn.Module):
     """Two 3 x 3 convolutions with batch norm beside a shortcut; `stride` 2 halves the grid."""
 

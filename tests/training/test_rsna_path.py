@@ -207,6 +207,35 @@ def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, c
     assert json.loads(run(config, *arguments)) == result(work, "segment", 0)
 
 
+@pytest.mark.parametrize("step", ["segment", "regions", "classify", "study"])
+def test_the_same_seed_gives_the_same_weights_also_after_a_kill(
+    step: str, work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def killed(self: ModelCheckpoint, trainer: Any, module: object) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")
+
+    weights = []
+    for is_killed in (False, True):
+        folder = tmp_path / f"seed-{is_killed}"
+        if step != "segment":  # which would label for `work`
+            folder = shutil.copytree(work, folder / work.name)
+            shutil.rmtree(folder / step / "fold0")
+        arguments = [step, "--cache", str(rsna_cache.folder), "--work", str(folder), "--fold", "0", "--epochs", "2"]
+        arguments += ["--cut", "tiny"] if step in ("regions", "classify") else []
+        if is_killed:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ModelCheckpoint, "on_train_epoch_start", killed, raising=False)
+                with pytest.raises(RuntimeError, match="killed"):
+                    run(config, *arguments)
+        run(config, *arguments)
+        weights.append([path.read_bytes() for path in sorted((folder / step / "fold0").rglob("*.safetensors"))])
+
+    assert weights[0] == weights[1]
+
+
 def test_the_reference_network_is_trained_and_labels_in_the_same_way(
     rsna_cache: Cache, config: Path, tmp_path: Path
 ) -> None:
@@ -278,11 +307,41 @@ def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: P
             ["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "38"],
             "needs a multiple of 4, here at most 40",
         ),
+        (["segment", *where, "--fold", "0", "--network", "unet2d", "--encoder", "none"], "There is no encoder 'none'"),
+        (
+            ["segment", *where, "--fold", "0", "--network", "unet2d", "--encoder", "residual-8-16", "--pixels", "34"],
+            "--pixels is 34; residual-8-16 needs a multiple of 4",
+        ),
+        (["regions", *where, "--fold", "0", "--cut", "tiny", "--encoder", "timm:any"], "pip install timm"),
+        (
+            [
+                "classify",
+                *where,
+                "--fold",
+                "0",
+                "--cut",
+                "tiny",
+                "--start",
+                "random",
+                "--encoder",
+                f"residual{7 * '-4'}",
+            ],
+            "Slices of the cut 'tiny' have 64 pixels; residual-4-4-4-4-4-4-4 needs a multiple of 128",
+        ),
     ):
         refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
         assert refused.exit_code == 1
         assert sentence in refused.output
-    assert not (tmp_path / "regions" / "fold0").exists(), "else the step would count as begun with what was refused"
+    for step in ("segment", "regions", "classify"):
+        assert not (tmp_path / step / "fold0").exists(), "else the step would count as begun with what was refused"
+
+
+def test_devices_that_are_not_there_are_refused_in_a_sentence(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
+    where = ["--cache", str(rsna_cache.folder), "--work", str(tmp_path), "--fold", "0"]
+    for option in (["--devices", "many"], ["--strategy", "none"]):
+        refused = CliRunner().invoke(main, ["--config", str(config), "segment", *where, *option])
+        assert refused.exit_code == 1
+        assert f"{' '.join(option)}" in refused.output.split(" here: ")[0]
 
 
 def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_reads_it(
