@@ -158,6 +158,26 @@ def test_predictions_of_held_out_studies_are_evaluated(work: Path, rsna_cache: C
     assert len(lines) - 1 == len(rsna_cache.studies(FOLDS)) == metrics["num_studies"]
 
 
+def test_probabilities_stand_beside_base_rates_and_the_score_beside_its_best_constants(
+    work: Path, rsna_cache: Cache
+) -> None:
+    from training.evaluation.loss import best_constants, weighted_log_loss
+    from training.steps.calibrate import halve, read_held_out
+
+    held_out = read_held_out(work)
+    truths, judged = held_out.truths, ~np.isnan(held_out.logits[:, 1:])
+    first = halve([rsna_cache.study(study).patient for study in held_out.study_instance_uids], truths[:, 0])
+    rates, best = (
+        np.clip(np.where(first[:, None], of(truths[~first]), of(truths[first])), 1e-3, 1 - 1e-3)
+        for of in (lambda truth: truth.mean(axis=0), best_constants)
+    )
+
+    constants = json.loads((work / "calibrate" / "result.json").read_text(encoding="utf-8"))["constants"]
+    losses = -np.log(np.where(truths, rates, 1 - rates))[:, 1:][judged]
+    assert constants["levels"]["cross_entropy"] == pytest.approx(losses.mean(), abs=1e-4)
+    assert constants["weighted_log_loss"] == pytest.approx(weighted_log_loss(truths, best), abs=1e-4)
+
+
 def test_the_last_word_of_all_sets_each_step_beside_its_constants(
     work: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

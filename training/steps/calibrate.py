@@ -93,7 +93,7 @@ def calibrate(
     calibrated = np.full(held_out.logits.shape, np.nan)
     challenge = np.empty(held_out.logits.shape)
     present = np.zeros(held_out.logits.shape, bool)
-    constant = np.empty(held_out.logits.shape)
+    constant, rate = np.empty(held_out.logits.shape), np.empty(held_out.logits.shape)
     for half in (first, ~first):
         fitted = fit_all(held_out.part(~half), *specificity)
         logits = held_out.weighed(fitted.region_weight)[half]
@@ -102,7 +102,7 @@ def calibrate(
         present[half] = calibrated[half] >= points
         present[half, 0] |= present[half, 1:].any(axis=1)
         challenge[half] = challenge_probabilities(fitted.challenge, logits)
-        constant[half] = constants(held_out.truths[~half])
+        constant[half], rate[half] = constants(held_out.truths[~half]), base_rates(held_out.truths[~half])
     write_predictions(work / "calibrate" / "predictions.csv", held_out.study_instance_uids, calibrated)
     write_predictions(work / "calibrate" / "predictions_challenge.csv", held_out.study_instance_uids, challenge)
     result = {
@@ -114,7 +114,7 @@ def calibrate(
         "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, challenge)),
         "constants": {
             "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, constant)),
-            **measure(held_out, constant),
+            **measure(held_out, rate),
         },
     }
 
@@ -240,6 +240,11 @@ def by_output(logits: NDArray[np.float64], truth: NDArray[np.bool_], weights: ND
 def constants(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The best answers in the challenge that look at no image, `(8,)`, short of certainty."""
     return np.clip(best_constants(truth), 1e-3, 1 - 1e-3)
+
+
+def base_rates(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The best probabilities that look at no image, `(8,)`, short of certainty."""
+    return np.asarray(np.clip(truth.mean(axis=0), 1e-3, 1 - 1e-3))
 
 
 def calibrated_probabilities(platt: dict[str, Platt], logits: NDArray[np.float64]) -> NDArray[np.float64]:
