@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import ABOVE_0, counts, trains
+from training.commands.run_options import counts, trains
 from training.steps.run import Run, StepError
 
 
@@ -19,7 +19,11 @@ from training.steps.run import Run, StepError
 )
 @click.option("--channels", default="16,32,64,128,160", show_default=True, callback=counts, help="Of unet3d.")
 @click.option(
-    "--spacing-mm", type=ABOVE_0, default=2.0, show_default=True, help="Of unet3d's grid; unet2d has the cache's."
+    "--spacing-mm",
+    type=click.FloatRange(0.1, 10),
+    default=2.0,
+    show_default=True,
+    help="Of unet3d's grid; unet2d has the cache's.",
 )
 @click.option(
     "--crop", default="96,80,80", show_default=True, callback=counts, help="Voxels of unet3d's samples, Z,Y,X."
