@@ -200,19 +200,40 @@ def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: fl
     logits = held_out.weighed(region_weight)
     platt = by_output(logits, truth, np.ones(truth.shape))
     probability = reported(calibrated_probabilities(platt, logits))
-    calibrated = np.log(probability / (1 - probability))
+    patient_point, level_point = operating_points(
+        np.log(probability / (1 - probability)), truth, level_specificity, patient_specificity
+    )
     return Fitted(
         region_weight=region_weight,
         platt=platt,
-        patient_operating_point=choose_operating_point(calibrated[:, 0], truth[:, 0], patient_specificity),
-        level_operating_point=choose_operating_point(
-            calibrated[:, 1:][pooled], truth[:, 1:][pooled], level_specificity
-        ),
+        patient_operating_point=patient_point,
+        level_operating_point=level_point,
         challenge=Challenge(
             platt=by_output(logits, truth, challenge_weights(truth)),
             undetermined=dict(zip(OUTPUTS, constants(truth).tolist(), strict=True)),
         ),
     )
+
+
+def operating_points(
+    logits: NDArray[np.float64], truth: NDArray[np.bool_], level_specificity: float, patient_specificity: float
+) -> tuple[float, float]:
+    """The probabilities from which a patient and a level are called: as sensitive as both specificities allow.
+
+    A level that is called makes the patient called. So the level's point is as high as the patient's specificity needs
+    it, and the patient's own probability has what levels leave of it.
+
+    logits: calibrated, as reported, `(N, 8)`, NaN where not judged.
+    """
+    judged = ~np.isnan(logits[:, 1:])
+    highest = np.nanmax(logits[:, 1:], axis=1)
+    level_point = max(
+        choose_operating_point(logits[:, 1:][judged], truth[:, 1:][judged], level_specificity),
+        choose_operating_point(highest, truth[:, 0], patient_specificity),
+    )
+    called_anyway = highest >= np.log(level_point / (1 - level_point))
+    patient = np.where(called_anyway, np.inf, logits[:, 0])
+    return choose_operating_point(patient, truth[:, 0], patient_specificity), level_point
 
 
 def levels_loss(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
