@@ -113,6 +113,39 @@ def test_a_value_that_cannot_be_is_refused_before_anything_runs(
     assert sentence in " ".join(refused.output.split())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["cut", "--cache", "c", "--name", "../x", "--masks", "truth"], "'../x' is no name of a folder"),
+        (["cut", "--cache", "c", "--name", ".x", "--masks", "truth"], "'.x' is no name of a folder"),
+        (["prepare", "--rsna", ".", "--cache", "file"], "'file' is a file"),
+        (["phantom", "--out", "o", "--patients", "0"], "0 is not in the range x>=1"),
+        (["measure", "b", "--phantoms", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_a_place_or_number_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+
+    refused = CliRunner().invoke(main, arguments)
+
+    assert refused.exit_code == 2
+    assert sentence in " ".join(refused.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("content", ['{"format": 1', "[]"])
+def test_a_damaged_cache_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cache.json").write_text(content, encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["cut", "--cache", str(tmp_path), "--name", "x", "--masks", "truth"])
+
+    assert refused.exit_code == 1
+    assert f"{tmp_path / 'cache.json'} is damaged. Run `cspine-train prepare` again" in refused.output
+
+
 def test_a_fold_that_is_named_twice_is_trained_once() -> None:
     arguments = ["--rsna", "r", "--cache", "c", "--work", "w", "--out", "o", "--folds", "0,1,0"]
 

@@ -21,7 +21,13 @@ import click
     show_default=True,
     help="Folder for drawn necks and weights of each step (19 GB); a later run uses the necks again.",
 )
-@click.option("--workers", default=2, show_default=True, help="Processes that draw, and threads that train.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes that draw, and threads that train.",
+)
 @click.option("--quick", is_flag=True, help="A few steps of everything: to see that it runs, not to use the result.")
 def necks(data: Path, out: Path, work: Path, workers: int, quick: bool) -> None:
     """Train the shipped model without one labelled patient, and export a bundle.

@@ -15,6 +15,7 @@ from training.steps.run import Run, StepError, fold_folder, is_first_process
 
 Command = Callable[..., dict[str, Any]]
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
 COUNT = click.IntRange(1)
 SHARE = click.FloatRange(0, 1)
 SEED = click.IntRange(0, 2**32 - 1)
@@ -24,10 +25,10 @@ PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true
 """Lightning's names, and "auto"."""
 
 CACHE_AND_WORK = (
-    click.option("--cache", type=click.Path(path_type=Path), required=True, help="Folder that `prepare` made."),
+    click.option("--cache", type=FOLDER, required=True, help="Folder that `prepare` made."),
     click.option(
         "--work",
-        type=click.Path(path_type=Path),
+        type=FOLDER,
         required=True,
         help="Folder of this training; all its steps and folds share it. Its name names label sets in the cache.",
     ),

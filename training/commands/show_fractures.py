@@ -35,5 +35,10 @@ def show_fractures(series: Path | None, out: Path, bundle: Path | None, seed: in
             voxels_hu, grid = volume.voxels_hu, volume.grid
     except (BundleError, SeriesError) as error:
         raise click.ClickException(str(error)) from error
-    num_rows = contact_sheet(voxels_hu, labels, grid, np.random.default_rng(seed), out)
+    try:
+        num_rows = contact_sheet(voxels_hu, labels, grid, np.random.default_rng(seed), out)
+    except OSError as error:
+        raise click.ClickException(
+            f"{out} cannot be written ({error}). Name a file in a folder that is there."
+        ) from error
     click.echo(f"{num_rows} rows in {out}" if num_rows else "No whole vertebra was found: nothing to draw.")
