@@ -7,6 +7,7 @@ a bundle can be checked and named without it.
 
 import hashlib
 import json
+import math
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -49,6 +50,22 @@ class BundleError(Exception):
     """A model bundle that is missing, damaged, or of another architecture than this version reads."""
 
 
+SPACING_MM = (0.1, 10.0)
+"""Smallest and largest distance of voxels or pixels that a network may want."""
+
+
+def _check_range(name: str, value: float, limits: tuple[float, float]) -> None:
+    """Refuses a number that is outside, or none: it would show as a crash in the middle of an analysis."""
+    if not limits[0] <= value <= limits[1]:
+        raise ValueError(f"{name} is {value}; it must be from {limits[0]:g} to {limits[1]:g}")
+
+
+def _check_channels(name: str, channels: tuple[int, ...]) -> None:
+    """Refuses scales that make no U-Net."""
+    if len(channels) < 2 or min(channels) < 1:
+        raise ValueError(f"{name} is {list(channels)}; two or more numbers from 1 on are needed")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SegmentSettings:
     """The vertebra U-Net and the grid it works on: one of the two.
@@ -64,6 +81,9 @@ class SegmentSettings:
     def __post_init__(self) -> None:
         if (self.encoder is None) == (not self.channels):
             raise ValueError("segment needs either channels, for a 3D U-Net, or an encoder, for a 2.5D U-Net")
+        if self.channels:
+            _check_channels("segment.channels", self.channels)
+        _check_range("segment.spacing_mm", self.spacing_mm, SPACING_MM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +96,11 @@ class RefineSettings:
     channels: tuple[int, ...]
     in_channels: int
     spacing_mm: float
+
+    def __post_init__(self) -> None:
+        _check_channels("refine.channels", self.channels)
+        _check_range("refine.in_channels", self.in_channels, (1, 100))
+        _check_range("refine.spacing_mm", self.spacing_mm, SPACING_MM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +125,12 @@ class ClassifySettings:
     mirrored: bool = False
 
     def __post_init__(self) -> None:
-        if not self.window_hu[0] < self.window_hu[1]:
+        if not -math.inf < self.window_hu[0] < self.window_hu[1] < math.inf:
             raise ValueError(f"classify.window_hu is {self.window_hu}; the first must be below the second")
+        _check_range("classify.num_slices", self.num_slices, (2, 1000))
+        _check_range("classify.num_pixels", self.num_pixels, (1, 4096))
+        _check_range("classify.pixel_mm", self.pixel_mm, SPACING_MM)
+        _check_range("classify.region_threshold", self.region_threshold, (0, 1))
         if self.num_heads not in (1, len(LEVELS)):
             raise ValueError(f"classify.num_heads is {self.num_heads}; it must be 1 or {len(LEVELS)}")
 
@@ -124,8 +153,7 @@ class RegionSettings:
     weight: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"regions.weight is {self.weight}; it must be from 0 to 1")
+        _check_range("regions.weight", self.weight, (0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +243,7 @@ class Bundle:
         """Networks of this architecture, untrained.
 
         Raises:
-            BundleError: there is no such encoder, or it needs a package that is not installed.
+            BundleError: there is no such encoder, it needs a package that is not installed, or cannot read the slices.
         """
         from model.networks import FractureNet, RegionUNet, SliceVertebraUNet, StudyNet, VertebraUNet
 
@@ -223,7 +251,7 @@ class Bundle:
         segment, refine, classify = self.segment, self.refine, self.classify
         study, regions = self.study, self.regions
         try:
-            return Networks(
+            networks = Networks(
                 unet=SliceVertebraUNet(segment.encoder) if segment.encoder else VertebraUNet(segment.channels),
                 refiner=VertebraUNet(refine.channels, refine.in_channels) if refine else None,
                 fracture_nets=tuple(
@@ -238,8 +266,14 @@ class Bundle:
                 study_nets=tuple(StudyNet(2 * classify.num_hidden, study.num_hidden) for _ in folds) if study else (),
                 region_net=RegionUNet(regions.encoder) if regions else None,
             )
+            strides = [network.stride for network in networks.fracture_nets]
+            strides += [networks.region_net.unet.stride] if networks.region_net else []
+            for stride in strides:
+                if classify.num_pixels % stride:
+                    raise ValueError(f"classify.num_pixels is {classify.num_pixels}; a multiple of {stride} is needed")
         except (ValueError, ModuleNotFoundError) as error:
             raise BundleError(f"The model bundle {self.folder} cannot be used here: {error}") from error
+        return networks
 
     def digest(self) -> str:
         """The sha256 of `bundle.json`, which names that of every other file."""

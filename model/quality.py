@@ -37,6 +37,14 @@ MIN_CORRELATION = 0.5
 MAX_BRIGHT_SHARE, BRIGHT_HU = 0.02, 4000
 """Share of the body that may be so bright. Measured: below 0.001, from metal in extended-scale CT."""
 
+AIR_HU_SEEN, AIR_SHARE = (-850, -450), 0.001
+"""The darkest AIR_SHARE of the voxels must not lie between these: air, of the airway too, is near -1000 HU, and without
+any the darkest is fat. Measured: -1024 to -1016; times 0.5 and 0.75: -512 and -768."""
+
+DENSE_HU, MAX_DENSE_SHARE = 2000, 0.01
+"""Share of the body that may be so dense. Measured, dental metal among it: below 0.0034; times 2: 0.004 to 0.059, and
+0.029 of the two CTs."""
+
 SKULL_SHARE = 0.09
 """Share of bone in the body from which a third of the volume is taken for the head, if the other third has less than
 half of that. Measured: head 0.11 to 0.24, shoulders 0.03 to 0.09."""
@@ -117,7 +125,13 @@ def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: S
     """Why vertebrae that were found are left undetermined, by label; each goes on a sentence: "Cut by ...: C1, C7."."""
     if not vertebrae:
         return {}
-    for_all = _too_coarse(volume.grid) or _no_body(volume) or _upside_down(volume) or _no_neck(volume, vertebrae)
+    for_all = (
+        _too_coarse(volume.grid)
+        or _no_body(volume)
+        or _other_scale(volume)
+        or _upside_down(volume)
+        or _no_neck(volume, vertebrae)
+    )
     if for_all:
         return {vertebra.label: for_all for vertebra in vertebrae}
     reasons = _odd_volumes(vertebrae) | _odd_steps(vertebrae)
@@ -196,6 +210,22 @@ def _no_body(volume: Volume) -> str | None:
     correlation = float(np.corrcoef(rows[..., :-1].ravel(), rows[..., 1:].ravel())[0, 1])
     if correlation < MIN_CORRELATION:
         return f"Noise hides the anatomy (neighbouring voxels have a correlation of {correlation:.2f})"
+    return None
+
+
+def _other_scale(volume: Volume) -> str | None:
+    """Whether values are pressed together or stretched about 0: soft tissue does not tell, air and dense bone do."""
+    sample = _sample(volume)
+    darkest = float(np.quantile(sample, AIR_SHARE))
+    if AIR_HU_SEEN[0] < darkest < AIR_HU_SEEN[1]:
+        return f"Air has {darkest:.0f} HU in place of about -1000 (check RescaleSlope and RescaleIntercept)"
+    body = sample[sample > BODY_HU]
+    dense = float((body > DENSE_HU).mean()) if body.size else 0.0
+    if dense > MAX_DENSE_SHARE:
+        return (
+            f"{dense:.1%} of the body is above {DENSE_HU} HU (up to {MAX_DENSE_SHARE:.0%} is plausible; check "
+            "RescaleSlope)"
+        )
     return None
 
 

@@ -119,6 +119,10 @@ def test_the_operating_point_separates_what_can_be_separated() -> None:
     assert -2 < np.log(1 / (1 / choose_operating_point(logits, truths) - 1)) < 1
 
 
+def test_where_no_operating_point_is_specific_enough_it_is_the_greatest() -> None:
+    assert choose_operating_point(np.array([7.0, 8.0]), np.array([False, True])) > 0.99
+
+
 def test_the_phantom_command_trains_exports_and_measures_a_bundle(tmp_path: Path) -> None:
     amounts = "--patients 1 --held-out 1 --segment-steps 1 --patch-steps 1 --stack-steps 1 --batch-size 2 --evaluate 1"
     arguments = [

@@ -41,12 +41,15 @@ def auc(scores: NDArray[np.float64], truths: NDArray[np.bool_]) -> float:
 def choose_operating_point(
     logits: NDArray[np.float64], truths: NDArray[np.bool_], min_specificity: float = MIN_SPECIFICITY
 ) -> float:
-    """The probability with the greatest sensitivity at a specificity of at least this; in the middle of several."""
+    """The probability with the greatest sensitivity at a specificity of at least this; in the middle of several.
+
+    Where none of 0.7 to 99.3 % is specific enough, the greatest.
+    """
     candidates = np.linspace(-5, 5, 201)
     calls = logits[None] >= candidates[:, None]
     sensitivity, specificity = calls[:, truths].mean(axis=1), (~calls[:, ~truths]).mean(axis=1)
     benefit = np.where(specificity >= min_specificity, sensitivity, -1.0)
-    best = candidates[benefit == benefit.max()]
+    best = candidates[benefit == benefit.max()] if benefit.max() >= 0 else candidates[-1:]
     return float(1 / (1 + np.exp(-np.median(best))))
 
 

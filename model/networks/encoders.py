@@ -7,6 +7,7 @@ half the grid of the one before; `stride` is the first one's.
 import itertools
 import re
 
+import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from torch import Tensor, nn
 
@@ -33,6 +34,11 @@ def make_encoder(name: str, in_channels: int) -> "ResidualEncoder | EfficientNet
         f"There is no encoder {name!r}. Name residual-N-N-... with the channels of each scale, "
         f"{', '.join(f'efficientnet-{variant}' for variant in COEFFICIENTS)}, or timm:NAME."
     )
+
+
+def total_stride(encoder: "ResidualEncoder | EfficientNet | TimmEncoder") -> int:
+    """What the sides of an encoder's input must be divisible by, so that decoders can double its features back."""
+    return int(encoder.stride * 2 ** (len(encoder.out_channels) - 1))
 
 
 class ResidualBlock2d(nn.Module):
@@ -85,7 +91,10 @@ class ResidualEncoder(nn.Module):
 
 
 class TimmEncoder(nn.Module):
-    """Any backbone of timm that gives features at halving scales, untrained."""
+    """Any backbone of timm that gives features at halving scales of slices of any size, untrained.
+
+    Not those that read one size only, as many with attention do.
+    """
 
     def __init__(self, name: str, in_channels: int) -> None:
         super().__init__()
@@ -105,7 +114,37 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm:{name} has features at strides {strides}; each must be twice the one before.")
         self.stride = int(strides[0])
         self.out_channels = tuple(self.backbone.feature_info.channels())
+        self.is_channels_last = self._answers_channels_last(name, in_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Feature maps `(B, out_channels[i], Y / (stride * 2^i), X / (stride * 2^i))`, fine to coarse."""
-        return list(self.backbone(x))
+        features = self.backbone(x)
+        return [feature.permute(0, 3, 1, 2) for feature in features] if self.is_channels_last else list(features)
+
+    @torch.no_grad()
+    def _answers_channels_last(self, name: str, in_channels: int) -> bool:
+        """Whether features come as `(B, Y, X, C)`, as of some backbones.
+
+        Raises:
+            ValueError: they come otherwise, or this size of slice is none that the backbone reads.
+        """
+        side = 2 * total_stride(self)
+        sides = [side // (self.stride * 2**i) for i in range(len(self.out_channels))]
+        was_training = self.backbone.training
+        try:
+            found = [
+                tuple(feature.shape[1:]) for feature in self.backbone.eval()(torch.zeros(1, in_channels, side, side))
+            ]
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"timm:{name} does not read slices of {side} x {side} pixels ({error}). Name a backbone that reads any "
+                "size."
+            ) from error
+        self.backbone.train(was_training)
+        if found == [(channels, n, n) for channels, n in zip(self.out_channels, sides, strict=True)]:
+            return False
+        if found == [(n, n, channels) for channels, n in zip(self.out_channels, sides, strict=True)]:
+            return True
+        raise ValueError(
+            f"timm:{name} gives features of shapes {found} of {side} x {side} pixels; sides must be {sides}."
+        )

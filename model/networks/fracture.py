@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from torch import Tensor, nn
 
-from model.networks.encoders import make_encoder
+from model.networks.encoders import make_encoder, total_stride
 
 NUM_EVIDENCE_PIXELS = 50
 """28 mm2 at 0.75 mm, a few slices of a cleft."""
@@ -107,6 +107,8 @@ class FractureNet(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = make_encoder(encoder, in_channels)
+        self.stride = total_stride(self.encoder)
+        """What the sides of a slice must be divisible by."""
         self.decoder = RegionDecoder(self.encoder.out_channels, self.encoder.stride)
         num_features = 2 * self.encoder.out_channels[-1] + 2
         self.gru = nn.GRU(num_features, num_hidden, num_layers, batch_first=True, bidirectional=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
 from torch import Tensor, nn
 
-from model.networks.encoders import make_encoder
+from model.networks.encoders import make_encoder, total_stride
 from model.networks.fracture import evidence
 
 DECODER_CHANNELS = (16, 32, 64, 128, 256)
@@ -44,7 +44,7 @@ class SliceUNet(nn.Module):
         super().__init__()
         self.encoder = make_encoder(encoder, in_channels)
         channels = self.encoder.out_channels
-        self.stride = self.encoder.stride * 2 ** (len(channels) - 1)
+        self.stride = total_stride(self.encoder)
         """What the sides of the input must be divisible by."""
         num_blocks = self.stride.bit_length() - 1
         skips = [*reversed(channels[:-1]), *[0] * (num_blocks - len(channels) + 1)]

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,9 @@ def make_bundle(folder: Path, bundle: Bundle = SMALL) -> tuple[Bundle, Networks]
     networks = bundle.new_networks()
     write_bundle(bundle, networks)
     return bundle, networks
+
+
+CLASSIFY = asdict(SMALL.classify)
 
 
 def change_json(folder: Path, /, **changes: Any) -> None:
@@ -187,6 +190,13 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
         ({"segment": {"channels": [4, 8], "spacing_mm": "3"}}, "spacing_mm is '3', which is not of type float"),
         ({"segment": {"channels": [4, 8.5], "spacing_mm": 3}}, r"channels\[1\] is 8.5"),
         ({"segment": {"channels": [4, 8], "spacing_mm": 3, "turbo": 1}}, "segment has turbo, which this version does"),
+        ({"segment": {"channels": [4], "spacing_mm": 3}}, r"segment.channels is \[4\]; two or more numbers from 1 on"),
+        ({"segment": {"channels": [4, 8], "spacing_mm": float("nan")}}, "segment.spacing_mm is nan; it must be from"),
+        ({"refine": {"channels": [4, -8], "in_channels": 4, "spacing_mm": 1}}, r"refine.channels is \[4, -8\]"),
+        ({"classify": CLASSIFY | {"num_slices": 1}}, "classify.num_slices is 1; it must be from 2"),
+        ({"classify": CLASSIFY | {"pixel_mm": 0}}, "classify.pixel_mm is 0.0; it must be from 0.1 to 10"),
+        ({"classify": CLASSIFY | {"region_threshold": 50}}, "classify.region_threshold is 50.0"),
+        ({"classify": CLASSIFY | {"window_hu": [0, float("inf")]}}, "classify.window_hu is"),
         ({"turbo": 1}, "bundle.json has turbo"),
         ({"folder": "/elsewhere"}, "folder is '/elsewhere'"),
         ({"metrics": None}, "metrics is None"),
@@ -213,6 +223,14 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     change_json(tmp_path, segment={"channels": [4, 16], "spacing_mm": 3.0})
 
     with pytest.raises(BundleError, match="does not fit the architecture"):
+        read_bundle(tmp_path).load_networks()
+
+
+def test_slices_that_the_encoder_cannot_read_are_refused(tmp_path: Path) -> None:
+    make_bundle(tmp_path)
+    change_json(tmp_path, classify=CLASSIFY | {"num_pixels": 18})
+
+    with pytest.raises(BundleError, match="num_pixels is 18; a multiple of 4 is needed"):
         read_bundle(tmp_path).load_networks()
 
 

@@ -175,19 +175,21 @@ def test_without_timm_its_encoders_are_refused_with_what_to_do(monkeypatch: pyte
 class FakeTimm(ModuleType):
     """timm cannot be installed beside a torch for CPUs: this answers as it does, by the strides given."""
 
-    def __init__(self, *strides: int) -> None:
+    def __init__(self, *strides: int, only_side: int | None = None, is_channels_last: bool = False) -> None:
         super().__init__("timm")
-        self.strides = strides
+        self.strides, self.only_side, self.is_channels_last = strides, only_side, is_channels_last
 
     def create_model(self, name: str, *, pretrained: bool, features_only: bool, in_chans: int) -> nn.Module:
-        strides = self.strides
+        strides, only_side, is_channels_last = self.strides, self.only_side, self.is_channels_last
 
         class Backbone(nn.Module):
             feature_info = SimpleNamespace(reduction=lambda: list(strides), channels=lambda: [4] * len(strides))
 
             def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
                 assert x.shape[1] == in_chans
-                return [x[:, :4, ::stride, ::stride] for stride in strides]
+                assert x.shape[-1] == (only_side or x.shape[-1]), f"Input height doesn't match model ({only_side})."
+                features = [x[:, :4, ::stride, ::stride] for stride in strides]
+                return [feature.permute(0, 2, 3, 1) for feature in features] if is_channels_last else features
 
         assert features_only
         assert not pretrained
@@ -208,6 +210,25 @@ def test_timm_backbones_without_halving_scales_are_refused(monkeypatch: pytest.M
 
     with pytest.raises(ValueError, match=r"timm:vit has features at strides \[16, 16, 16\]"):
         make_encoder("timm:vit", in_channels=6)
+
+
+@torch.inference_mode()
+def test_timm_backbones_whose_channels_come_last_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices = torch.randn(1, 6, 64, 64)
+    found = []
+    for is_channels_last in (False, True):
+        monkeypatch.setitem(sys.modules, "timm", FakeTimm(2, 4, 8, is_channels_last=is_channels_last))
+        found.append(make_encoder("timm:any", in_channels=6)(slices))
+
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_timm_backbones_that_read_one_size_only_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", FakeTimm(4, 8, 16, 32, only_side=224))
+
+    with pytest.raises(ValueError, match=r"timm:swin does not read slices of 64 x 64 pixels \(Input height.*\(224\)"):
+        make_encoder("timm:swin", in_channels=6)
 
 
 @pytest.mark.parametrize("encoder", ["residual-4-8-16", "efficientnet-b0"])

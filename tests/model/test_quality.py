@@ -140,6 +140,21 @@ def test_what_holds_for_the_whole_neck_is_said_of_every_level(factors: tuple[flo
     assert says in found[1]
 
 
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [(0.5, "Air has -5"), (0.75, "Air has -7"), (2, "of the body is above 2000 HU")],
+)
+def test_values_that_are_pressed_together_or_stretched_are_not_judged(factor: float, says: str) -> None:
+    volume, labels = neck()
+    voxels_hu = np.clip(volume.voxels_hu * factor, -1024, 32767).astype(np.int16)
+
+    check_values(replace(volume, voxels_hu=voxels_hu))  # or its refusal would say so
+    found = reasons(replace(volume, voxels_hu=voxels_hu), labels)
+
+    assert len(found) == 7
+    assert all(says in reason and "check RescaleSlope" in reason for reason in found.values())
+
+
 def test_a_neck_upside_down_is_not_judged() -> None:
     volume, labels = neck()
 

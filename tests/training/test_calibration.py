@@ -6,7 +6,7 @@ import pytest
 from model.levels import OUTPUTS
 from training.calibration import fit_platt
 from training.evaluation.loss import weighted_log_loss
-from training.steps.calibrate import HeldOut, fit_all
+from training.steps.calibrate import HeldOut, calibrated_probabilities, fit_all, reported
 
 
 def draw(num: int, scale: float, offset: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -82,3 +82,22 @@ def test_challenge_numbers_have_a_lower_challenge_loss_than_probabilities() -> N
     best_constants = np.tile(list(challenge.undetermined.values()), (num, 1))
     assert weighted_log_loss(truths, submitted) < weighted_log_loss(truths, probabilities)
     assert weighted_log_loss(truths, submitted) < weighted_log_loss(truths, best_constants)
+
+
+def test_both_specificities_hold_though_a_called_level_calls_the_patient() -> None:
+    rng = np.random.default_rng(0)
+    levels = rng.random((2000, 7)) < 0.1
+    truths = np.concatenate([levels.any(axis=1, keepdims=True), levels], axis=1)
+    logits = rng.normal(-3, 1.2, truths.shape) + 2.4 * truths
+    logits[:, 0] = logits[:, 1:].max(axis=1) + rng.normal(0, 0.5, len(truths))
+    held_out = HeldOut(
+        study_instance_uids=[""] * len(truths), logits=logits, opinions=logits[:, 1:], truths=truths, folds=[0]
+    )
+
+    fitted = fit_all(held_out, level_specificity=0.95, patient_specificity=0.85)
+
+    probability = reported(calibrated_probabilities(fitted.platt, logits))
+    called = probability >= [fitted.patient_operating_point, *[fitted.level_operating_point] * 7]
+    assert (~called[:, 1:][~levels]).mean() >= 0.95
+    specificity = (~called.any(axis=1)[~truths[:, 0]]).mean()
+    assert 0.85 <= specificity < 0.87

@@ -90,6 +90,24 @@ def test_a_study_that_was_answered_is_not_run_again(evaluated: tuple[Path, str],
     assert set(run.answers) == {path.stem for path in files} == {uid(0), uid(1)}
 
 
+def test_a_study_whose_mask_has_changed_since_is_measured_anew(
+    evaluated: tuple[Path, str], rsna_folder: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(evaluated[0], tmp_path / "out")
+    data = shutil.copytree(rsna_folder, tmp_path / "data")
+    only = [uid(0), uid(1)]
+    before = run_model(
+        None, read_source(data), out, only=only, device="cpu"
+    ).answers  # those of a folder moved elsewhere
+    next(data.glob(f"segmentations/{uid(0)}.nii*")).unlink()
+
+    after = run_model(None, read_source(data), out, only=only, device="cpu").answers
+
+    assert before[uid(0)]["masks"]["dice"]
+    assert after[uid(0)]["masks"] is None
+    assert after[uid(1)] == before[uid(1)]
+
+
 def test_a_damaged_answer_is_named_and_made_again(
     evaluated: tuple[Path, str], rsna_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

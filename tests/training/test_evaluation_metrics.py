@@ -15,7 +15,7 @@ from training.evaluation import average_precision, roc_auc, weighted_log_loss
 from training.evaluation.binary import Question, measure
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.loss import best_constants, constant_baselines, study_losses
-from training.evaluation.metrics import Settings, level_accuracy, localisation, measure_all
+from training.evaluation.metrics import Settings, any_called, level_accuracy, localisation, measure_all
 from training.evaluation.ranking import Ranking, pr_curve, roc_areas, roc_curve
 from training.evaluation.tables import InputError, Matched
 
@@ -345,3 +345,15 @@ def test_a_column_of_patients_groups_the_bootstrap_and_is_no_subgroup() -> None:
     assert found["num_patients"] == 20
     assert found["subgroups"] == {}
     assert found["patient_overall"]["auc_ci"] != measure_all(data, settings, {})["patient_overall"]["auc_ci"]
+
+
+def test_a_level_that_is_called_calls_the_patient() -> None:
+    fractured = np.array([True, True, False, False, True])
+    predicted = np.full((5, 8), 0.1)
+    predicted[0, 3], predicted[1, 0], predicted[2, 7] = 0.3, 0.6, 0.3
+    predicted[3, 1:], predicted[4] = np.nan, np.nan
+
+    found = any_called(fractured, predicted, np.array([0.5, *[0.25] * 7]))
+
+    assert (found["sensitivity"], found["specificity"]) == (1, 0.5)
+    assert any_called(fractured[:2], predicted[:2], np.ones(8))["specificity"] is None

@@ -158,6 +158,26 @@ def test_predictions_of_held_out_studies_are_evaluated(work: Path, rsna_cache: C
     assert len(lines) - 1 == len(rsna_cache.studies(FOLDS)) == metrics["num_studies"]
 
 
+def test_probabilities_stand_beside_base_rates_and_the_score_beside_its_best_constants(
+    work: Path, rsna_cache: Cache
+) -> None:
+    from training.evaluation.loss import best_constants, weighted_log_loss
+    from training.steps.calibrate import halve, read_held_out
+
+    held_out = read_held_out(work)
+    truths, judged = held_out.truths, ~np.isnan(held_out.logits[:, 1:])
+    first = halve([rsna_cache.study(study).patient for study in held_out.study_instance_uids], truths[:, 0])
+    rates, best = (
+        np.clip(np.where(first[:, None], of(truths[~first]), of(truths[first])), 1e-3, 1 - 1e-3)
+        for of in (lambda truth: truth.mean(axis=0), best_constants)
+    )
+
+    constants = json.loads((work / "calibrate" / "result.json").read_text(encoding="utf-8"))["constants"]
+    losses = -np.log(np.where(truths, rates, 1 - rates))[:, 1:][judged]
+    assert constants["levels"]["cross_entropy"] == pytest.approx(losses.mean(), abs=1e-4)
+    assert constants["weighted_log_loss"] == pytest.approx(weighted_log_loss(truths, best), abs=1e-4)
+
+
 def test_the_last_word_of_all_sets_each_step_beside_its_constants(
     work: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +225,35 @@ def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, c
     assert "learning_rate 0.002, now 1.0. Give the same to go on, --fresh to begin again" in refused.output
     # Given again, a finished step only says what it measured.
     assert json.loads(run(config, *arguments)) == result(work, "segment", 0)
+
+
+@pytest.mark.parametrize("step", ["segment", "regions", "classify", "study"])
+def test_the_same_seed_gives_the_same_weights_also_after_a_kill(
+    step: str, work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def killed(self: ModelCheckpoint, trainer: Any, module: object) -> None:
+        if trainer.current_epoch == 1:
+            raise RuntimeError("killed")
+
+    weights = []
+    for is_killed in (False, True):
+        folder = tmp_path / f"seed-{is_killed}"
+        if step != "segment":  # which would label for `work`
+            folder = shutil.copytree(work, folder / work.name)
+            shutil.rmtree(folder / step / "fold0")
+        arguments = [step, "--cache", str(rsna_cache.folder), "--work", str(folder), "--fold", "0", "--epochs", "2"]
+        arguments += ["--cut", "tiny"] if step in ("regions", "classify") else []
+        if is_killed:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ModelCheckpoint, "on_train_epoch_start", killed, raising=False)
+                with pytest.raises(RuntimeError, match="killed"):
+                    run(config, *arguments)
+        run(config, *arguments)
+        weights.append([path.read_bytes() for path in sorted((folder / step / "fold0").rglob("*.safetensors"))])
+
+    assert weights[0] == weights[1]
 
 
 def test_the_reference_network_is_trained_and_labels_in_the_same_way(
@@ -278,11 +327,41 @@ def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: P
             ["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "38"],
             "needs a multiple of 4, here at most 40",
         ),
+        (["segment", *where, "--fold", "0", "--network", "unet2d", "--encoder", "none"], "There is no encoder 'none'"),
+        (
+            ["segment", *where, "--fold", "0", "--network", "unet2d", "--encoder", "residual-8-16", "--pixels", "34"],
+            "--pixels is 34; residual-8-16 needs a multiple of 4",
+        ),
+        (["regions", *where, "--fold", "0", "--cut", "tiny", "--encoder", "timm:any"], "pip install timm"),
+        (
+            [
+                "classify",
+                *where,
+                "--fold",
+                "0",
+                "--cut",
+                "tiny",
+                "--start",
+                "random",
+                "--encoder",
+                f"residual{7 * '-4'}",
+            ],
+            "Slices of the cut 'tiny' have 64 pixels; residual-4-4-4-4-4-4-4 needs a multiple of 128",
+        ),
     ):
         refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
         assert refused.exit_code == 1
         assert sentence in refused.output
-    assert not (tmp_path / "regions" / "fold0").exists(), "else the step would count as begun with what was refused"
+    for step in ("segment", "regions", "classify"):
+        assert not (tmp_path / step / "fold0").exists(), "else the step would count as begun with what was refused"
+
+
+def test_devices_that_are_not_there_are_refused_in_a_sentence(rsna_cache: Cache, config: Path, tmp_path: Path) -> None:
+    where = ["--cache", str(rsna_cache.folder), "--work", str(tmp_path), "--fold", "0"]
+    for option in (["--devices", "many"], ["--strategy", "none"]):
+        refused = CliRunner().invoke(main, ["--config", str(config), "segment", *where, *option])
+        assert refused.exit_code == 1
+        assert f"{' '.join(option)}" in refused.output.split(" here: ")[0]
 
 
 def test_a_result_made_from_something_that_changed_since_is_refused_by_all_that_reads_it(
@@ -383,116 +462,3 @@ def test_a_step_ends_with_the_run_of_all_that_began_it(rsna_folder: Path, config
             all_of_it.send_signal(signal.SIGKILL)
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
-
-
-def test_opinions_are_asked_of_both_kinds_however_rare_one_is() -> None:
-    from training.steps.regions import opinion_sample
-    from training.steps.stacks import Vertebra
-
-    vertebrae = [
-        Vertebra(study=None, cut="A", level=0, fractured=number == 2999, regions_known=True)  # type: ignore[arg-type]
-        for number in range(3000)
-    ]
-
-    asked, weights = opinion_sample(vertebrae, np.random.default_rng(0))
-
-    assert [vertebra.fractured for vertebra in asked] == [True] + [False] * 500
-    assert weights[0] == 1
-    assert weights.sum() == pytest.approx(3000)
-
-
-def test_draws_depend_on_seed_and_epoch_and_are_shared_out_among_processes() -> None:
-    from training.steps.fit import Draws
-
-    alone = Draws([1, 0, 2], 8, seed=3, rank=0, num_processes=1)
-    alone.set_epoch(5)
-    shares = []
-    for rank in range(2):
-        share = Draws([1, 0, 2], 8, seed=3, rank=rank, num_processes=2)
-        share.set_epoch(5)
-        shares.append(list(share))
-
-    drawn = list(alone)
-    assert drawn[::2] == shares[0]
-    assert drawn[1::2] == shares[1]
-    assert {index for index, _ in drawn} <= {0, 2}
-    alone.set_epoch(6)
-    assert list(alone) != drawn
-
-
-def test_labels_of_a_neck_are_doubted_for_a_reason() -> None:
-    from model.geometry import Grid
-    from training.steps.pseudo_labels import doubt
-
-    grid = Grid.axial(shape=(150, 40, 40), spacing_mm=(1.0, 1.0, 1.0), centre_lps_mm=(0.0, 0.0, 0.0))
-    labels = np.zeros(grid.shape, np.uint8)
-    for label in range(1, 8):  # C1 at the head, where Z is high
-        labels[140 - 18 * label : 155 - 18 * label, 8:32, 8:32] = label
-    assert doubt(labels, labels, grid) is None
-
-    assert doubt(np.where(labels == 3, 0, labels), labels, grid) == "levels missing"
-    assert doubt(np.where(labels > 0, 8 - labels, 0).astype(np.uint8), labels, grid) == "implausible distance"
-    shifted = np.roll(labels, 6, axis=2)
-    assert doubt(labels, shifted, grid) == "disagrees with its mirror image"
-    small = labels.copy()
-    small[(labels == 4) & (np.arange(40) < 20)] = 0
-    assert doubt(small, small, grid) is None
-    small[(labels == 4) & (np.arange(40) < 27)] = 0
-    assert doubt(small, small, grid) == "implausible volume"
-
-
-def test_a_mixture_has_both_labels_in_part_and_no_regions() -> None:
-    from training.steps.augment import Sample, mixed
-
-    def sample(value: float) -> Sample:
-        shape = (3, 6, 8, 8)
-        return Sample(
-            inputs=torch.full(shape, value),
-            regions=torch.ones(3, 8, 8),
-            known=torch.tensor(1.0),
-            fractured=torch.tensor(value),
-            level=torch.tensor(2),
-        )
-
-    mixture = mixed(sample(1.0), sample(0.0), np.random.default_rng(0))
-
-    assert 0 < mixture.fractured < 1
-    assert torch.allclose(mixture.inputs, mixture.fractured)
-    assert mixture.known == 0
-
-
-def test_calibration_halves_share_no_patient_and_have_both_kinds() -> None:
-    from training.steps.calibrate import halve
-
-    patients = ["a", "a", "b", "c", "d", "e"]
-    fractured = np.array([True, False, True, False, False, False])
-
-    first = halve(patients, fractured)
-
-    assert first[0] == first[1]
-    assert first[0] != first[2]
-    assert first[3:].any()
-    assert not first[3:].all()
-
-
-@pytest.mark.parametrize(("opinion_is_right", "weight"), [(True, 0.5), (False, 0.0)])
-def test_the_second_opinion_counts_as_much_as_it_helps(opinion_is_right: bool, weight: float) -> None:
-    from training.steps.calibrate import HeldOut, fit_all
-
-    rng = np.random.default_rng(0)
-    levels = rng.random((60, 7)) < 0.3
-    truths = np.concatenate([levels.any(axis=1, keepdims=True), levels], axis=1)
-    right, guessed = 4.0 * truths - 2, rng.normal(size=truths.shape)
-    held_out = HeldOut(
-        study_instance_uids=[str(number) for number in range(60)],
-        logits=guessed if opinion_is_right else right + guessed,
-        opinions=(right if opinion_is_right else 3 * guessed)[:, 1:],
-        truths=truths,
-        folds=[0],
-    )
-
-    fitted = fit_all(held_out, 0.95, 0.85)
-
-    assert fitted.region_weight == weight
-    assert fitted.platt.keys() == set(OUTPUTS)
-    assert 0 < fitted.level_operating_point < 1

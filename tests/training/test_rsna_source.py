@@ -57,6 +57,7 @@ def test_rows_and_masks_of_unknown_studies_are_counted(tmp_path: Path) -> None:
         ("1.2,1,0,1,0,0,maybe,0,0\n", "has C5 'maybe' in line 2; expected 0 or 1"),
         ("1.2,1,0,1,0,0,0,0,0\n1.2,1,0,1,0,0,0,0,0\n", "has StudyInstanceUID '1.2' in line 3, a second time"),
         ("../x,1,0,1,0,0,0,0,0\n", "not a UID"),
+        ("..,1,0,1,0,0,0,0,0\n", "not a UID"),
         ("", "has no rows"),
     ],
 )
@@ -78,7 +79,7 @@ def test_tables_that_a_spreadsheet_saved_with_blanks_and_empty_rows_are_read(tmp
     assert not source.problems
 
 
-@pytest.mark.parametrize("box", ["1,2,3,4,inf", "nan,2,3,4,5", "1,2,3,4,5.7", "1,2,3,,5"])
+@pytest.mark.parametrize("box", ["1,2,3,4,inf", "nan,2,3,4,5", "1,2,3,4,5.7", "1,2,3,,5", "1,2,0,4,5", "1,2,3,-4,5"])
 def test_a_box_that_is_nowhere_is_refused_with_its_line(tmp_path: Path, box: str) -> None:
     with pytest.raises(SourceError, match="in line 2"):
         read_source(write_tables(tmp_path, boxes=f"1.2,{box}\n"))

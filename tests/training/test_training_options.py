@@ -89,18 +89,61 @@ def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, t
     [
         ("all", ["--folds", "0,1,5"], "'0,1,5' names a fold that is none; they are 0 to 4"),
         ("calibrate", ["--level-specificity", "95"], "is not in the range 0<=x<=1"),
+        ("segment", ["--epochs", "0"], "0 is not in the range x>=1"),
+        ("segment", ["--learning-rate", "0"], "is not in the range x>0"),
+        ("segment", ["--precision", "half"], "'half' is not one of 'auto', '32-true'"),
+        ("segment", ["--seed", "-1"], "-1 is not in the range"),
+        ("segment", ["--channels", "8"], "'8' must be two or more numbers from 1 on"),
+        ("segment", ["--crop", "0,16,16"], "'0,16,16' must be two or more numbers from 1 on"),
+        ("regions", ["--cut", "A", "--threshold", "50"], "is not in the range 0<=x<=1"),
+        ("classify", ["--cut", "A", "--dropout", "1"], "is not in the range 0<=x<1"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_before_anything_runs(
     tmp_path: Path, command: str, option: list[str], sentence: str
 ) -> None:
     where = ["--cache", str(tmp_path / "cache"), "--work", str(tmp_path / "work")]
-    more = ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")] if command == "all" else []
+    more = {"all": ["--rsna", str(tmp_path), "--out", str(tmp_path / "out")], "calibrate": []}.get(
+        command, ["--fold", "0"]
+    )
 
     refused = CliRunner().invoke(main, [command, *where, *more, *option])
 
     assert refused.exit_code == 2
     assert sentence in " ".join(refused.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["cut", "--cache", "c", "--name", "../x", "--masks", "truth"], "'../x' is no name of a folder"),
+        (["cut", "--cache", "c", "--name", ".x", "--masks", "truth"], "'.x' is no name of a folder"),
+        (["prepare", "--rsna", ".", "--cache", "file"], "'file' is a file"),
+        (["phantom", "--out", "o", "--patients", "0"], "0 is not in the range x>=1"),
+        (["measure", "b", "--phantoms", "0"], "0 is not in the range x>=1"),
+    ],
+)
+def test_a_place_or_number_that_cannot_be_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+
+    refused = CliRunner().invoke(main, arguments)
+
+    assert refused.exit_code == 2
+    assert sentence in " ".join(refused.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("content", ['{"format": 1', "[]"])
+def test_a_damaged_cache_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "cache.json").write_text(content, encoding="utf-8")
+
+    refused = CliRunner().invoke(main, ["cut", "--cache", str(tmp_path), "--name", "x", "--masks", "truth"])
+
+    assert refused.exit_code == 1
+    assert f"{tmp_path / 'cache.json'} is damaged. Run `cspine-train prepare` again" in refused.output
 
 
 def test_a_fold_that_is_named_twice_is_trained_once() -> None:

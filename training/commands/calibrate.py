@@ -4,9 +4,7 @@ from pathlib import Path
 
 import click
 
-from training.commands.run_options import CACHE_AND_WORK, echo
-
-SHARE = click.FloatRange(0, 1)
+from training.commands.run_options import CACHE_AND_WORK, SHARE, echo
 
 
 @click.command()
@@ -16,7 +14,11 @@ SHARE = click.FloatRange(0, 1)
     "--level-specificity", type=SHARE, default=0.95, show_default=True, help="At least, of a vertebra; 0 to 1."
 )
 @click.option(
-    "--patient-specificity", type=SHARE, default=0.85, show_default=True, help="At least, of a patient; 0 to 1."
+    "--patient-specificity",
+    type=SHARE,
+    default=0.85,
+    show_default=True,
+    help="At least, of a patient, called by any level too; 0 to 1.",
 )
 def calibrate(cache: Path, work: Path, level_specificity: float, patient_specificity: float) -> None:
     """Calibrate on the held-out studies of all finished folds, and write their predictions.

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import trains
+from training.commands.run_options import COUNT, SHARE, trains
 from training.steps.run import Run
 
 
@@ -12,13 +12,25 @@ from training.steps.run import Run
 @trains(epochs=30, draws=7000, batch_size=8, learning_rate=5e-4)
 @click.option("--cut", required=True, help="Name of the stacks that `cut` made.")
 @click.option("--encoder", default="efficientnet-b2", show_default=True, help="Or residual-N-N..., or timm:NAME.")
-@click.option("--hidden", "num_hidden", default=256, show_default=True, help="GRU units per direction.")
-@click.option("--layers", "num_layers", default=2, show_default=True, help="Of the GRU.")
+@click.option("--hidden", "num_hidden", type=COUNT, default=256, show_default=True, help="GRU units per direction.")
+@click.option("--layers", "num_layers", type=COUNT, default=2, show_default=True, help="Of the GRU.")
 @click.option(
     "--heads", "num_heads", type=click.Choice(["1", "7"]), default="7", show_default=True, help="7: one a level."
 )
-@click.option("--dropout", default=0.2, show_default=True, help="Of what the GRU says.")
-@click.option("--mixup", default=0.3, show_default=True, help="Share of samples that are mixtures of two vertebrae.")
+@click.option(
+    "--dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="Of what the GRU says.",
+)
+@click.option(
+    "--mixup",
+    type=SHARE,
+    default=0.3,
+    show_default=True,
+    help="Share of samples that are mixtures of two vertebrae.",
+)
 @click.option(
     "--start",
     type=click.Choice(["regions", "random"]),

@@ -5,10 +5,19 @@ from pathlib import Path
 
 import click
 
+from training.commands.run_options import FOLDER
+
+
+def plain_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A name of a folder in the cache, and of none elsewhere."""
+    if value != Path(value).name or value.startswith("."):
+        raise click.BadParameter(f"{value!r} is no name of a folder. Give one without slashes that begins with no dot.")
+    return value
+
 
 @click.command()
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Folder that `prepare` made.")
-@click.option("--name", required=True, help="Of the cut; a training names it.")
+@click.option("--cache", type=FOLDER, required=True, help="Folder that `prepare` made.")
+@click.option("--name", required=True, callback=plain_name, help="Of the cut; a training names it.")
 @click.option(
     "--masks",
     required=True,

@@ -37,7 +37,7 @@ _MAX_NAMED = 20
 )
 @click.option("--device", default="auto", show_default=True, help="To run the model on: auto, cpu, cuda or cuda:N.")
 @click.option("--resamples", default=1000, show_default=True, type=click.IntRange(1), help="Of the bootstrap.")
-@click.option("--seed", default=0, show_default=True, help="Of the bootstrap.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the bootstrap.")
 def evaluate(
     predictions: Path | None,
     truth: Path | None,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from training.commands.run_options import CACHE_AND_WORK, numbers
+from training.commands.run_options import CACHE_AND_WORK, FOLDER, numbers
 from training.steps.summary import summarise
 
 PR_SET_PDEATHSIG = 1
@@ -27,10 +27,10 @@ def fold_numbers(context: click.Context, parameter: click.Parameter, value: str)
 
 
 @click.command("all")
-@click.option("--rsna", type=click.Path(path_type=Path), required=True, help="The data set's folder, as downloaded.")
+@click.option("--rsna", type=FOLDER, required=True, help="The data set's folder, as downloaded.")
 @CACHE_AND_WORK[0]
 @CACHE_AND_WORK[1]
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the bundle.")
 @click.option("--folds", default="0,1,2,3,4", show_default=True, callback=fold_numbers, help="Which to train.")
 @click.pass_context
 def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out: Path, folds: tuple[int, ...]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import CACHE_AND_WORK, echo
+from training.commands.run_options import CACHE_AND_WORK, FOLDER, echo
 
 RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
 
@@ -13,7 +13,7 @@ RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
 @click.command()
 @CACHE_AND_WORK[0]
 @CACHE_AND_WORK[1]
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the bundle.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the bundle.")
 @click.option("--name", default="cspine-rsna", show_default=True, help="Of the model.")
 @click.option("--model-version", default="0.1.0", show_default=True)
 @click.option("--data", default=RSNA, show_default=True, help="What it was trained on.")

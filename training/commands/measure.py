@@ -10,7 +10,7 @@ from model import BundleError
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--phantoms", default=20, show_default=True, help="How many unseen phantoms.")
+@click.option("--phantoms", type=click.IntRange(1), default=20, show_default=True, help="How many unseen phantoms.")
 @click.option(
     "--report",
     type=click.Path(path_type=Path),

@@ -21,12 +21,18 @@ import click
     show_default=True,
     help="Folder for drawn necks and weights of each step (19 GB); a later run uses the necks again.",
 )
-@click.option("--workers", default=2, show_default=True, help="Processes that draw, and threads that train.")
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes that draw, and threads that train.",
+)
 @click.option("--quick", is_flag=True, help="A few steps of everything: to see that it runs, not to use the result.")
 def necks(data: Path, out: Path, work: Path, workers: int, quick: bool) -> None:
     """Train the shipped model without one labelled patient, and export a bundle.
 
-    About five hours on two idle cores, reckoned from its steps.
+    About eleven hours on two idle cores, reckoned from its steps.
     """
     # Imported here, so that --help does not wait for torch.
     from training.necks.recipe import Plan, train_necks_bundle

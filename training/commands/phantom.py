@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from training.commands.run_options import COUNT
+
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the finished bundle.")
@@ -15,14 +17,32 @@ import click
     show_default=True,
     help="Folder for drawn patients (11 MB each) and the evaluation; a later run uses them again.",
 )
-@click.option("--patients", default=200, show_default=True, help="Imaginary patients to train on.")
-@click.option("--held-out", default=30, show_default=True, help="Further patients, to set the operating point.")
-@click.option("--segment-steps", default=1200, show_default=True, help="Training steps of the vertebra U-Net.")
-@click.option("--patch-steps", default=1500, show_default=True, help="Steps of the fracture network on patches.")
-@click.option("--stack-steps", default=800, show_default=True, help="Steps of it on whole vertebrae, after that.")
-@click.option("--batch-size", default=4, show_default=True, help="Vertebrae in a step of the fracture network.")
-@click.option("--evaluate", default=20, show_default=True, help="Unseen phantoms to measure the result on.")
-@click.option("--workers", default=2, show_default=True, help="Processes that draw patients, and threads that train.")
+@click.option("--patients", type=COUNT, default=200, show_default=True, help="Imaginary patients to train on.")
+@click.option(
+    "--held-out", type=COUNT, default=30, show_default=True, help="Further patients, to set the operating point."
+)
+@click.option(
+    "--segment-steps", type=COUNT, default=1200, show_default=True, help="Training steps of the vertebra U-Net."
+)
+@click.option(
+    "--patch-steps", type=COUNT, default=1500, show_default=True, help="Steps of the fracture network on patches."
+)
+@click.option(
+    "--stack-steps", type=COUNT, default=800, show_default=True, help="Steps of it on whole vertebrae, after that."
+)
+@click.option(
+    "--batch-size", type=COUNT, default=4, show_default=True, help="Vertebrae in a step of the fracture network."
+)
+@click.option(
+    "--evaluate",
+    type=click.IntRange(0),
+    default=20,
+    show_default=True,
+    help="Unseen phantoms to measure the result on.",
+)
+@click.option(
+    "--workers", type=COUNT, default=2, show_default=True, help="Processes that draw patients, and threads that train."
+)
 def phantom(
     out: Path,
     work: Path,

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import click
 
+from training.commands.run_options import FOLDER
+
 
 @click.command()
 @click.option(
@@ -13,7 +15,7 @@ import click
     required=True,
     help="Folder of the data set as downloaded, with train.csv.",
 )
-@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Folder for the cache; made if needed.")
+@click.option("--cache", type=FOLDER, required=True, help="Folder for the cache; made if needed.")
 @click.option(
     "--workers", type=click.IntRange(1), default=os.cpu_count, show_default="all cores", help="Studies at a time."
 )

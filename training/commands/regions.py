@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import trains
+from training.commands.run_options import SHARE, trains
 from training.steps.run import Run
 
 
@@ -13,8 +13,16 @@ from training.steps.run import Run
 @click.option("--cut", required=True, help="Name of the stacks that `cut` made.")
 @click.option("--encoder", default="efficientnet-b2", show_default=True, help="Or residual-N-N..., or timm:NAME.")
 @click.option("--patch", default=64, show_default=True, help="Side of a sample, in pixels of the cut; four a vertebra.")
-@click.option("--pseudo-label-rounds", default=2, show_default=True, help="With fractured vertebrae without a box.")
-@click.option("--threshold", default=0.5, show_default=True, help="Probability from which a pixel is drawn.")
+@click.option(
+    "--pseudo-label-rounds",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="With fractured vertebrae without a box.",
+)
+@click.option(
+    "--threshold", type=SHARE, default=0.5, show_default=True, help="Probability from which a pixel is drawn."
+)
 def regions(run: Run, cut: str, encoder: str, patch: int, pseudo_label_rounds: int, threshold: float) -> dict[str, Any]:
     """Train the fracture-region U-Net of one fold: from boxes at the bone, and from intact vertebrae."""
     from training.steps.regions import RegionsPlan

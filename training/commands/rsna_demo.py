@@ -18,7 +18,7 @@ import click
     help="Slices and pixels: as RSNA's; a quarter as many voxels, from which little networks still learn something; "
     "or so few that only the steps can be tried.",
 )
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option(
     "--workers", type=click.IntRange(1), default=os.cpu_count, show_default="all cores", help="Studies at a time."
 )

@@ -15,11 +15,20 @@ from training.steps.run import Run, StepError, fold_folder, is_first_process
 
 Command = Callable[..., dict[str, Any]]
 
+FOLDER = click.Path(file_okay=False, path_type=Path)
+COUNT = click.IntRange(1)
+SHARE = click.FloatRange(0, 1)
+SEED = click.IntRange(0, 2**32 - 1)
+ABOVE_0 = click.FloatRange(0, min_open=True)
+
+PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
+"""Lightning's names, and "auto"."""
+
 CACHE_AND_WORK = (
-    click.option("--cache", type=click.Path(path_type=Path), required=True, help="Folder that `prepare` made."),
+    click.option("--cache", type=FOLDER, required=True, help="Folder that `prepare` made."),
     click.option(
         "--work",
-        type=click.Path(path_type=Path),
+        type=FOLDER,
         required=True,
         help="Folder of this training; all its steps and folds share it. Its name names label sets in the cache.",
     ),
@@ -34,13 +43,18 @@ def trains(*, epochs: int, draws: int, batch_size: int, learning_rate: float) ->
     options = [
         *CACHE_AND_WORK,
         click.option("--fold", type=click.IntRange(0, 4), required=True, help="Held out, 0 to 4."),
-        click.option("--seed", default=0, show_default=True),
-        click.option("--epochs", "num_epochs", default=epochs, show_default=True, help="In each fit."),
+        click.option("--seed", type=SEED, default=0, show_default=True, help="Of first weights and draws."),
+        click.option("--epochs", "num_epochs", type=COUNT, default=epochs, show_default=True, help="In each fit."),
         click.option(
-            "--draws", "num_draws", default=draws, show_default=True, help="Samples an epoch, on all devices."
+            "--draws",
+            "num_draws",
+            type=COUNT,
+            default=draws,
+            show_default=True,
+            help="Samples an epoch, on all devices.",
         ),
-        click.option("--batch-size", default=batch_size, show_default=True, help="On each device."),
-        click.option("--learning-rate", default=learning_rate, show_default=True, help="At its highest."),
+        click.option("--batch-size", type=COUNT, default=batch_size, show_default=True, help="On each device."),
+        click.option("--learning-rate", type=ABOVE_0, default=learning_rate, show_default=True, help="At its highest."),
         click.option(
             "--workers",
             "num_workers",
@@ -50,10 +64,13 @@ def trains(*, epochs: int, draws: int, batch_size: int, learning_rate: float) ->
             help="Processes that read and change samples, for each device.",
         ),
         click.option("--devices", default="auto", show_default=True, help="How many GPUs, or which: 2, or 0,3."),
-        click.option("--num-nodes", default=1, show_default=True, help="Machines; they share cache and work folder."),
+        click.option(
+            "--num-nodes", type=COUNT, default=1, show_default=True, help="Machines; they share cache and work folder."
+        ),
         click.option("--strategy", default="auto", show_default=True, help="Lightning's: ddp, for one."),
         click.option(
             "--precision",
+            type=click.Choice(PRECISIONS),
             default="auto",
             show_default=True,
             help="Lightning's; auto is bf16-mixed or 16-mixed on a GPU, 32-true on a CPU.",
@@ -103,3 +120,11 @@ def numbers(context: click.Context, parameter: click.Parameter, value: str) -> t
         return tuple(int(number) for number in str(value).split(","))
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is no list of numbers such as 16,32,64") from error
+
+
+def counts(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """The same, each at least 1, and two at least: of a single one neither a network nor a crop is made."""
+    found = numbers(context, parameter, value)
+    if len(found) < 2 or min(found) < 1:
+        raise click.BadParameter(f"{value!r} must be two or more numbers from 1 on, such as 16,32,64")
+    return found

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import numbers, trains
+from training.commands.run_options import counts, trains
 from training.steps.run import Run, StepError
 
 
@@ -17,14 +17,26 @@ from training.steps.run import Run, StepError
     show_default=True,
     help="unet2d is the reference: slices with their neighbours through an EfficientNet.",
 )
-@click.option("--channels", default="16,32,64,128,160", show_default=True, callback=numbers, help="Of unet3d.")
-@click.option("--spacing-mm", default=2.0, show_default=True, help="Of unet3d's grid; unet2d has the cache's.")
+@click.option("--channels", default="16,32,64,128,160", show_default=True, callback=counts, help="Of unet3d.")
 @click.option(
-    "--crop", default="96,80,80", show_default=True, callback=numbers, help="Voxels of unet3d's samples, Z,Y,X."
+    "--spacing-mm",
+    type=click.FloatRange(0.1, 10),
+    default=2.0,
+    show_default=True,
+    help="Of unet3d's grid; unet2d has the cache's.",
+)
+@click.option(
+    "--crop", default="96,80,80", show_default=True, callback=counts, help="Voxels of unet3d's samples, Z,Y,X."
 )
 @click.option("--encoder", default="efficientnet-b0", show_default=True, help="Of unet2d.")
 @click.option("--pixels", default=256, show_default=True, help="Side of unet2d's samples.")
-@click.option("--pseudo-label-rounds", default=2, show_default=True, help="With studies that have no mask.")
+@click.option(
+    "--pseudo-label-rounds",
+    type=click.IntRange(0),
+    default=2,
+    show_default=True,
+    help="With studies that have no mask.",
+)
 @click.option("--label-all", is_flag=True, help="Label all studies, not the held-out fold only: for a single fold.")
 def segment(
     run: Run,

@@ -15,7 +15,7 @@ from model import BundleError, SeriesError
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="PNG to write. It shows the patient.")
 @click.option("--bundle", type=click.Path(path_type=Path), help="Model that finds the vertebrae of the Series.")
-@click.option("--seed", default=0, show_default=True, help="Another one draws other fractures.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Another one draws other fractures.")
 def show_fractures(series: Path | None, out: Path, bundle: Path | None, seed: int) -> None:
     """Draw every kind of inserted fracture and hard negative at every level, before and after."""
     import numpy as np
@@ -35,5 +35,10 @@ def show_fractures(series: Path | None, out: Path, bundle: Path | None, seed: in
             voxels_hu, grid = volume.voxels_hu, volume.grid
     except (BundleError, SeriesError) as error:
         raise click.ClickException(str(error)) from error
-    num_rows = contact_sheet(voxels_hu, labels, grid, np.random.default_rng(seed), out)
+    try:
+        num_rows = contact_sheet(voxels_hu, labels, grid, np.random.default_rng(seed), out)
+    except OSError as error:
+        raise click.ClickException(
+            f"{out} cannot be written ({error}). Name a file in a folder that is there."
+        ) from error
     click.echo(f"{num_rows} rows in {out}" if num_rows else "No whole vertebra was found: nothing to draw.")

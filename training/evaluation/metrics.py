@@ -92,6 +92,7 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         "all_levels": measure(question(slice(1, None)), resamples, one_row_per_study=False),
         **mean_level_auc(truth[:, 1:], predicted[:, 1:], resamples),
         **level_accuracy(truth[:, 1:], predicted[:, 1:], points[1:]),
+        "any_called": any_called(truth[:, 0], predicted, points),
         **localisation(truth, predicted, points[0]),
     }
 
@@ -127,6 +128,24 @@ def level_accuracy(truth: NDArray[np.bool_], predicted: Array, points: Array) ->
         "all_levels_right": num_whole / num_studies,
         "all_levels_right_ci": wilson_interval(num_whole, num_studies),
     }
+
+
+def any_called(fractured: NDArray[np.bool_], predicted: Array, points: Array) -> dict[str, Any]:
+    """The patient as the node calls it: for its own probability or for that of any level.
+
+    fractured: `(N,)`. predicted: `(N, 8)`.
+    """
+    answered = ~np.isnan(predicted[:, 0])
+    called = (np.nan_to_num(predicted, nan=-1.0) >= points).any(axis=1)
+    found: dict[str, Any] = {}
+    for name, studies, right in (
+        ("sensitivity", answered & fractured, called),
+        ("specificity", answered & ~fractured, ~called),
+    ):
+        num, num_right = int(studies.sum()), int((studies & right).sum())
+        found[name] = num_right / num if num else None
+        found[f"{name}_ci"] = wilson_interval(num_right, num)
+    return found
 
 
 def localisation(truth: NDArray[np.bool_], predicted: Array, patient_point: float) -> dict[str, Any]:

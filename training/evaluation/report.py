@@ -157,6 +157,7 @@ def _calls(metrics: Mapping[str, Any]) -> list[str]:
     ]
     return [
         table(["", "point", "TP / FP / TN / FN", "sensitivity", "specificity", "precision", "accuracy", "F1"], rows),
+        paragraph(_any_called(metrics["any_called"])),
         paragraph(
             "Sensitivity is recall. Intervals are Wilson's; bootstrap for F1 and for all levels together, since the "
             "seven of a patient are not independent."
@@ -164,6 +165,15 @@ def _calls(metrics: Mapping[str, Any]) -> list[str]:
         subtitle("At a prevalence as in an emergency department"),
         table(["", "PPV at 5 %", "NPV at 5 %", "PPV at 10 %", "NPV at 10 %"], predictive),
     ]
+
+
+def _any_called(measured: Mapping[str, Any]) -> str:
+    figures = ", ".join(
+        f"{name} {number(measured[name])} ({between(measured[f'{name}_ci'])})"
+        for name in ("sensitivity", "specificity")
+        if measured[name] is not None
+    )
+    return f"The patient as the node calls it, for its own probability or for that of any level: {figures}."
 
 
 def _localisation(metrics: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ from model.pipeline import Pipeline
 from training.evaluation.masks import attention_alignment, measure_masks
 from training.evaluation.tables import OVERALL, InputError
 from training.files import replacing_file
-from training.rsna import RULES, MaskError, Source, SourceStudy, dicom_files, read_mask
+from training.rsna import RULES, MaskError, Source, SourceStudy, dicom_files, read_mask, source_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Run:
 def run_model(
     bundle: Path | None, source: Source, out: Path, *, only: Collection[str] | None = None, device: str = "auto"
 ) -> Run:
-    """What the model says of every Study of the folder; a Study whose answer lies in `out` is not run again.
+    """What the model says of every Study of the folder; a Study whose answer lies in `out` is not run again, unless its
+    files, mask, boxes or labels have changed since.
 
     bundle: None takes the one that comes with the package. only: these Studies; None all. A Study that cannot be
     analysed is logged and named with its reason, and tried again the next time.
@@ -49,7 +50,12 @@ def run_model(
     """
     description = describe(bundle)
     studies = [study for uid, study in source.studies.items() if only is None or uid in only]
-    answers, failures = dict(_kept(out, description)), {}
+    kept, failures = dict(_kept(out, description)), {}
+    answers = {
+        study.study_instance_uid: answer
+        for study in studies
+        if (answer := kept.get(study.study_instance_uid)) and answer.get("made_from") == _made_from(study)
+    }
     waiting = [study for study in studies if study.study_instance_uid not in answers]
     if waiting:
         try:
@@ -67,8 +73,6 @@ def run_model(
         with replacing_file(_path(out, uid)) as path:
             path.write_text(json.dumps({"model": description, **answers[uid]}), encoding="utf-8")
         logger.info("%d of %d: Study %s, %.1f s", number, len(waiting), uid, answers[uid]["seconds"]["all"])
-    asked = {study.study_instance_uid for study in studies}
-    answers = {uid: answer for uid, answer in answers.items() if uid in asked}
     if not answers:
         reasons = "".join(f"\n  {uid}: {reason}" for uid, reason in list(failures.items())[:5])
         raise InputError(f"None of the {len(studies)} Studies of {source.folder} has an answer.{reasons}")
@@ -111,6 +115,11 @@ def _kept(out: Path, description: dict[str, str]) -> Iterator[tuple[str, dict[st
         yield path.stem, answer
 
 
+def _made_from(study: SourceStudy) -> str:
+    """Of all that an answer and what is measured of it rest on, beside the model."""
+    return source_fingerprint(study, dicom_files(study.files), {})
+
+
 def _answer(pipeline: Pipeline, study: SourceStudy) -> dict[str, Any]:
     """What the model says of one Study, beside what its mask and boxes say, ready for JSON."""
     started = time.perf_counter()
@@ -130,6 +139,7 @@ def _answer(pipeline: Pipeline, study: SourceStudy) -> dict[str, Any]:
         if region.sop_instance_uid in number_of
     ]
     return {
+        "made_from": _made_from(study),
         "probabilities": {
             OVERALL: analysis.findings.patient_overall.probability,
             **{name: levels[name].probability for name in LEVELS},

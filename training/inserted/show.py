@@ -59,7 +59,7 @@ def contact_sheet(
         x, y = (number // num_lines) * (width + 8), (number % num_lines) * (height + 16)
         draw.text((x + 2, y + 2), row.text, fill=(255, 255, 120))
         sheet.paste(Image.fromarray(row.picture), (x, y + 14))
-    sheet.save(out)
+    sheet.save(out, "PNG")
     return len(rows)
 
 

@@ -13,7 +13,7 @@ from training.rsna.preparation import NoStudiesError, prepare
 from training.rsna.processes import ProcessDiedError
 from training.rsna.source import Source, SourceError, SourceStudy, read_source
 from training.rsna.stacks import CutSettings, Stacks
-from training.rsna.study import Settings
+from training.rsna.study import Settings, source_fingerprint
 
 __all__ = [
     "NUM_FOLDS",
@@ -41,4 +41,5 @@ __all__ = [
     "prepare",
     "read_mask",
     "read_source",
+    "source_fingerprint",
 ]

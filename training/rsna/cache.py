@@ -180,6 +180,10 @@ class Cache:
                 f"There is no finished cache in {folder}. Make it with `cspine-train prepare --cache {folder}`; "
                 "one that was interrupted goes on where it stopped."
             ) from None
+        except ValueError:
+            content = None
+        if not isinstance(content, dict) or "format" not in content:
+            raise CacheError(f"{path} is damaged. Run `cspine-train prepare` again: what is still right is kept.")
         if content["format"] != FORMAT or "fingerprint" not in content:
             raise CacheError(
                 f"The cache in {folder} was made by another version (format {content['format']}; this one reads "

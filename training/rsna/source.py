@@ -6,6 +6,7 @@ or `<UID>/` beside `train.csv`. Masks may be `.nii` or `.nii.gz`; tables and mas
 
 import csv
 import math
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 from model import LEVELS
 
 TARGETS = ("patient_overall", *LEVELS)
+
+_UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # folders are named by it: ".." would lead out of the cache, and replace it
 
 
 class SourceError(Exception):
@@ -85,7 +88,7 @@ def _read_labels(path: Path) -> dict[str, dict[str, bool]]:
     labels: dict[str, dict[str, bool]] = {}
     for number, row in _rows(path, ("StudyInstanceUID", *TARGETS)):
         uid = row["StudyInstanceUID"]
-        if not set(uid) <= set("0123456789.") or uid in labels or not uid:
+        if not _UID.fullmatch(uid) or uid in labels:
             raise SourceError(f"{path} has StudyInstanceUID {uid!r} in line {number}, a second time or not a UID.")
         wrong = [f"{name} {row[name]!r}" for name in TARGETS if row[name] not in ("0", "1", "0.0", "1.0")]
         if wrong:
@@ -106,10 +109,11 @@ def _read_boxes(path: Path, labels: dict[str, dict[str, bool]]) -> tuple[dict[st
             x, y, width, height, place = (float(row[name]) for name in ("x", "y", "width", "height", "slice_number"))
         except ValueError as error:
             raise SourceError(f"{path} has a value in line {number} that is no number ({error}).") from error
-        if not all(map(math.isfinite, (x, y, width, height))) or not place.is_integer():
+        is_box = all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0
+        if not is_box or not place.is_integer():
             raise SourceError(
                 f"{path} has a box ({x:g}, {y:g}, {width:g}, {height:g}) in slice {place:g} in line {number}; finite "
-                "numbers are expected, and the n of n.dcm."
+                "numbers are expected, of width and height above 0, and the n of n.dcm."
             )
         if row["StudyInstanceUID"] not in labels:
             num_foreign += 1

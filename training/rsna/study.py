@@ -44,7 +44,7 @@ def prepare_study(source_folder: Path, study: SourceStudy, cache: Path, settings
     A study that cannot be used has `left_out`, a sentence, and no voxels.
     """
     files = dicom_files(study.files)
-    fingerprint = _fingerprint(study, files, settings)
+    fingerprint = source_fingerprint(study, files, asdict(settings))
     record = read_record(cache, study.study_instance_uid)
     if record and record["fingerprint"] == fingerprint:
         return record
@@ -155,12 +155,12 @@ def _patient(study: SourceStudy, files: list[Path]) -> str:
     return hashlib.sha256((patient_id or study.study_instance_uid).encode()).hexdigest()[:16]
 
 
-def _fingerprint(study: SourceStudy, files: list[Path], settings: Settings) -> str:
+def source_fingerprint(study: SourceStudy, files: list[Path], settings: dict[str, Any]) -> str:
     """Changes when anything does that the study is made from: files (name, size, time), tables, settings, layout."""
     stats = [(path, path.stat()) for path in (*files, *([study.mask] if study.mask else []))]
     content = {
         "format": FORMAT,
-        "settings": asdict(settings),
+        "settings": settings,
         "files": [(path.name, stat.st_size, int(stat.st_mtime)) for path, stat in stats],
         "labels": study.labels,
         "boxes": [asdict(box) for box in study.boxes],

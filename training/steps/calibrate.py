@@ -93,7 +93,7 @@ def calibrate(
     calibrated = np.full(held_out.logits.shape, np.nan)
     challenge = np.empty(held_out.logits.shape)
     present = np.zeros(held_out.logits.shape, bool)
-    constant = np.empty(held_out.logits.shape)
+    constant, rate = np.empty(held_out.logits.shape), np.empty(held_out.logits.shape)
     for half in (first, ~first):
         fitted = fit_all(held_out.part(~half), *specificity)
         logits = held_out.weighed(fitted.region_weight)[half]
@@ -102,7 +102,7 @@ def calibrate(
         present[half] = calibrated[half] >= points
         present[half, 0] |= present[half, 1:].any(axis=1)
         challenge[half] = challenge_probabilities(fitted.challenge, logits)
-        constant[half] = constants(held_out.truths[~half])
+        constant[half], rate[half] = constants(held_out.truths[~half]), base_rates(held_out.truths[~half])
     write_predictions(work / "calibrate" / "predictions.csv", held_out.study_instance_uids, calibrated)
     write_predictions(work / "calibrate" / "predictions_challenge.csv", held_out.study_instance_uids, challenge)
     result = {
@@ -114,7 +114,7 @@ def calibrate(
         "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, challenge)),
         "constants": {
             "weighted_log_loss": rounded(weighted_log_loss(held_out.truths, constant)),
-            **measure(held_out, constant),
+            **measure(held_out, rate),
         },
     }
 
@@ -200,19 +200,40 @@ def fit_all(held_out: HeldOut, level_specificity: float, patient_specificity: fl
     logits = held_out.weighed(region_weight)
     platt = by_output(logits, truth, np.ones(truth.shape))
     probability = reported(calibrated_probabilities(platt, logits))
-    calibrated = np.log(probability / (1 - probability))
+    patient_point, level_point = operating_points(
+        np.log(probability / (1 - probability)), truth, level_specificity, patient_specificity
+    )
     return Fitted(
         region_weight=region_weight,
         platt=platt,
-        patient_operating_point=choose_operating_point(calibrated[:, 0], truth[:, 0], patient_specificity),
-        level_operating_point=choose_operating_point(
-            calibrated[:, 1:][pooled], truth[:, 1:][pooled], level_specificity
-        ),
+        patient_operating_point=patient_point,
+        level_operating_point=level_point,
         challenge=Challenge(
             platt=by_output(logits, truth, challenge_weights(truth)),
             undetermined=dict(zip(OUTPUTS, constants(truth).tolist(), strict=True)),
         ),
     )
+
+
+def operating_points(
+    logits: NDArray[np.float64], truth: NDArray[np.bool_], level_specificity: float, patient_specificity: float
+) -> tuple[float, float]:
+    """The probabilities from which a patient and a level are called: as sensitive as both specificities allow.
+
+    A level that is called makes the patient called. So the level's point is as high as the patient's specificity needs
+    it, and the patient's own probability has what levels leave of it.
+
+    logits: calibrated, as reported, `(N, 8)`, NaN where not judged.
+    """
+    judged = ~np.isnan(logits[:, 1:])
+    highest = np.nanmax(logits[:, 1:], axis=1)
+    level_point = max(
+        choose_operating_point(logits[:, 1:][judged], truth[:, 1:][judged], level_specificity),
+        choose_operating_point(highest, truth[:, 0], patient_specificity),
+    )
+    called_anyway = highest >= np.log(level_point / (1 - level_point))
+    patient = np.where(called_anyway, np.inf, logits[:, 0])
+    return choose_operating_point(patient, truth[:, 0], patient_specificity), level_point
 
 
 def levels_loss(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float:
@@ -240,6 +261,11 @@ def by_output(logits: NDArray[np.float64], truth: NDArray[np.bool_], weights: ND
 def constants(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
     """The best answers in the challenge that look at no image, `(8,)`, short of certainty."""
     return np.clip(best_constants(truth), 1e-3, 1 - 1e-3)
+
+
+def base_rates(truth: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The best probabilities that look at no image, `(8,)`, short of certainty."""
+    return np.asarray(np.clip(truth.mean(axis=0), 1e-3, 1 - 1e-3))
 
 
 def calibrated_probabilities(platt: dict[str, Platt], logits: NDArray[np.float64]) -> NDArray[np.float64]:

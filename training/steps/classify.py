@@ -26,10 +26,10 @@ from model.networks import FractureNet
 from training import fractures
 from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
-from training.rsna import NUM_FOLDS, Cache, Study
+from training.rsna import NUM_FOLDS, Cache, Study, cut_settings
 from training.steps import regions as regions_step
 from training.steps.augment import MAX_SHIFT, Sample, augmented, mixed, plain
-from training.steps.fit import StepData, adamw, fit, load_weights
+from training.steps.fit import StepData, adamw, fit, load_weights, new_network
 from training.steps.run import Run, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
@@ -69,13 +69,14 @@ def classify(run: Run, plan: ClassifyPlan) -> dict[str, Any]:
     drawn = ("regions",) if plan.start == "regions" else ()
     if plan.start == "regions":
         regions_step.require_same(run.work, run.fold, cut=plan.cut, encoder=plan.encoder)
+    cache = Cache.open(run.cache)
+    network = new_network(plan.new_network, run)
+    regions_step.check_slices(plan.cut, plan.encoder, cut_settings(cache, plan.cut).num_pixels, network.stride)
     folder = run.begin("classify", f"cut {plan.cut}", *drawn, **asdict(plan))
     if (folder / "result.json").exists():
         return read_result(run.work, "classify", run.fold)
-    cache = Cache.open(run.cache)
     seen = judged_vertebrae(cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold]), plan.cut)
     held_out = judged_vertebrae(cache.studies([run.fold]), plan.cut)
-    network = plan.new_network()
 
     # 1. What the region network has learned: bone with gaps in it, and where those gaps are.
     if plan.start == "regions":

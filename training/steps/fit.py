@@ -1,20 +1,29 @@
 """Lightning's Trainer as every step uses it: progress bar, curves, checkpoints, averaged weights, resuming.
 
-A run that was killed goes on from its last checkpoint when the same command is given again. Which samples are drawn and
-how they are changed depends on the seed and the epoch only, not on how many processes draw them.
+A run that was killed goes on from its last checkpoint when the same command is given again. First weights depend on the
+seed; which samples are drawn, how they are changed and what dropout hides on the seed and the step, not on how many
+processes draw them or on a kill.
 """
 
 import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar, WeightAveraging
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from safetensors.torch import load_file, save_file
@@ -23,12 +32,27 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.files import replacing_file
 from training.schedule import EMA_DECAY, WARM_UP_STEPS
-from training.steps.run import Run
+from training.steps.run import Run, StepError
+
+Network = TypeVar("Network", bound=nn.Module)
 
 WEIGHTS = "weights.safetensors"
 """A finished step's averaged weights, in its folder."""
 
 WEIGHT_DECAY, MAX_GRADIENT_NORM = 1e-2, 2.0
+
+
+def new_network(make: Callable[[], Network], run: Run) -> Network:
+    """An untrained network, the same each time for the same seed.
+
+    Raises:
+        StepError: it cannot be built: there is no such encoder, or it needs a package that is not installed.
+    """
+    lightning.seed_everything(run.seed, workers=True, verbose=False)
+    try:
+        return make()
+    except (ValueError, ModuleNotFoundError) as error:
+        raise StepError(str(error)) from error
 
 
 class Draws(Sampler[tuple[int, int]]):
@@ -96,6 +120,23 @@ class StepData(lightning.LightningDataModule):
         )
 
 
+class StepSeed(Callback):
+    """Seeds each step by itself: what dropout hides is the same whether the run was killed before it or not.
+
+    Not each epoch: loaders draw from the same source when they begin, which is at another time after a kill.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Another seed for each step and process."""
+        rng = np.random.default_rng([self.seed, trainer.global_step, trainer.global_rank])
+        torch.manual_seed(int(rng.integers(1 << 62)))
+
+
 def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, folder: Path) -> lightning.Trainer:
     """Trains `network`, which is `module.network`, and leaves its averaged weights in it and in the folder.
 
@@ -106,28 +147,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
     _quiet()
     lightning.seed_everything(run.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it, where bf16 or fp16 is not used
-    trainer = lightning.Trainer(
-        accelerator="auto",
-        devices=_devices(run.devices),
-        num_nodes=run.num_nodes,
-        strategy=run.strategy,
-        precision=_precision(run.precision),  # type: ignore[arg-type]
-        max_epochs=run.num_epochs,
-        default_root_dir=folder,
-        logger=TensorBoardLogger(folder, name="curves", version=""),
-        callbacks=[
-            # The latest one: what `save_last` keeps beside no other is written at the end of a run only.
-            ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-            WeightAveraging(avg_fn=_averaged),
-            LearningRateMonitor("step"),
-            TQDMProgressBar(refresh_rate=10),
-        ],
-        use_distributed_sampler=False,
-        gradient_clip_val=MAX_GRADIENT_NORM,
-        log_every_n_steps=25,
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-    )
+    trainer = _trainer(run, folder)
     last = folder / "last.ckpt"
     module.train()
     if last.exists():
@@ -171,6 +191,44 @@ def load_weights(network: nn.Module, folder: Path) -> nn.Module:
 def weights_digest(folder: Path) -> str:
     """Of a finished step's weights, in a few letters."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:12]
+
+
+def _trainer(run: Run, folder: Path) -> lightning.Trainer:
+    """Lightning's, with all that a step needs.
+
+    Raises:
+        StepError: there are no such devices here, or no such strategy or precision on them.
+    """
+    callbacks = [
+        # The latest one: what `save_last` keeps beside no other is written at the end of a run only.
+        ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+        WeightAveraging(avg_fn=_averaged),
+        StepSeed(run.seed),
+        LearningRateMonitor("step"),
+        TQDMProgressBar(refresh_rate=10),
+    ]
+    try:
+        return lightning.Trainer(
+            accelerator="auto",
+            devices=_devices(run.devices),
+            num_nodes=run.num_nodes,
+            strategy=run.strategy,
+            precision=_precision(run.precision),  # type: ignore[arg-type]
+            max_epochs=run.num_epochs,
+            default_root_dir=folder,
+            logger=TensorBoardLogger(folder, name="curves", version=""),
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            gradient_clip_val=MAX_GRADIENT_NORM,
+            log_every_n_steps=25,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise StepError(
+            f"Lightning cannot train with --devices {run.devices}, --num-nodes {run.num_nodes}, "
+            f"--strategy {run.strategy} and --precision {run.precision} here: {error}"
+        ) from error
 
 
 def _averaged(kept: Tensor, new: Tensor, num_averaged: Tensor | int) -> Tensor:

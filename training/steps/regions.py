@@ -28,7 +28,7 @@ from training.calibration import fit_platt
 from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, cut_settings
-from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, save_weights
+from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, new_network, save_weights
 from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
@@ -54,7 +54,7 @@ class RegionsPlan:
 def regions(run: Run, plan: RegionsPlan) -> dict[str, Any]:
     """Trains one fold's network; what it measured, beside constants."""
     cache = Cache.open(run.cache)
-    network = RegionUNet(plan.encoder)
+    network = new_network(lambda: RegionUNet(plan.encoder), run)
     check_sides(plan, cut_settings(cache, plan.cut).num_pixels, network.unet.stride)
     folder = run.begin("regions", f"cut {plan.cut}", **asdict(plan))
     if (folder / "result.json").exists():
@@ -103,11 +103,7 @@ def check_sides(plan: RegionsPlan, num_pixels: int, stride: int) -> None:
     Raises:
         StepError: what does not fit, and what does.
     """
-    if num_pixels % stride:
-        raise StepError(
-            f"Slices of the cut {plan.cut!r} have {num_pixels} pixels; {plan.encoder} needs a multiple of {stride}. "
-            "Cut with other --pixels, or give another --encoder."
-        )
+    check_slices(plan.cut, plan.encoder, num_pixels, stride)
     side = plan.patch + 2 * fractures.PATCH_MARGIN
     most = (num_pixels - 2 * fractures.PATCH_MARGIN) // stride * stride
     if side > num_pixels:
@@ -117,6 +113,19 @@ def check_sides(plan: RegionsPlan, num_pixels: int, stride: int) -> None:
         )
     if plan.patch < 1 or plan.patch % stride:
         raise StepError(f"--patch is {plan.patch}; {plan.encoder} needs a multiple of {stride}, here at most {most}.")
+
+
+def check_slices(cut: str, encoder: str, num_pixels: int, stride: int) -> None:
+    """Refuses slices of a cut that an encoder of this name cannot read, see `check_sides`.
+
+    Raises:
+        StepError: they do not fit.
+    """
+    if num_pixels % stride:
+        raise StepError(
+            f"Slices of the cut {cut!r} have {num_pixels} pixels; {encoder} needs a multiple of {stride}. "
+            "Cut with other --pixels, or give another --encoder."
+        )
 
 
 def require_same(work: Path, fold: int, **options: str) -> None:

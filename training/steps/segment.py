@@ -30,7 +30,7 @@ from training import vertebrae
 from training.evaluation.masks import dice
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
-from training.steps.fit import StepData, adamw, fit, load_weights, weights_digest
+from training.steps.fit import StepData, adamw, fit, load_weights, new_network, weights_digest
 from training.steps.pseudo_labels import VertebraNetwork, predicted_labels, pseudo_label
 from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, read_result, rounded
 from training.steps.slices import draw_slice
@@ -76,6 +76,8 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
     cache = Cache.open(run.cache)
     if plan.network == "unet2d":  # it reads the slices of the cache
         plan = replace(plan, spacing_mm=cache.spacing_mm)
+    network = new_network(plan.new_network, run)
+    check_pixels(network, plan)
     folder = run.begin("segment", **asdict(plan))
     if (folder / "result.json").exists():
         return read_result(run.work, "segment", run.fold)
@@ -89,7 +91,6 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
         )
 
     # 1. From the masks.
-    network = plan.new_network()
     watch = samples([(study, "truth") for study in held_out] * WATCHED_SAMPLES, plan, run.work)
     trainer = train(network, run, plan, folder, learned, watch)
 
@@ -122,6 +123,16 @@ def segment(run: Run, plan: SegmentPlan, *, label_all: bool) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_json(folder / "result.json", result)
     return result
+
+
+def check_pixels(network: VertebraNetwork, plan: SegmentPlan) -> None:
+    """Refuses samples that the 2.5D U-Net cannot read.
+
+    Raises:
+        StepError: which do not fit, and what does.
+    """
+    if isinstance(network, SliceVertebraUNet) and (plan.num_pixels < 1 or plan.num_pixels % network.stride):
+        raise StepError(f"--pixels is {plan.num_pixels}; {plan.encoder} needs a multiple of {network.stride}.")
 
 
 def label_set(work: Path) -> str:
@@ -218,7 +229,9 @@ class CropSet(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, drawn: tuple[int, int] | int) -> tuple[Tensor, Tensor, Tensor]:
         index, seed = drawn if isinstance(drawn, tuple) else (drawn, drawn)
-        hu, share, level = vertebrae.draw_crop(self.paths[index], np.random.default_rng(seed), self.crop)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # the noise of `draw_crop`
+            hu, share, level = vertebrae.draw_crop(self.paths[index], np.random.default_rng(seed), self.crop)
         return network_input(hu), share, level
 
 

@@ -23,7 +23,7 @@ from training.evaluation.loss import best_constants, weights
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.classify import read_answers
-from training.steps.fit import StepData, adamw, fit, load_weights
+from training.steps.fit import StepData, adamw, fit, load_weights, new_network
 from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 
 CONTEXT_NOISE, DROPPED_LEVELS = 0.1, 0.1
@@ -58,7 +58,7 @@ def study(run: Run, plan: StudyPlan) -> dict[str, Any]:
     others = cache.studies([fold for fold in range(NUM_FOLDS) if fold != run.fold])
     held_out = cache.studies([run.fold])
     train, watch = StudySet(others, answers, augment=True), StudySet(held_out, answers, augment=False)
-    network = StudyNet(train.num_features, plan.num_hidden)
+    network = new_network(lambda: StudyNet(train.num_features, plan.num_hidden), run)
     untrained = all_logits(network, watch)
     trainer = fit(
         StudyTraining(network, run.learning_rate), network, StepData(run, train, [1.0] * len(train), watch), folder
