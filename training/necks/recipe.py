@@ -225,6 +225,7 @@ def train_necks_bundle(data: Path, out: Path, work: Path, plan: Plan) -> Bundle:
 
     data: holds `atlas/HN-Atlas-labels.nrrd` and `openkbp/`. work: folder for what is drawn; a later run uses it again.
     """
+    torch.manual_seed(0)  # of the first weights; each training has its own seed
     unet, refiner = train_vertebrae(data, work, plan)
     find = _finder(unet, refiner)
     training, _ = held_out_patients(data / "openkbp")
