@@ -390,7 +390,10 @@ def _numbers(text: str) -> list[int]:
     fields = text.split(",")
     if not all(field.isascii() and field.isdecimal() and len(field) < 7 for field in fields):
         raise QueryError("frames are named by their numbers, from 1, such as 1,2,5")
-    return [int(field) for field in fields]
+    numbers = [int(field) for field in fields]
+    if len(set(numbers)) < len(numbers):  # a frame is held in memory as often as it is named
+        raise QueryError("a frame is named twice; each is given once")
+    return numbers
 
 
 # ---- STOW-RS, and what administrators may remove ----
