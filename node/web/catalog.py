@@ -158,8 +158,9 @@ class Catalog:
     def _files_of(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Files of a case with the headers that the index keeps of received ones."""
         files = {str(path): headers for path, headers in self._index.instance_headers(case.series_instance_uid).items()}
-        if case.result_dir is not None and case.results_purged_at is None:
-            files |= {str(path): [] for path in case.result_dir.glob("*.dcm")}
+        results = case.valid_result_dir
+        if results is not None and case.results_purged_at is None:
+            files |= {str(path): [] for path in results.glob("*.dcm")}
         return files
 
     def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]], case: Case | None) -> None:
