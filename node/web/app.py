@@ -419,7 +419,6 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
                 stored,
                 study_instance_uid=study,
                 max_bytes=config.max_body_mb << 20,
-                timeout_s=config.body_timeout_s,
             )
             is_whole = True
         except tuple(_STATUSES) as error:
