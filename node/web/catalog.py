@@ -50,7 +50,7 @@ from node.web.attributes import attribute_json, completed
 from node.web.levels import IN_REQUEST, Level
 from node.web.matching import Condition, QueryError
 
-_VERSION = 6  # of the tables below; a file of another version is made anew
+_VERSION = 7  # of the tables below; a file of another version is made anew
 
 
 _metadata = MetaData()
