@@ -459,10 +459,9 @@ def test_a_pause_that_is_asked_for_at_a_new_instance_is_kept_and_its_series_not_
         assert ("answered 429" in known.error, known.paused_until is not None) == (True, True)
         assert orthanc.asked.count(address) == 1
         orthanc.paused.clear()
-        ahead.ahead_s += 60
-        watch_orthanc(orthanc.url).look()
-        ahead.ahead_s += 120
-        watch_orthanc(orthanc.url).look()
+        for wait_s in (60, 120):
+            ahead.ahead_s += wait_s
+            watch_orthanc(orthanc.url).look()
     assert held(index) == {series_of(paths): 8}
 
 
