@@ -93,8 +93,9 @@ class Case:
     completeness is judged next.
 
     attributes: what counts for the whole Series, by keyword, as its first Instance had it. result_dir: folder of the
-    latest results, None before there are any. summary: what they say, in a few words. won_s: seconds won against the
-    quiet time when the Series was found whole, None before. num_reopened: how often an Instance came after that.
+    latest results, None before there are any. summary: what they say, in a few words. is_outdated: the case was refused
+    or skipped since they were made. won_s: seconds won against the quiet time when the Series was found whole, None
+    before. num_reopened: how often an Instance came after that.
     num_at_source: Instances that its source said it holds when it was taken as whole; None if it did not say.
     num_conflicts: how often an Instance was refused since one with its UID is here, of this Series, and not the same;
     last_conflict_at, last_conflict_from: when last, and from which calling AE title, None if never.
@@ -119,6 +120,7 @@ class Case:
     next_check_at: float
     result_dir: Path | None
     summary: str
+    is_outdated: bool
     won_s: float | None
     num_reopened: int
     num_at_source: int | None
@@ -128,6 +130,11 @@ class Case:
     is_asked_for: bool
     originals_purged_at: float | None
     results_purged_at: float | None
+
+    @property
+    def valid_result_dir(self) -> Path | None:
+        """Folder of results that may be shown: none that are outdated, which only a later report still refers to."""
+        return None if self.is_outdated else self.result_dir
 
     @property
     def conflicts(self) -> str:

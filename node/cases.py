@@ -40,7 +40,8 @@ def print_table(cases: Sequence[Case], priority_of: Callable[[Case], Priority]) 
         start = widths[0] + 2
         line.stylize(_COLOURS.get(case.state, "cyan"), start, start + len(case.state))
         console.print(line, overflow="fold")
-        details = case.series_instance_uid, case.summary, case.reason, _tries(case), case.conflicts, _purged(case)
+        summary = "" if case.is_outdated else case.summary
+        details = case.series_instance_uid, summary, case.reason, _tries(case), case.conflicts, _purged(case)
         for detail in filter(None, details):
             console.print(Padding(Text(detail, overflow="fold"), below, expand=False))
 

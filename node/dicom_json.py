@@ -13,7 +13,7 @@ def datasets_in(content: bytes) -> list[dict[str, Any]]:
     """The datasets of an answer; none where it is anything else. A name that is not in UTF-8 counts as odd."""
     try:
         found = json.loads(content.decode(json.detect_encoding(content), "replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     listed = found if isinstance(found, list) else [found]
     return [item for item in listed if isinstance(item, dict)]

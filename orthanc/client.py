@@ -239,7 +239,7 @@ def _reading() -> Iterator[None]:
     """While an answer is read, whose shape is not certain."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise OrthancError("does not answer like an Orthanc; check url", status=200) from error
 
 

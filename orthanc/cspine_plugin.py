@@ -44,7 +44,7 @@ SEND_ERRORS = (
 
 SETTINGS = json.loads(orthanc.GetConfiguration()).get("CSpine", {})
 to_send = queue.Queue()  # Series, with the attempts made
-ended = queue.Queue()  # jobs
+ended = queue.Queue()  # jobs, and whether each did what it was to
 noted = {"since": None, "stable": None, "series": []}  # as in the database: see note and go_on
 noting = threading.Lock()
 
@@ -70,7 +70,7 @@ def on_change(change, _level, resource_id):
         note([resource_id], stable=resource_id)
         to_send.put((resource_id, 0))  # in the background: it must not hold up Orthanc
     elif change in (orthanc.ChangeType.JOB_SUCCESS, orthanc.ChangeType.JOB_FAILURE) and not SETTINGS.get("StowUrl"):
-        ended.put(resource_id)
+        ended.put((resource_id, change == orthanc.ChangeType.JOB_SUCCESS))
 
 
 def go_on():
@@ -112,11 +112,13 @@ def c_store(instances):
     # Not a synchronous one: no other Python would run in this Orthanc meanwhile.
     job = {"Resources": instances, "Synchronous": False}
     job_id = json.loads(orthanc.RestApiPost(f"/modalities/{NODE}/store", json.dumps(job)))["ID"]
-    while ended.get() != job_id:
+    while (job := ended.get())[0] != job_id:
         pass
-    job = get(f"/jobs/{job_id}")
-    if job["State"] != "Success" and job["ErrorCode"] != CANCELED:
-        raise OSError(job["ErrorDescription"])
+    if job[1]:  # an Orthanc with "JobsHistorySize": 0 does not know it any more
+        return
+    failed = get(f"/jobs/{job_id}")
+    if failed["ErrorCode"] != CANCELED:
+        raise OSError(failed["ErrorDescription"])
 
 
 def stow(instances):

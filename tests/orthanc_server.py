@@ -63,6 +63,7 @@ class OrthancServer:
     http_port: if it is to be the one from before, with what is in `folder`. password: of the user `cspine`, if it asks.
     is_archive: it gives out what it is asked for by C-GET and C-MOVE, and sends nothing by itself.
     routes_by: what sends to the node: "lua", "python" (the plugin, with `plugin_settings`) or "" for nothing.
+    settings: more of Orthanc's own.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class OrthancServer:
         routes_by: str = "lua",
         plugin_settings: dict[str, str] | None = None,
         stable_age_s: int = STABLE_AGE_S,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         executable = find_orthanc()
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,7 @@ class OrthancServer:
         if is_archive:
             config["LuaScripts"] = []
             config["DicomModalities"]["cspine"] |= {"AllowGet": True, "AllowMove": True}
+        config |= settings or {}
         config_path = folder / "orthanc.json"
         config_path.write_text(json.dumps(config), encoding="utf-8")
         self._log_path = folder / "orthanc.log"

@@ -16,25 +16,30 @@ from pydicom import dcmread
 class OrthancStandIn:
     """With Series by name. faults: statuses of files of a Series; 0 cuts them, 429 asks for a pause of 30 s.
 
-    changes: the Series that became stable, in order.
+    changes: the Series that became stable, and Instances that came, in order. paused: addresses at which it asks for
+    that pause, too.
     """
 
     series: dict[str, list[Path]]
     changes: list[str] = field(default_factory=list)
     faults: dict[str, int | Literal["odd"]] = field(default_factory=dict)
+    paused: set[str] = field(default_factory=set)
     asked: list[str] = field(default_factory=list)
     url: str = ""
 
     def answer(self, path: str) -> tuple[int, Any]:
         """Status and body: of a file bytes, else what becomes JSON."""
         self.asked.append(path)
+        if path in self.paused:
+            return 429, {}
         kind, _, rest = path.removeprefix("/").partition("/")
         if path == "/changes?last":
             return 200, {"Changes": [], "Last": len(self.changes)}
         if path.startswith("/changes?since="):
             since = int(path.removeprefix("/changes?since=").partition("&")[0])
             numbered = list(enumerate(self.changes, start=1))[since:]
-            found = [{"Seq": number, "ID": name, "ChangeType": "StableSeries"} for number, name in numbered]
+            kinds = {True: "NewInstance", False: "StableSeries"}
+            found = [{"Seq": number, "ID": name, "ChangeType": kinds["." in name]} for number, name in numbered]
             return 200, {"Changes": found, "Last": len(self.changes), "Done": True}
         name, number = rest.split("/")[0].partition(".")[::2]
         if kind == "series" and rest.endswith("/instances?expand"):
@@ -51,6 +56,8 @@ class OrthancStandIn:
             }
         if rest.endswith("/simplified-tags"):
             return 200, {"Modality": "CT", "ImageType": "ORIGINAL\\PRIMARY\\AXIAL"}
+        if not rest.endswith("/file"):
+            return 200, {"ParentSeries": name}
         return int(self.faults.get(name, 200)), self.series[name][int(number)].read_bytes()
 
     @contextmanager

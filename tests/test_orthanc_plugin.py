@@ -51,6 +51,29 @@ def test_the_ct_instances_of_stable_series_are_sent_by_c_store(
         orthanc.stop()
 
 
+def test_what_went_by_c_store_goes_once_also_from_an_orthanc_that_forgets_its_jobs(
+    make_config: Callable[..., Config], index: Index, tmp_path: Path
+) -> None:
+    config = make_config()
+    orthanc = OrthancServer(
+        tmp_path / "orthanc",
+        port=free_port(),
+        node_port=config.receive.port,
+        routes_by="python",
+        settings={"JobsHistorySize": 0},
+    )
+    try:
+        with listening(config, index):
+            for name in ("a", "b"):
+                make_ct_series(tmp_path / name, num_slices=3)
+                orthanc.upload(tmp_path / name)
+            wait_until(lambda: [case.num_instances for case in index.cases()] == [3, 3], "both came", orthanc.log)
+            time.sleep(STABLE_AGE_S)
+        assert "NOT SENT" not in orthanc.log()
+    finally:
+        orthanc.stop()
+
+
 def test_what_could_not_be_sent_by_stow_is_sent_when_it_can(
     make_config: Callable[..., Config], index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

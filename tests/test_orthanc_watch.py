@@ -271,8 +271,9 @@ def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
     assert "failing" in cspine("sources", "--config", config).output
 
 
+@pytest.mark.parametrize("content", [b"{}", b"[" * 200_000])
 def test_a_token_is_shown_and_what_is_no_orthanc_is_told(
-    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch
+    watch: Watch, index: Index, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
     shown: list[str | None] = []
 
@@ -281,7 +282,7 @@ def test_a_token_is_shown_and_what_is_no_orthanc_is_told(
             shown.append(self.headers["Authorization"])
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(b"{}")
+            self.wfile.write(content)
 
         def log_message(self, *_: object) -> None:
             """Says nothing."""

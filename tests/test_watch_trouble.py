@@ -446,6 +446,25 @@ def test_a_pause_that_a_proxy_before_orthanc_asks_for_is_kept_and_the_series_the
     assert index.troubled_series("orthanc") == {}
 
 
+@pytest.mark.parametrize("address", ["/instances/one.0", "/series/one"])
+def test_a_pause_that_is_asked_for_at_a_new_instance_is_kept_and_its_series_not_forgotten(
+    watch_orthanc: Callable[[str], OrthancWatch], index: Index, ahead: Clock, tmp_path: Path, address: str
+) -> None:
+    """Orthanc is restarted meanwhile, so it never says that the Series is stable."""
+    paths = make_ct_series(tmp_path / "ct")
+    orthanc = OrthancStandIn({"one": paths}, changes=[f"one.{number}" for number in range(8)], paused={address})
+    with orthanc.serving():
+        watch_orthanc(orthanc.url).look()
+        known = index.watched_source("orthanc")
+        assert ("answered 429" in known.error, known.paused_until is not None) == (True, True)
+        assert orthanc.asked.count(address) == 1
+        orthanc.paused.clear()
+        for wait_s in (60, 120):
+            ahead.ahead_s += wait_s
+            watch_orthanc(orthanc.url).look()
+    assert held(index) == {series_of(paths): 8}
+
+
 def test_a_file_that_breaks_off_once_is_fetched_some_seconds_later(
     watch_orthanc: Callable[[str], OrthancWatch],
     index: Index,

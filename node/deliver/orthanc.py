@@ -113,7 +113,7 @@ def _object(response: Response) -> dict[str, Any]:
 def _json(response: Response) -> Any:
     try:
         return json.loads(response.content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _no_orthanc(response) from error
 
 

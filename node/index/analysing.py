@@ -79,6 +79,7 @@ class Analysing(Operating):
                     result_dir=relative,
                     results_purged_at=None,
                     summary=summary,
+                    is_outdated=0,
                     changed_at=now,
                 )
             ).rowcount

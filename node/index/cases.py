@@ -40,7 +40,7 @@ class Cases(Database):
     def _to_case(self, row: RowMapping) -> Case:
         values = {name: row[name] for name in Case.__dataclass_fields__}
         values["state"] = CaseState(row["state"])
-        values["is_asked_for"] = bool(row["is_asked_for"])
+        values |= {name: bool(row[name]) for name in ("is_asked_for", "is_outdated")}
         values["result_dir"] = self.data_dir / row["result_dir"] if row["result_dir"] else None
         return Case(**values)
 

@@ -110,7 +110,7 @@ class Completing(Cases):
         return self._move(case, CaseState.QUEUED, queued_at=self.now(), won_s=won_s, num_at_source=num_at_source)
 
     def refuse(self, case: Case, reason: str) -> bool:
-        """The Series cannot be analysed; results of fewer Instances that are still on their way go out no more."""
+        """The Series cannot be analysed; results of fewer Instances go out no more, and are shown no more."""
         return self._end(case, CaseState.REFUSED, reason)
 
     def skip(self, case: Case, reason: str, *, skipped_for: str | None = None) -> bool:
@@ -121,7 +121,7 @@ class Completing(Cases):
     def _end(self, case: Case, state: CaseState, reason: str, **values: Any) -> bool:
         now = self.now()
         with self._writing() as connection:
-            moved = moved_to(case, state).values(reason=reason, changed_at=now, **values)
+            moved = moved_to(case, state).values(reason=reason, changed_at=now, is_outdated=1, **values)
             if not connection.execute(moved).rowcount:
                 return False
             supersede_deliveries(connection, case.case_id, now)

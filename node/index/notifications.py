@@ -53,8 +53,9 @@ class Notifications(Cases):
     def _events(self, case: Case, target: str) -> list[dict[str, Any]]:
         """What the case says has become of it; results stay told of when their delivery fails."""
         told = []
-        if case.state in (CaseState.DELIVERING, CaseState.DONE, CaseState.FAILED) and case.result_dir is not None:
-            told.append((About.ANALYSED, str(case.result_dir.relative_to(self.data_dir)), case.summary))
+        results = case.valid_result_dir
+        if case.state in (CaseState.DELIVERING, CaseState.DONE, CaseState.FAILED) and results is not None:
+            told.append((About.ANALYSED, str(results.relative_to(self.data_dir)), case.summary))
         if case.state is CaseState.REFUSED:
             told.append((About.NOT_ANALYSED, case.reason, case.reason))
         if case.state is CaseState.FAILED:

@@ -68,6 +68,11 @@ STEPS = (
         "ALTER TABLE cases ADD COLUMN last_conflict_at FLOAT",
         "ALTER TABLE cases ADD COLUMN last_conflict_from VARCHAR(16)",
     ),
+    # 18: results that a case has of before it was refused or skipped after all are shown to nobody.
+    (
+        "ALTER TABLE cases ADD COLUMN is_outdated INTEGER DEFAULT '0' NOT NULL",
+        "UPDATE cases SET is_outdated = 1 WHERE state = 'skipped'",
+    ),
 )
 """Step n takes a database of version n - 1 to version n. A step that was released never changes."""
 

@@ -36,6 +36,7 @@ cases = Table(
     Column("changed_at", Float, nullable=False),
     Column("result_dir", String),  # relative to the data folder
     Column("summary", String, nullable=False, default=""),
+    Column("is_outdated", Integer, nullable=False, server_default="0"),  # 1 once the case ended otherwise than they say
     Column("won_s", Float),  # against the quiet time, when it was found whole
     Column("num_reopened", Integer, nullable=False, server_default="0"),
     Column("num_at_source", Integer),  # Instances that its source said it holds, when it was taken as whole

@@ -74,7 +74,7 @@ def _acknowledgement(answer: bytes) -> str:
 
     Of any version, and with any end of line: an acknowledgement that is not understood has the message sent again.
     """
-    segments = answer.strip(_START + _END).decode("utf-8", "replace").splitlines()
+    segments = answer.strip(_START + _END + b"\n").decode("utf-8", "replace").splitlines()
     if not segments or not segments[0].startswith("MSH") or len(segments[0]) < 4:
         return ""
     separator = segments[0][3]

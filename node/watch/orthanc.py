@@ -71,7 +71,11 @@ class OrthancWatch(Watch):
                 self._take(orthanc, series_id, position, was_troubled=True)
 
     def _pending(self, orthanc: Orthanc, instance_ids: Iterable[str]) -> set[str]:
-        """The CT Series of these Instances."""
+        """The CT Series of these Instances.
+
+        Raises:
+            OrthancError: it does not answer at all, or asks for a pause.
+        """
         known, found = set[str](), set[str]()
         for instance_id in instance_ids:
             if instance_id in known:
@@ -82,6 +86,8 @@ class OrthancWatch(Watch):
             except GoneError:
                 continue
             except OrthancError as error:
+                if busy_error("", error.status, error.retry_after):  # the position stays, so all are asked about again
+                    raise
                 orthanc.last_change()  # raises if it does not answer at all: then it is not about this Instance
                 log.warning("action=series-not-told source=%r instance=%s: %s", self.name, instance_id, error)
                 continue

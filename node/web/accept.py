@@ -69,14 +69,12 @@ def choose(accept: str, offers: Sequence[Offer], *, default_syntax: str = "") ->
     default_syntax: what a client gets that names no transfer syntax, if it can be had.
     """
     ranges = [_parse(text) for text in _split(accept or "*/*")]
-    best: Choice | None = None
-    best_quality = 0.0
-    for asked in ranges:
-        for choice in asked.choices(offers, default_syntax):
-            _, quality = max((one.precision, one.quality) for one in ranges if one.covers(choice))
-            if quality > best_quality:
-                best, best_quality = choice, quality
-    return best
+    choices = dict.fromkeys(choice for asked in ranges for choice in asked.choices(offers, default_syntax))
+    qualities = {
+        choice: max((one.precision, one.quality) for one in ranges if one.covers(choice))[1] for choice in choices
+    }
+    best = max(choices, key=qualities.__getitem__, default=None)  # the first of those that are as good
+    return best if best is not None and qualities[best] > 0 else None
 
 
 def _is_a(asked: str, given: str) -> bool:

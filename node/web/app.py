@@ -390,7 +390,10 @@ def _numbers(text: str) -> list[int]:
     fields = text.split(",")
     if not all(field.isascii() and field.isdecimal() and len(field) < 7 for field in fields):
         raise QueryError("frames are named by their numbers, from 1, such as 1,2,5")
-    return [int(field) for field in fields]
+    numbers = [int(field) for field in fields]
+    if len(set(numbers)) < len(numbers):  # a frame is held in memory as often as it is named
+        raise QueryError("a frame is named twice; each is given once")
+    return numbers
 
 
 # ---- STOW-RS, and what administrators may remove ----
@@ -416,7 +419,6 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
                 stored,
                 study_instance_uid=study,
                 max_bytes=config.max_body_mb << 20,
-                timeout_s=config.body_timeout_s,
             )
             is_whole = True
         except tuple(_STATUSES) as error:

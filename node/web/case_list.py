@@ -74,7 +74,7 @@ def make_router(index: Index, catalog: Catalog) -> APIRouter:
         catalog.refresh()
         found = index.cases(_NUM_ON_PAGE + 1, offset=(page - 1) * _NUM_ON_PAGE)
         cases, is_more = found[:_NUM_ON_PAGE], len(found) > _NUM_ON_PAGE
-        findings = {case.case_id: read for case in cases if (read := _findings(case.result_dir)) is not None}
+        findings = {case.case_id: read for case in cases if (read := _findings(case.valid_result_dir)) is not None}
         html = _render(cases, findings, _segmentations(catalog, cases), page, is_more=is_more)
         headers = {"Content-Security-Policy": _POLICY, "Referrer-Policy": "no-referrer"}
         return Response(html, media_type="text/html; charset=utf-8", headers=headers)

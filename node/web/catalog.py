@@ -40,6 +40,7 @@ from sqlalchemy import (
     literal,
     select,
 )
+from sqlalchemy.exc import OperationalError
 
 from model import PARSE_ERRORS
 from node.case import Case
@@ -47,9 +48,9 @@ from node.index import Index
 from node.person_name import shortest_name
 from node.web.attributes import attribute_json, completed
 from node.web.levels import IN_REQUEST, Level
-from node.web.matching import Condition
+from node.web.matching import Condition, QueryError
 
-_VERSION = 6  # of the tables below; a file of another version is made anew
+_VERSION = 7  # of the tables below; a file of another version is made anew
 
 
 _metadata = MetaData()
@@ -157,8 +158,9 @@ class Catalog:
     def _files_of(self, case: Case) -> dict[str, list[dict[str, Any]]]:
         """Files of a case with the headers that the index keeps of received ones."""
         files = {str(path): headers for path, headers in self._index.instance_headers(case.series_instance_uid).items()}
-        if case.result_dir is not None and case.results_purged_at is None:
-            files |= {str(path): [] for path in case.result_dir.glob("*.dcm")}
+        results = case.valid_result_dir
+        if results is not None and case.results_purged_at is None:
+            files |= {str(path): [] for path in results.glob("*.dcm")}
         return files
 
     def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]], case: Case | None) -> None:
@@ -191,7 +193,7 @@ class Catalog:
 
     def find(self, level: Level, conditions: Sequence[Condition], *, limit: int, offset: int) -> list[dict[str, Any]]:
         """DICOM JSON of what matches, in a stable order, without URLs."""
-        with self._engine.connect() as connection:
+        with _asking(self._engine) as connection:
             rows = connection.execute(self._matching(level, conditions).limit(limit).offset(offset)).mappings().all()
             answers = [_merged(row) for row in rows]
             _count(connection, level, answers)
@@ -200,7 +202,7 @@ class Catalog:
     def num_matches(self, level: Level, conditions: Sequence[Condition]) -> int:
         """How many there are of what `find` finds."""
         matching = self._matching(level, conditions).order_by(None).subquery()
-        with self._engine.connect() as connection:
+        with _asking(self._engine) as connection:
             return connection.execute(select(func.count()).select_from(matching)).scalar_one()
 
     def _matching(self, level: Level, conditions: Sequence[Condition]) -> Select[Any]:
@@ -254,7 +256,7 @@ class Catalog:
             .order_by(_series.c.SeriesInstanceUID, _instances.c.order, _instances.c.SOPInstanceUID)
             .limit(limit)
         )
-        with self._engine.connect() as connection:
+        with _asking(self._engine) as connection:
             return [
                 StoredInstance(
                     case_series=row["case_series"],
@@ -263,11 +265,27 @@ class Catalog:
                     sop_instance_uid=row["SOPInstanceUID"],
                     sop_class_uid=row["SOPClassUID"],
                     transfer_syntax_uid=row["transfer_syntax"],
-                    num_frames=int(row["NumberOfFrames"] or 1),
+                    num_frames=max(1, _whole(row["NumberOfFrames"])),
                     path=Path(row["path"]),
                 )
                 for row in connection.execute(query).mappings()
             ]
+
+
+@contextmanager
+def _asking(engine: Engine) -> Iterator[Connection]:
+    """A connection for a query from outside.
+
+    Raises:
+        QueryError: SQLite cannot take what it asks for: a thousand patterns at a time, or one of 50,000 characters.
+    """
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except OperationalError as error:
+        if any(limit in str(error.orig) for limit in ("too large", "too complex", "too many")):
+            raise QueryError("more values, or a longer one, than can be matched at a time; ask for less") from error
+        raise
 
 
 def _open(path: Path) -> Engine:

@@ -14,6 +14,7 @@ import os
 import socket
 from asyncio import AbstractEventLoop, Event, sleep, timeout, to_thread
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from io import FileIO
 
@@ -69,8 +70,12 @@ async def _send_pieces(loop: AbstractEventLoop, cycle: RequestResponseCycle, pie
 
 async def _send(loop: AbstractEventLoop, cycle: RequestResponseCycle, pieces: Pieces) -> None:
     transport = cycle.transport
-    while transport.get_write_buffer_size() and not transport.is_closing():  # what was written before goes out first
-        await sleep(0.01)
+    with suppress(TimeoutError):
+        async with timeout(READ_TIMEOUT_S):  # too little is left for the protocol to be told that nobody reads
+            while transport.get_write_buffer_size() and not transport.is_closing():  # that goes out first
+                await sleep(0.01)
+    if transport.get_write_buffer_size():
+        transport.abort()
     if transport.is_closing():
         await sleep(0)  # then uvicorn knows, and takes no more
         return

@@ -114,7 +114,6 @@ async def store_parts(
     *,
     study_instance_uid: str,
     max_bytes: int,
-    timeout_s: float,
 ) -> None:
     """Stores what arrives; returns when the body has ended and everything that is taken is durable.
 
@@ -124,13 +123,13 @@ async def store_parts(
     Raises:
         MultipartError: the body is broken. What was complete before is stored.
         TooLargeError: it is too large; likewise.
-        TimeoutError: it stopped arriving; likewise.
+        Exception: what `body` raises; likewise.
     """
     pending: set[asyncio.Task[None]] = set()
     part: IncomingFile | None = None
     num_bytes = 0
     try:
-        while chunk := await _next(body, timeout_s):
+        async for chunk in body:
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise TooLargeError(f"a request may have {max_bytes >> 20} MB (web.max_body_mb)")
@@ -156,12 +155,6 @@ async def store_parts(
             part.abandon()
         if pending:
             await asyncio.wait(pending)
-
-
-async def _next(body: AsyncIterator[bytes], timeout_s: float) -> bytes:
-    """The next piece, b"" at the end. Without the task that `wait_for` would make for each."""
-    async with asyncio.timeout(timeout_s):
-        return await anext(body, b"")
 
 
 async def _finish(part: IncomingFile, stored: Stored) -> None:

@@ -263,6 +263,17 @@ def test_what_was_won_against_the_quiet_time_is_told_of_each_case_and_in_total(c
     assert totals == {"num_cases": 2, "won_s": 48.5, "num_reopened": 0}
 
 
+def test_what_outdated_results_said_is_not_told_beside_the_refusal(cspine: Cspine, index: Index) -> None:
+    case = analysing(index, "1.1")
+    results = index.data_dir / "cases" / "1.1" / "results"
+    assert index.finish(case, results, summary="fracture at C5", sop_instance_uids=(), destinations=())
+    assert "fracture at C5" in cspine("cases").stdout
+    assert index.retry(the_case(index, "1.1"))  # under rules that have changed, say
+    assert index.refuse(the_case(index, "1.1"), "gaps")
+    told = cspine("cases").stdout
+    assert ("gaps" in told, "fracture" in told) == (True, False)
+
+
 def test_refused_conflicts_are_told_of_their_series(cspine: Cspine, index: Index) -> None:
     receive(index, "1.1")
     receive(index, "1.2")

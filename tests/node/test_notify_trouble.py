@@ -155,8 +155,16 @@ def answering() -> Iterator[Callable[[bytes], int]]:
         b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\nMSA|AA|1\n\x1c\r",
         b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\r\nMSA|AA|1\r\n\x1c\r\n",
         b"\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\rMSA|AA|1\r\x1c",
+        b"\r\n\x0bMSH|^~\\&|RIS||CSPINE||20261125||ACK|1|P|2.5.1\rMSA|AA|1\r\x1c\r",
     ],
-    ids=["another version", "no version", "line feeds", "a line feed at the end", "nothing at the end"],
+    ids=[
+        "another version",
+        "no version",
+        "line feeds",
+        "a line feed at the end",
+        "nothing at the end",
+        "a line before",
+    ],
 )
 def test_an_acknowledgement_in_another_form_is_one(answering: Callable[[bytes], int], answer: bytes) -> None:
     target = Hl7Target(type="hl7", name="h", host="127.0.0.1", port=answering(answer), timeout_s=WAIT_S)

@@ -403,6 +403,8 @@ def test_thumbnails_are_small(web: WebServer, paths: list[Path]) -> None:
         ("{instance}/frames/0", 404),
         ("{instance}/frames/one", 400),
         ("{instance}/frames/99999999999", 400),
+        ("{instance}/frames/1,1", 400),
+        ("{instance}/frames/1,01/rendered", 400),
         ("{instance}/bulkdata/00100010", 404),
         ("{instance}/bulkdata/..%2f..", 404),
         ("{instance}/rendered?window=1", 400),

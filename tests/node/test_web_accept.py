@@ -2,6 +2,7 @@
 
 import pytest
 
+from node.web import accept as accepting
 from node.web.accept import Choice, Offer, choose
 
 JPEG, PNG = Offer(media_type="image/jpeg"), Offer(media_type="image/png")
@@ -53,3 +54,17 @@ def test_the_most_precise_range_decides(accept: str, expected: Offer | None) -> 
 )
 def test_transfer_syntaxes_are_part_of_a_range(accept: str, expected: Choice | None) -> None:
     assert choose(accept, [DICOM, OCTETS], default_syntax="1.2.1") == expected
+
+
+def test_a_form_is_judged_once_however_often_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    covers = accepting._Range.covers
+
+    def count(asked: accepting._Range, choice: Choice) -> bool:
+        judged.append(choice)
+        return covers(asked, choice)
+
+    monkeypatch.setattr(accepting._Range, "covers", count)
+    num = 400  # an address of 64 KB has room for 16,000
+    assert choose(",".join(["*/*"] * num), [JPEG, PNG]) == Choice(JPEG, "")
+    assert len(judged) <= 4 * num

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -139,6 +140,41 @@ def test_cases_are_listed_the_newest_first_with_what_was_found(
     assert "Model phantom 1.2: phantoms &lt;only&gt;, never a patient" in text
     assert "Research software, not a medical device." in text
     assert not {"Test^Neck", "TEST", "19700101"} & set(re.findall(r"[\w^]+", text))
+
+
+@pytest.mark.parametrize("how", ["refused", "skipped"])
+def test_results_of_before_a_case_was_refused_or_skipped_are_shown_to_nobody(
+    server: WebServer, index: Index, receive: Receive, how: str
+) -> None:
+    analyse(index, receive(), 0.934, ["C5"])
+
+    def shown() -> tuple[list[str], int]:
+        found = server.get("/series?Modality=SEG").json()
+        return Read(get(server).text).rows[1][3:6], len(found)
+
+    assert shown() == (["done", "0.93", "C5"], 1)
+
+    def now() -> Case:
+        return index.cases()[0]
+
+    before = now().result_dir
+    assert index.retry(now())  # as if an Instance had come late
+    assert shown() == (["receiving", "0.93", "C5"], 1)
+    assert index.refuse(now(), "gaps") if how == "refused" else index.skip(now(), "gaps")
+    assert shown() == ([how + "gaps", "–", "–"], 0)
+    assert now().result_dir == before  # a later report names the one that it replaces
+    assert index.retry(now())
+    assert shown() == (["receiving", "–", "–"], 0)
+    folder = before.with_name("2") if before else None
+    assert folder is not None
+    index.queue(now())
+    claimed = index.claim_next()
+    assert claimed is not None
+    folder.mkdir()
+    for name in ("findings.json", "vertebrae.seg.dcm"):
+        shutil.copy((before or folder) / name, folder / name)
+    assert index.finish(claimed, folder, summary="", sop_instance_uids=(), destinations=())
+    assert shown() == (["done", "0.93", "C5"], 1)
 
 
 def test_reasons_are_text_and_nothing_but_the_style_may_run(server: WebServer, index: Index, receive: Receive) -> None:

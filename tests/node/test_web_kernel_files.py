@@ -1,12 +1,15 @@
 """WADO-RS answers whose files the kernel sends: the same bytes with it and without, whatever the client does."""
 
+import asyncio
 import http.client
 import os
 import socket
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,6 +179,27 @@ def test_for_a_client_that_reads_no_more_nothing_stays_open(
             time.sleep(0.02)
         assert num_open_files() <= before + 1
     assert by_kernel
+
+
+def test_for_a_client_that_does_not_even_take_the_head_nothing_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a later answer, when an earlier one has filled what the kernel holds for it."""
+    monkeypatch.setattr(kernel_files, "READ_TIMEOUT_S", 0.2)
+
+    async def send() -> bool:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            transport, _ = await loop.connect_accepted_socket(asyncio.Protocol, ours)
+            with suppress(BlockingIOError):
+                while True:
+                    ours.send(bytes(65536))
+            transport.write(b"HTTP/1.1 200 OK")
+            cycle: Any = SimpleNamespace(transport=transport, expected_content_length=1)
+            await asyncio.wait_for(kernel_files._send_pieces(loop, cycle, [b"x"]), 10)
+            return bool(transport.is_closing())
+
+    assert asyncio.run(send())
 
 
 def test_for_a_client_that_has_left_no_more_is_opened(

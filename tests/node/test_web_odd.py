@@ -182,6 +182,25 @@ def test_a_value_that_cannot_be_read_hides_nothing_else(index: Index) -> None:
         server.stop()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("number", "shown"), [("0", 200), (["1", "2"], 406)])
+def test_a_number_of_frames_that_is_none_counts_as_one(index: Index, number: str | list[str], shown: int) -> None:
+    def edit(_i: int, ds: Dataset) -> None:
+        ds.NumberOfFrames = number  # type: ignore[assignment]
+
+    paths = make_ct_series(index.data_dir / "instances" / "frames", num_slices=2, edit=edit)
+    hold(index, paths)
+    server = WebServer(Config(), index)
+    try:
+        assert server.get(path_of(paths[0], 1)).status_code == 200
+        assert server.get(path_of(paths[0]) + "/frames/1").status_code == 200
+        assert server.get(path_of(paths[0]) + "/thumbnail").status_code == shown
+        pngs = 'multipart/related; type="image/png"'
+        assert server.get(path_of(paths[0], 2) + "/rendered", pngs).status_code == shown
+    finally:
+        server.stop()
+
+
 def test_an_instance_that_lacks_sop_class_and_modality_is_told_as_it_was_taken(index: Index) -> None:
     """The Instances of RSNA 2022 are like that; no viewer shows what is of no class."""
     paths = make_ct_series(index.data_dir / "instances" / "bare", num_slices=3)

@@ -131,3 +131,18 @@ def test_empty_values_and_lists_are_matched_where_that_is_asked_for(web: WebServ
     answer = web.get(f"/studies?{query}")
     assert answer.status_code == 200, answer.text
     assert sorted(values(answer.json(), "00100020")) == sorted(patients)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "/series?multiplevaluematching=true&PatientID=" + "%5C".join(map(str, range(1500))),
+        "/series?Modality=" + ",".join(f"M{number}" for number in range(1500)),
+        "/series?" + "&".join(["PatientID=A"] * 1500),
+        "/instances?PatientID=" + "*A" * 26_000,
+        "/studies?limit=0&PatientID=" + "*A" * 26_000,
+    ],
+)
+def test_a_query_that_asks_for_too_much_says_so(web: WebServer, query: str) -> None:
+    answer = web.get(query)
+    assert (answer.status_code, "ask for less" in answer.text) == (400, True)
