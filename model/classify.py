@@ -20,8 +20,9 @@ from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.memory import answer
 from model.networks import FractureAnswer, FractureNet, RegionAnswer, StudyAnswer
+from model.pose import about_long_axis
 from model.resample import AIR_HU, average_pool, crop_to_box, index_range, pool_factors, pooled_grid, sample
-from model.segment import Vertebra, about_long_axis
+from model.segment import Vertebra
 from model.volume import SliceSource, Volume
 
 NUM_NEIGHBOURS = 2

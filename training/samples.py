@@ -22,8 +22,9 @@ from model.geometry import Grid
 from model.levels import LEVELS
 from model.networks import VertebraUNet
 from model.phantom import Anatomy, Fracture, Phantom, kinds_at, render
+from model.pose import middle_of_box
 from model.resample import average_pool
-from model.segment import find_vertebrae, middle_of_box
+from model.segment import find_vertebrae
 from model.volume import SliceSource, Volume
 
 PREVALENCE = 0.28

@@ -24,7 +24,8 @@ from model.geometry import Grid
 from model.levels import OUTPUTS
 from model.networks import FractureAnswer
 from model.pipeline import Pipeline, load_pipeline
-from model.segment import Vertebra, middle_of_box
+from model.pose import middle_of_box
+from model.segment import Vertebra
 from model.volume import SliceSource, Volume
 
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from model.findings import Finding
 from model.geometry import Grid
 from model.phantom import Anatomy, default_grid, render
 from model.pipeline import Pipeline, load_pipeline
+from model.pose import middle_of_box
 from model.quality import check_values, reasons_not_to_judge
-from model.segment import Vertebra, middle_of_box
+from model.segment import Vertebra
 from model.series import SeriesError, read_series
 from model.volume import SliceSource, Volume
 from tests.factories import make_ct_series

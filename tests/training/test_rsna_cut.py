@@ -14,7 +14,7 @@ from model import Grid, SeriesError, Volume
 from model.bundle import DEFAULT_BUNDLE
 from model.classify import NUM_NEIGHBOURS, sample_mask, stack_grid
 from model.phantom import Phantom
-from model.segment import about_long_axis, middle_of_box
+from model.pose import about_long_axis, middle_of_box
 from tests.training.rsna_data import NUM_STUDIES, uid
 from training.cli import main
 from training.rsna import Cache, CacheError, CutSettings, Stacks, cut, cut_fingerprint, cut_settings, cut_study

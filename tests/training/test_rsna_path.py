@@ -320,7 +320,7 @@ def test_what_must_come_before_is_named(work: Path, rsna_cache: Cache, config: P
     for arguments, sentence in (
         (["study", *where, "--fold", "0"], "Run `cspine-train classify --fold 0` first"),
         (["calibrate", *where], "Run `cspine-train study` first"),
-        (["regions", *where, "--fold", "0", "--cut", "none"], "then `cspine-train cut --name none --masks"),
+        (["regions", *where, "--fold", "0", "--cut", "uncut"], "then `cspine-train cut --name uncut --masks"),
         (["segment", *where, "--fold", "0", "--crop", "5,5,5"], "must be three multiples of 2"),
         (["regions", *where, "--fold", "0", "--cut", "tiny", "--patch", "48"], "Give at most 40, or cut with more"),
         (

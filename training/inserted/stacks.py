@@ -13,7 +13,7 @@ from model.bundle import ClassifySettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
 from model.geometry import Grid
 from model.levels import LEVELS
-from model.segment import middle_of_box
+from model.pose import middle_of_box
 from training.inserted.insertion import Inserted
 
 

@@ -22,7 +22,8 @@ from model import LEVELS, Grid, SeriesError, Volume, load_pipeline, read_bundle
 from model.bundle import ClassifySettings
 from model.classify import NUM_NEIGHBOURS, sample_mask, sample_planes, stack_grid
 from model.pipeline import Pipeline
-from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3, middle_of_box, turned_by_deg
+from model.pose import middle_of_box, turned_by_deg
+from model.segment import CUT_AREA_MM2, MIN_VOLUME_MM3
 from training.files import locked, remove_unfinished, write_json
 from training.rsna.cache import FORMAT, Cache, CacheError, Study, digest
 from training.rsna.processes import in_processes
