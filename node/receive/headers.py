@@ -193,7 +193,7 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
             length = value_length if is_it else None
             return is_it
 
-        _check_frames(beginning, encoded, is_implicit, is_little_endian)
+        _check_frames(beginning, encoded, is_implicit, is_little_endian, is_last=is_last)
         file = BytesIO(beginning)
         try:
             ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
@@ -211,7 +211,9 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
 
-def _check_frames(beginning: bytes, encoded: Encoded, is_implicit: bool, is_little_endian: bool) -> None:
+def _check_frames(
+    beginning: bytes, encoded: Encoded, is_implicit: bool, is_little_endian: bool, *, is_last: bool
+) -> None:
     """Refuses frames that there cannot be, before an object is made of each: of empty ones 8 bytes are enough.
 
     What is not plainly written here, `_check_frames_read` sees to.
@@ -222,6 +224,8 @@ def _check_frames(beginning: bytes, encoded: Encoded, is_implicit: bool, is_litt
     if found is None or not (num_items := found.num_items(_PER_FRAME)):
         return
     _check_num_frames(num_items, found.value(_NUMBER_OF_FRAMES).decode("ascii", "replace"))
+    if found.num_pixel_bytes is None and not is_last:  # it was cut just in front of them
+        return
     if found.num_pixel_bytes == _UNDEFINED_LENGTH:
         num_pixel_bytes, num_frame_bytes = encoded.num_bytes, _FRAGMENT_HEAD_BYTES
     else:

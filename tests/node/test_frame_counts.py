@@ -19,6 +19,7 @@ from node.receive.status import RefusedError
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.node.sending import CANNOT_UNDERSTAND, SUCCESS, store_one
 from tests.node.test_undefined_lengths import read, written
+from tests.wire import dataset_of
 
 SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 NONE_TOLD = object()
@@ -84,6 +85,17 @@ def test_enhanced_ct_is_taken_as_it_is_written(tmp_path: Path, syntax: str) -> N
     if syntax != RLELossless:
         written(make_enhanced_ct(path, num_frames=5), syntax)
     assert len(read(path, 10**7).headers) == 5
+
+
+@pytest.mark.parametrize("is_undefined", [True, False])
+@pytest.mark.parametrize("syntax", SYNTAXES[:3])
+def test_enhanced_ct_whose_prefix_ends_in_front_of_the_pixel_data_is_read_on(
+    tmp_path: Path, syntax: str, is_undefined: bool
+) -> None:
+    """Nothing is known of the pixel data yet: they were taken for none, in which there is room for no frame."""
+    path = written(make_enhanced_ct(tmp_path / "a.dcm", num_frames=5), syntax, is_undefined=is_undefined)
+    group = b"\x7f\xe0\x00\x10" if syntax == ExplicitVRBigEndian else b"\xe0\x7f\x10\x00"
+    assert len(read(path, dataset_of(path).index(group)).headers) == 5
 
 
 @pytest.mark.parametrize("number_of_frames", ["+5", "005", "5 ", ""])
