@@ -18,6 +18,7 @@ from node.index import Index
 from node.service import Service, TakenError
 from node.workers import Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
+from tests.waiting import WAIT_S
 
 
 class _Workers:
@@ -107,6 +108,56 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     assert the_case(index).state is CaseState.ANALYSING
     service.stop()
     assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+
+
+def test_a_database_that_does_not_answer_keeps_no_receiver_running_when_the_node_stops(
+    make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the case that was claimed at that moment goes back into the queue all the same."""
+    service, asked, answers = Service(make_config()), threading.Event(), threading.Event()
+    service._pool = cast(Any, _Workers())
+    claim_next = service._index.claim_next
+
+    def claim_at_last(*arguments: Any) -> Any:
+        asked.set()
+        assert answers.wait(WAIT_S)
+        return claim_next(*arguments)
+
+    class Receivers:
+        def terminate(self) -> None:
+            answers.set()
+
+        def join(self, _timeout_s: float) -> None: ...
+
+    monkeypatch.setattr(service._index, "claim_next", claim_at_last)
+    service._receivers = cast(Any, Receivers())
+    add_instance(index, 1)
+    assert index.queue(the_case(index))
+    dispatching = threading.Thread(target=service._dispatch)
+    dispatching.start()
+    assert asked.wait(WAIT_S)
+    stopping = threading.Thread(target=service.stop)
+    stopping.start()
+    is_told = answers.wait(WAIT_S)
+    answers.set()
+    for thread in (dispatching, stopping):
+        thread.join()
+    assert is_told
+    assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+
+
+def test_a_node_stops_in_order_though_its_database_is_away(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(make_config())
+
+    def away(held: Any) -> None:
+        raise OperationalError("UPDATE cases", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(service._index, "put_back", away)
+    service.stop()
+    assert "action=not-put-back: unexpected OperationalError at " in caplog.text
+    Service(make_config()).stop()  # the data folder is free again
 
 
 def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_the_cases_alone(
