@@ -86,8 +86,9 @@ class Service:
         self._web: WebProcess | None = None
         self._watches: Watches | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_threads = 8 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
-        num_threads += len(config.sources.each)
+        num_threads = 8 + config.web.enabled
+        for each in (config.complete.sources, config.deliver.destinations, config.notify.targets, config.sources.each):
+            num_threads += len(each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 from apscheduler.executors import base as executors
@@ -16,6 +17,7 @@ from node.case import CaseState
 from node.config import Config
 from node.index import Index
 from node.service import Service, TakenError
+from node.web.settings import WebConfig
 from node.workers import Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
 from tests.waiting import WAIT_S
@@ -176,6 +178,26 @@ def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_
         service.check_taken()
     service.stop()
     assert the_case(index).state is CaseState.ANALYSING  # the other's, now
+
+
+@pytest.mark.parametrize("with_web", [True, False])
+def test_there_is_a_thread_for_each_job(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, with_web: bool
+) -> None:
+    """Else one that hangs may hold up another one."""
+    for name in ("Receivers", "WebProcess", "WorkerPool"):
+        made = MagicMock()
+        made.return_value.wait_until_loaded.return_value = ""
+        monkeypatch.setattr(service_module, name, made)
+    web = WebConfig(enabled=with_web)
+    service = Service(make_config().model_copy(update={"web": web}))
+    try:
+        monkeypatch.setattr(service._scheduler, "start", lambda: None)
+        service.start()
+        jobs, executor = service._scheduler._pending_jobs, service._scheduler._executors["default"]
+        assert executor._pool._max_workers == len(jobs) > 0
+    finally:
+        service.stop()
 
 
 def test_a_job_whose_time_passed_while_the_machine_slept_or_was_busy_runs_then(service: Service) -> None:
