@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.encaps import encapsulate_extended, generate_frames
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -84,6 +85,17 @@ def test_enhanced_ct_is_taken_as_it_is_written(tmp_path: Path, syntax: str) -> N
     path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5, transfer_syntax_uid=RLELossless)
     if syntax != RLELossless:
         written(make_enhanced_ct(path, num_frames=5), syntax)
+    assert len(read(path, 10**7).headers) == 5
+
+
+def test_enhanced_ct_with_an_extended_offset_table_is_taken(tmp_path: Path) -> None:
+    """The table comes in front of the pixel data, in their group, and was taken for them: 8 bytes a frame."""
+    path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5, transfer_syntax_uid=RLELossless)
+    ds = dcmread(path)
+    frames = list(generate_frames(ds.PixelData, number_of_frames=5))
+    ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(path)
     assert len(read(path, 10**7).headers) == 5
 
 
