@@ -20,6 +20,9 @@ from node.index.engine import database_url, make_engine
 from node.index.schema import SchemaError, bring_up_to_date
 from node.index.turn import Turn
 
+CHUNK = 500
+"""Values in one `IN`: PostgreSQL takes 65,535 parameters of a statement, SQLite 999 where it is old."""
+
 # PostgreSQL's advisory locks are numbers; these are "cspine" and what they are for.
 _SCHEMA_LOCK, _NODE_LOCK = 0x637370696E6501, 0x637370696E6502
 
