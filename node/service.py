@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from apscheduler.events import EVENT_JOB_ERROR, EVENT_JOB_EXECUTED
 from apscheduler.schedulers.background import BackgroundScheduler
+from sqlalchemy.exc import SQLAlchemyError
 
 from node.broken_jobs import BrokenJobs
 from node.case import Case
@@ -30,6 +31,7 @@ from node.deliver import deliver_due
 from node.index import DatabaseError, Index
 from node.notify.clock import notify_due
 from node.priority import rank
+from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
 from node.remove import remove_strays, remove_superseded
@@ -84,8 +86,9 @@ class Service:
         self._web: WebProcess | None = None
         self._watches: Watches | None = None
         # A thread for each job: a destination that hangs for its whole timeout holds up nothing else.
-        num_threads = 8 + len(config.complete.sources) + len(config.deliver.destinations) + len(config.notify.targets)
-        num_threads += len(config.sources.each)
+        num_threads = 8 + config.web.enabled
+        for each in (config.complete.sources, config.deliver.destinations, config.notify.targets, config.sources.each):
+            num_threads += len(each)
         self._scheduler = BackgroundScheduler(
             executors={"default": {"type": "threadpool", "max_workers": num_threads}},
             # A job that is late runs all the same: off the shelf, one that is 1 s late waits for its next time.
@@ -170,8 +173,7 @@ class Service:
     def stop(self) -> None:
         """Stops within 10 s; what a worker held is queued again."""
         log.info("action=stopping")
-        with self._lock:
-            self._is_stopping = True  # a job that runs just now may go on until the process ends
+        self._is_stopping = True  # a job that runs just now may go on until the process ends
         if self._scheduler.running:
             self._scheduler.shutdown(wait=False)
         for process in (self._receivers, self._web):
@@ -185,10 +187,22 @@ class Service:
             if process is not None:
                 process.join(4)
         if not self._is_taken:
-            self._index.put_back(held=())
+            self._put_back()
         self._index.close()
         self._data_lock.close()
         log.info("action=stopped")
+
+    def _put_back(self) -> None:
+        """Queues again what a worker held, also what `_dispatch` has claimed just now."""
+        with self._lock:
+            pass  # a claim under way is noted, and none begins any more
+        try:
+            self._index.put_back(held=())
+        except (OSError, SQLAlchemyError) as error:
+            log.error(
+                "action=not-put-back: %s. What was analysed is queued again at the next start, one attempt older",
+                describe_error(error),
+            )
 
     def _start_web(self) -> None:
         self._web = WebProcess(self._config, self._index)

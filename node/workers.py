@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
+_START_AGAIN_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +163,11 @@ class WorkerPool:
             if not worker.is_usable():
                 worker = self._replace(worker)
             future.set_result(outcome)
+            # Every job would break at once: what is short for a minute would take all attempts of all that is queued.
+            while worker.not_started and not self._stopping.is_set():
+                log.error("action=worker-not-started: %s; nothing is analysed here until it can", worker.not_started)
+                self._stopping.wait(_START_AGAIN_S)
+                worker = self._replace(worker)
         worker.kill()
 
     def _replace(self, worker: "_Worker") -> "_Worker":
@@ -170,7 +176,10 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, as seen from its slot."""
+    """One process, as seen from its slot.
+
+    not_started: why there is no process, "" if there is one. has_taken_job: its last job has reached it.
+    """
 
     def __init__(self, config: Config) -> None:
         context = multiprocessing.get_context("spawn")
@@ -180,18 +189,18 @@ class _Worker:
         self.has_taken_job = False
         self._ready = False
         self._usable = True
-        self._not_started = ""
+        self.not_started = ""
         try:
             self._process.start()
         except OSError as error:  # no memory, or too many processes
-            self._not_started = f"cannot start a worker process: {error.strerror}"
+            self.not_started = f"cannot start a worker process: {error.strerror}"
         far_end.close()
 
     def is_usable(self) -> bool:
-        return self._usable and not self._not_started and self._process.is_alive()
+        return self._usable and not self.not_started and self._process.is_alive()
 
     def kill(self) -> None:
-        if not self._not_started:
+        if not self.not_started:
             self._process.kill()
             self._process.join()
         self._connection.close()
@@ -220,8 +229,8 @@ class _Worker:
 
     def _receive(self, stage: str, stopping: threading.Event) -> "_Answer | None":
         """What the worker answers; Broken, and no longer usable, if it dies or a step takes too long."""
-        if self._not_started:
-            return Broken(reason=self._not_started)
+        if self.not_started and not stopping.is_set():
+            return Broken(reason=self.not_started)
         deadline = time.monotonic() + self._timeouts_s[stage]
         while not stopping.is_set():
             try:

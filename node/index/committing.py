@@ -8,12 +8,11 @@ from sqlalchemy import delete, select, update
 
 from node.case import DeliveryState
 from node.index import tables
-from node.index.database import Database
+from node.index.database import CHUNK, Database
 
 _commitments, _instances = tables.commitments, tables.instances
 
 _KEPT_S = 30 * 86400.0  # so long a transaction UID counts as used
-_CHUNK = 500  # SQLite takes 999 parameters where it is old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +110,8 @@ class Committing(Database):
         held = {}
         columns = select(_instances.c.sop_instance_uid, _instances.c.path, _instances.c.num_bytes, _instances.c.headers)
         with self._engine.connect() as connection:
-            for begin in range(0, len(sop_instance_uids), _CHUNK):
-                chunk = sop_instance_uids[begin : begin + _CHUNK]
+            for begin in range(0, len(sop_instance_uids), CHUNK):
+                chunk = sop_instance_uids[begin : begin + CHUNK]
                 rows = connection.execute(columns.where(_instances.c.sop_instance_uid.in_(chunk)))
                 for uid, path, num_bytes, headers in rows:
                     held[uid] = HeldInstance(

@@ -20,6 +20,9 @@ from node.index.engine import database_url, make_engine
 from node.index.schema import SchemaError, bring_up_to_date
 from node.index.turn import Turn
 
+CHUNK = 500
+"""Values in one `IN`: PostgreSQL takes 65,535 parameters of a statement, SQLite 999 where it is old."""
+
 # PostgreSQL's advisory locks are numbers; these are "cspine" and what they are for.
 _SCHEMA_LOCK, _NODE_LOCK = 0x637370696E6501, 0x637370696E6502
 
@@ -89,16 +92,21 @@ class Database:
         """
         if self._turn:
             return True
-        if self._holder is None:
-            self._holder = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        until = time.monotonic() + patience_s
-        while not (taken := bool(self._holder.scalar(select(func.pg_try_advisory_lock(_NODE_LOCK))))):
-            if time.monotonic() >= until:
-                break
-            time.sleep(0.1)
-        if taken:
-            self._held_as = dict(self._holder.execute(_THIS_CONNECTION).mappings().one())
-        return taken
+        connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        try:
+            if self._held_as:  # where only the network was away, the server may still hold it for that connection
+                connection.execute(_END_CONNECTION, self._held_as)
+            until = time.monotonic() + patience_s
+            while not connection.scalar(select(func.pg_try_advisory_lock(_NODE_LOCK))):
+                if time.monotonic() >= until:
+                    return False
+                time.sleep(0.1)
+            self._held_as = dict(connection.execute(_THIS_CONNECTION).mappings().one())
+            self._holder = connection
+        finally:
+            if self._holder is not connection:  # or `hold` would take it for the one that has the database
+                connection.close()
+        return True
 
     def hold(self, patience_s: float = 0.0) -> bool:
         """Takes the database anew if the server has let go of it, as when it was restarted; False if another node has
@@ -107,8 +115,6 @@ class Database:
         Raises:
             DBAPIError: the server cannot be reached.
         """
-        if self._turn:
-            return True
         if self._holder is not None:
             try:
                 self._holder.execute(select(1))
@@ -116,9 +122,6 @@ class Database:
             except DBAPIError:
                 self._holder.close()
                 self._holder = None
-        self._holder = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        # Where only the network was away, the server may still hold it for the connection that we had.
-        self._holder.execute(_END_CONNECTION, self._held_as)
         return self.take(patience_s)
 
     @contextmanager

@@ -1,6 +1,7 @@
 """What the receiver notes: associations, and Instances that are safely on disk."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -14,6 +15,7 @@ from sqlalchemy.dialects.postgresql import Insert, insert
 from node.case import CaseState
 from node.index import tables
 from node.index.cases import Cases
+from node.index.database import CHUNK
 from node.index.prepared import Prepared
 
 _associations, _cases, _instances, _results = tables.associations, tables.cases, tables.instances, tables.results
@@ -259,16 +261,16 @@ class Receiving(Cases):
 
     def forget_instances(self, sop_instance_uids: Sequence[str]) -> dict[str, str]:
         """Removes Instances whose files are gone; their cases wait for them to be sent again. Reasons, by Series."""
-        now, reasons = self.now(), {}
-        gone = _instances.c.sop_instance_uid.in_(sop_instance_uids)
-        num_gone = select(_instances.c.series_instance_uid, func.count()).where(gone).group_by("series_instance_uid")
+        now, reasons = self.now(), dict[str, str]()
+        lost: Counter[str] = Counter()  # by Series
         with self._writing() as connection:
-            for uid, num in connection.execute(num_gone).all():
-                reasons[uid] = (
-                    f"{num} Instance{' was' if num == 1 else 's were'} lost from the disk; send the Series again"
-                )
-            connection.execute(_instances.delete().where(gone))
-            for uid, reason in reasons.items():
+            for begin in range(0, len(sop_instance_uids), CHUNK):
+                gone = _instances.c.sop_instance_uid.in_(sop_instance_uids[begin : begin + CHUNK])
+                deleted = _instances.delete().where(gone).returning(_instances.c.series_instance_uid)
+                lost.update(connection.scalars(deleted))
+            for uid, num_lost in sorted(lost.items()):
+                were = "Instance was" if num_lost == 1 else "Instances were"
+                reasons[uid] = reason = f"{num_lost} {were} lost from the disk; send the Series again"
                 here = _instances.c.series_instance_uid == uid
                 num = connection.scalar(select(func.count()).select_from(_instances).where(here))
                 state = CaseState.RECEIVING if num else CaseState.REFUSED

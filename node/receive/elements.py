@@ -125,11 +125,8 @@ def _head(encoded: bytes, at: int, form: struct.Struct) -> tuple[int, int, int]:
     if vr in _SHORT_VRS:
         return group << 16 | element, at + 8, length
     if vr in _LONG_VRS:
-        return (
-            group << 16 | element,
-            at + 12,
-            (_LENGTH if form is _EXPLICIT else _LENGTH_BIG).unpack_from(encoded, at + 8)[0],
-        )
+        (length,) = (_LENGTH if form is _EXPLICIT else _LENGTH_BIG).unpack_from(encoded, at + 8)
+        return group << 16 | element, at + 12, length
     raise _OddError
 
 

@@ -1,9 +1,9 @@
 """The door of the receiver: limits, TLS and the list of peers, from the accepted connection to the answered request.
 
 A connection takes a place at once, or will be told that there is none, as it will from an address of which nobody can
-be let in: strangers take no place. It has `associate_timeout_s` for the TLS
-handshake and its whole A-ASSOCIATE-RQ; `judge` says who is let in. One thread looks after all connections of the
-process. How long and how large later PDUs may be, `lane.py` sees to.
+be let in: strangers take no place. It has `associate_timeout_s` for the TLS handshake and its whole A-ASSOCIATE-RQ;
+`judge` says who is let in. One thread looks after all connections of the process. How long and how large later PDUs may
+be, `lane.py` sees to.
 """
 
 import contextlib
@@ -100,7 +100,7 @@ class Guard:
             except NoPlaceError as error:
                 problem = str(error)
         else:
-            problem = f"no entry of receive.allow holds the address {address}"
+            problem = "receive.allow lets nobody in from there"
         deadline = time.monotonic() + self._config.associate_timeout_s
         new = _Connection(connection, address, place, problem, deadline)
         with self._lock:

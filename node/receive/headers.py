@@ -17,7 +17,7 @@ from typing import Any
 from pydicom import Dataset
 from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag, Tag
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from model import HEADER_TAGS, PARSE_ERRORS, slice_headers
 from node.receive.attributes import SERIES_TAGS, series_attributes
@@ -179,9 +179,8 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
             no room.
         zlib.error: it is deflated, and damaged.
     """
-    is_deflated = transfer_syntax_uid == DeflatedExplicitVRLittleEndian
-    is_implicit = transfer_syntax_uid == ImplicitVRLittleEndian
-    is_little_endian = transfer_syntax_uid != ExplicitVRBigEndian
+    syntax = UID(transfer_syntax_uid)
+    is_deflated, is_implicit = syntax.is_deflated, syntax.is_implicit_VR
     for beginning, is_last in _beginnings(encoded):
         if is_deflated:
             beginning = zlib.decompressobj(-zlib.MAX_WBITS).decompress(beginning, _MAX_HEADER_BYTES)
@@ -193,10 +192,10 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
             length = value_length if is_it else None
             return is_it
 
-        _check_frames(beginning, encoded, is_implicit, is_little_endian)
+        _check_frames(beginning, encoded, syntax, is_last=is_last)
         file = BytesIO(beginning)
         try:
-            ds = read_dataset(file, is_implicit, is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
+            ds = read_dataset(file, is_implicit, syntax.is_little_endian, stop_when=is_pixel_data, specific_tags=_TAGS)
         except (OSError, *PARSE_ERRORS):
             if is_last:
                 raise
@@ -211,18 +210,25 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
     raise RefusedError(CANNOT_UNDERSTAND, "the dataset ends before its pixel data")
 
 
-def _check_frames(beginning: bytes, encoded: Encoded, is_implicit: bool, is_little_endian: bool) -> None:
+def _check_frames(beginning: bytes, encoded: Encoded, syntax: UID, *, is_last: bool) -> None:
     """Refuses frames that there cannot be, before an object is made of each: of empty ones 8 bytes are enough.
 
     What is not plainly written here, `_check_frames_read` sees to.
     """
     found = find_elements(
-        beginning, _TAGS_THAT_COUNT, is_implicit=is_implicit, is_little_endian=is_little_endian, sequences={_PER_FRAME}
+        beginning,
+        _TAGS_THAT_COUNT,
+        is_implicit=syntax.is_implicit_VR,
+        is_little_endian=syntax.is_little_endian,
+        sequences={_PER_FRAME},
     )
     if found is None or not (num_items := found.num_items(_PER_FRAME)):
         return
     _check_num_frames(num_items, found.value(_NUMBER_OF_FRAMES).decode("ascii", "replace"))
-    if found.num_pixel_bytes == _UNDEFINED_LENGTH:
+    if found.num_pixel_bytes is None and not is_last:  # it was cut just in front of them
+        return
+    # Of what is encapsulated the first element of the group may be an Extended Offset Table.
+    if syntax.is_encapsulated or found.num_pixel_bytes == _UNDEFINED_LENGTH:
         num_pixel_bytes, num_frame_bytes = encoded.num_bytes, _FRAGMENT_HEAD_BYTES
     else:
         num_pixel_bytes, num_frame_bytes = found.num_pixel_bytes or 0, found.number(_ROWS) * found.number(_COLUMNS)

@@ -3,11 +3,10 @@
 A file without a row was never acknowledged: it is removed, and its sender sends it again. A row without its whole file
 was not either, unless a disk lost it: the two are synced at the same time, and a power cut may leave either alone. Then
 the row goes too, so that the Instance is taken when it is sent again, and its case says what happened; of a Series that
-is done with, the row stays, since the results stand, and what is sent again takes the place of the file (`store.py`).
-A file may have
-its length before its bytes, so those of associations that were open are read; what came with the others was
-acknowledged. A file that cannot be looked at, for a broken disk or a wrong owner, is named in the log and left as it
-is: one file keeps no node from starting.
+is done with, the row stays, since the results stand, and what is sent again takes the place of the file (`store.py`). A
+file may have its length before its bytes, so those of associations that were open are read; what came with the others
+was acknowledged. A file that cannot be looked at, for a broken disk or a wrong owner, is named in the log and left as
+it is: one file keeps no node from starting.
 """
 
 import logging

@@ -29,7 +29,7 @@ def readable_request(encoded: bytes) -> bytes:
     Raises:
         RequestError: the head of an item is cut off, or a presentation context names no abstract or no transfer syntax.
     """
-    items = b""
+    items = []
     for kind, content in _items(encoded[_ITEMS_AT:]):
         if kind == _PRESENTATION_CONTEXT:
             _check_context(content)
@@ -37,8 +37,9 @@ def readable_request(encoded: bytes) -> bytes:
         elif kind == _USER_INFORMATION:
             content = _only(_KNOWN_OF_USER, content)
         if kind in _KNOWN:
-            items += _item(kind, content)
-    return struct.pack(">BxL", encoded[0], _ITEMS_AT - 6 + len(items)) + encoded[6:_ITEMS_AT] + items
+            items.append(_item(kind, content))
+    body = encoded[6:_ITEMS_AT] + b"".join(items)
+    return struct.pack(">BxL", encoded[0], len(body)) + body
 
 
 def _check_context(content: bytes) -> None:

@@ -105,15 +105,19 @@ class Receivers:
         self._listener.close()
 
     def _replace_dead(self) -> list[str]:
-        """Starts another for each that died; the names of their runs."""
+        """Starts another for each that died, as far as one can be started now; the names of their runs."""
         for name, ready in list(self._starting.items()):
             if ready.poll() and (problem := self._hear(name)):
                 log.error("action=receiver-not-started run=%s: %s", name, problem)
         died = []
         for name, process in list(self._processes.items()):
             if not process.is_alive():
-                log.error("action=receiver-died run=%s exitcode=%s; starting another", name, process.exitcode)
-                self._start()
+                try:
+                    self._start()
+                except OSError as error:  # no memory, or too many processes
+                    log.error("action=receiver-not-started: %s; it is tried again", error.strerror)
+                    break
+                log.error("action=receiver-died run=%s exitcode=%s; another is started", name, process.exitcode)
                 del self._processes[name]
                 process.close()
                 died.append(name)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from pydicom import Dataset, dcmread
+from pydicom.encaps import encapsulate_extended, generate_frames
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
@@ -19,6 +20,7 @@ from node.receive.status import RefusedError
 from tests.factories import make_ct_series, make_enhanced_ct
 from tests.node.sending import CANNOT_UNDERSTAND, SUCCESS, store_one
 from tests.node.test_undefined_lengths import read, written
+from tests.wire import dataset_of
 
 SYNTAXES = (ExplicitVRLittleEndian, ImplicitVRLittleEndian, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian)
 NONE_TOLD = object()
@@ -84,6 +86,28 @@ def test_enhanced_ct_is_taken_as_it_is_written(tmp_path: Path, syntax: str) -> N
     if syntax != RLELossless:
         written(make_enhanced_ct(path, num_frames=5), syntax)
     assert len(read(path, 10**7).headers) == 5
+
+
+def test_enhanced_ct_with_an_extended_offset_table_is_taken(tmp_path: Path) -> None:
+    """The table comes in front of the pixel data, in their group, and was taken for them: 8 bytes a frame."""
+    path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5, transfer_syntax_uid=RLELossless)
+    ds = dcmread(path)
+    frames = list(generate_frames(ds.PixelData, number_of_frames=5))
+    ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(path)
+    assert len(read(path, 10**7).headers) == 5
+
+
+@pytest.mark.parametrize("is_undefined", [True, False])
+@pytest.mark.parametrize("syntax", SYNTAXES[:3])
+def test_enhanced_ct_whose_prefix_ends_in_front_of_the_pixel_data_is_read_on(
+    tmp_path: Path, syntax: str, is_undefined: bool
+) -> None:
+    """Nothing is known of the pixel data yet: they were taken for none, in which there is room for no frame."""
+    path = written(make_enhanced_ct(tmp_path / "a.dcm", num_frames=5), syntax, is_undefined=is_undefined)
+    group = b"\x7f\xe0\x00\x10" if syntax == ExplicitVRBigEndian else b"\xe0\x7f\x10\x00"
+    assert len(read(path, dataset_of(path).index(group)).headers) == 5
 
 
 @pytest.mark.parametrize("number_of_frames", ["+5", "005", "5 ", ""])

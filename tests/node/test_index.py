@@ -262,6 +262,16 @@ def test_results_go_out_though_their_instances_were_lost_from_the_disk(index: In
     assert due(index, "pacs").state is DeliveryState.PENDING
 
 
+def test_however_many_instances_were_lost_the_node_starts(index: Index) -> None:
+    """Of all that waited when a disk was lost; no statement takes so many values."""
+    for number in (1, 2):
+        add(index, number)
+    lost = [f"1.9.{number}" for number in range(70_000)]
+    reasons = index.forget_instances([f"{SERIES}.1", *lost, f"{SERIES}.2"])
+    assert reasons == {SERIES: "2 Instances were lost from the disk; send the Series again"}
+    assert (the_case(index).state, the_case(index).num_instances) == (CaseState.REFUSED, 0)
+
+
 def test_a_refusal_that_is_overtaken_supersedes_nothing(index: Index) -> None:
     assert finish(index, claimed(index), "pacs")
     add(index, 2)

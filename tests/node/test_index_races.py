@@ -237,8 +237,40 @@ def test_a_postgresql_that_was_restarted_is_connected_to_again_and_stays_this_no
         other = Index(tmp_path / "other", database)
         assert other.take(WAIT_S)  # it came first
         assert not index.hold()
+        assert not index.hold()  # nor is it asked once only
         other.close()
     assert index.hold(WAIT_S)
+    other = Index(tmp_path / "other", database)
+    assert not other.take()
+    other.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+def test_a_postgresql_that_goes_away_again_while_it_is_connected_to_is_this_node_s_in_the_end(
+    index: Index, database: SecretStr, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a server that is restarted twice, or takes connections before it serves them."""
+    others = (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'cspine' AND pid != pg_backend_pid()"
+    )
+    assert index.take()
+    connect = index._engine.connect
+    with psycopg.connect(database.get_secret_value(), autocommit=True) as connection, monkeypatch.context() as patch:
+
+        def connect_in_vain() -> Any:
+            made = connect()
+            connection.execute(others)
+            return made
+
+        patch.setattr(index._engine, "connect", connect_in_vain)
+        connection.execute(others)
+        for _ in range(2):
+            with pytest.raises(DBAPIError):
+                index.hold()
+    assert index.hold(WAIT_S)
+    other = Index(tmp_path / "other", database)
+    assert not other.take()
+    other.close()
 
 
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)

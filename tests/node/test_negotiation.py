@@ -4,6 +4,7 @@ import multiprocessing
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
@@ -15,6 +16,7 @@ from pynetdicom.pdu import A_ASSOCIATE_AC
 from node.config import Config
 from node.implementation import IMPLEMENTATION_CLASS_UID
 from node.process import be_child
+from node.receive.request import readable_request
 from tests.node.calling import associate_rq, connect, is_closed, item
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -54,6 +56,14 @@ def test_asynchronous_operations_are_refused_by_a_window_of_one(start: Callable[
 
 def role(sop_class: str, scu: int, scp: int) -> bytes:
     return item(0x54, struct.pack(">H", len(sop_class)) + sop_class.encode() + bytes([scu, scp]))
+
+
+def test_a_request_as_long_as_it_may_be_is_gone_through_once() -> None:
+    """Anybody can send one, and while it is gone through nothing else is received: it took 5 s."""
+    request = associate_rq(more=250_000 * item(0x10, b""))
+    begun_s = time.thread_time()
+    assert readable_request(request) == request
+    assert time.thread_time() - begun_s < 2
 
 
 @pytest.mark.parametrize("proposed", [(1, 0), (1, 1)])

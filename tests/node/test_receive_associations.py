@@ -1,5 +1,7 @@
 """The receiver's associations, however they end, and the processes that serve them."""
 
+import errno
+import os
 import socket
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 
 from node.config import Config
 from node.index import Index
-from node.receive import ReceiverError, Receivers
+from node.receive import ReceiverError, Receivers, supervisor
 from tests.factories import make_ct_series
 from tests.node.sending import (
     SUCCESS,
@@ -173,6 +175,32 @@ def test_a_killed_receiver_is_replaced_and_no_connection_is_refused_meanwhile(
     assert carried_by(index, index.cases()[-1].series_instance_uid) == (0, 0, 1)
     assert len(running._processes) == 2
     assert not set(killed) & set(running._processes.values())
+
+
+def test_of_two_that_died_the_one_that_can_be_replaced_is_done_with_and_the_other_is_tried_again(
+    receivers: tuple[Config, Receivers], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, running = receivers
+    names, starts = list(running._processes), iter([running._start])
+    reconciled: list[str] = []
+    for process in running._processes.values():
+        process.kill()
+        process.join()
+    monkeypatch.setattr(supervisor, "reconcile_run", lambda _, name: reconciled.append(name))
+
+    def start_one() -> None:
+        if (start := next(starts, None)) is None:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        start()
+
+    with monkeypatch.context() as short:
+        short.setattr(running, "_start", start_one)
+        running.watch()
+    assert reconciled == names[:1]
+    assert "action=receiver-not-started: Cannot allocate memory; it is tried again" in caplog.text
+    running.watch()
+    assert reconciled == names
+    assert len(running._processes) == 2
 
 
 def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config, index: Index) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from datetime import datetime, timedelta
 from typing import Any, cast
+from unittest.mock import MagicMock
 
 import pytest
 from apscheduler.executors import base as executors
@@ -16,8 +17,10 @@ from node.case import CaseState
 from node.config import Config
 from node.index import Index
 from node.service import Service, TakenError
+from node.web.settings import WebConfig
 from node.workers import Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
+from tests.waiting import WAIT_S
 
 
 class _Workers:
@@ -109,6 +112,56 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
 
 
+def test_a_database_that_does_not_answer_keeps_no_receiver_running_when_the_node_stops(
+    make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the case that was claimed at that moment goes back into the queue all the same."""
+    service, asked, answers = Service(make_config()), threading.Event(), threading.Event()
+    service._pool = cast(Any, _Workers())
+    claim_next = service._index.claim_next
+
+    def claim_at_last(*arguments: Any) -> Any:
+        asked.set()
+        assert answers.wait(WAIT_S)
+        return claim_next(*arguments)
+
+    class Receivers:
+        def terminate(self) -> None:
+            answers.set()
+
+        def join(self, _timeout_s: float) -> None: ...
+
+    monkeypatch.setattr(service._index, "claim_next", claim_at_last)
+    service._receivers = cast(Any, Receivers())
+    add_instance(index, 1)
+    assert index.queue(the_case(index))
+    dispatching = threading.Thread(target=service._dispatch)
+    dispatching.start()
+    assert asked.wait(WAIT_S)
+    stopping = threading.Thread(target=service.stop)
+    stopping.start()
+    is_told = answers.wait(WAIT_S)
+    answers.set()
+    for thread in (dispatching, stopping):
+        thread.join()
+    assert is_told
+    assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
+
+
+def test_a_node_stops_in_order_though_its_database_is_away(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(make_config())
+
+    def away(held: Any) -> None:
+        raise OperationalError("UPDATE cases", {}, Exception("the server closed the connection"))
+
+    monkeypatch.setattr(service._index, "put_back", away)
+    service.stop()
+    assert "action=not-put-back: unexpected OperationalError at " in caplog.text
+    Service(make_config()).stop()  # the data folder is free again
+
+
 def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_the_cases_alone(
     make_config: Callable[..., Config], index: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +178,26 @@ def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_
         service.check_taken()
     service.stop()
     assert the_case(index).state is CaseState.ANALYSING  # the other's, now
+
+
+@pytest.mark.parametrize("with_web", [True, False])
+def test_there_is_a_thread_for_each_job(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, with_web: bool
+) -> None:
+    """Else one that hangs may hold up another one."""
+    for name in ("Receivers", "WebProcess", "WorkerPool"):
+        made = MagicMock()
+        made.return_value.wait_until_loaded.return_value = ""
+        monkeypatch.setattr(service_module, name, made)
+    web = WebConfig(enabled=with_web)
+    service = Service(make_config().model_copy(update={"web": web}))
+    try:
+        monkeypatch.setattr(service._scheduler, "start", lambda: None)
+        service.start()
+        jobs, executor = service._scheduler._pending_jobs, service._scheduler._executors["default"]
+        assert executor._pool._max_workers == len(jobs) > 0
+    finally:
+        service.stop()
 
 
 def test_a_job_whose_time_passed_while_the_machine_slept_or_was_busy_runs_then(service: Service) -> None:

@@ -174,9 +174,10 @@ def test_a_worker_that_dies_before_it_took_its_job_costs_no_job(make_pool: MakeP
 
 
 def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Memory or processes are short for a while: no job waits forever for a slot that is gone."""
+    monkeypatch.setattr(workers, "_START_AGAIN_S", 0.1)
     pool = make_pool()
     first = pid_of(outcome_of(pool.submit(job("ok"))))
     with monkeypatch.context() as short:
@@ -184,7 +185,17 @@ def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
         os.kill(first, signal.SIGKILL)
         reason = "cannot start a worker process: Cannot allocate memory"
         assert outcome_of(pool.submit(job("ok"))) == Broken(reason=reason)
-    wait_until(lambda: isinstance(outcome_of(pool.submit(job("ok"))), Analysed))
+        queued = pool.submit(job("ok"))  # no other case loses an attempt
+        wait_until(lambda: caplog.text.count(f"action=worker-not-started: {reason}") == 3)
+        assert not queued.done()
+    assert isinstance(outcome_of(queued), Analysed)
+    with monkeypatch.context() as short:
+        short.setattr("multiprocessing.popen_spawn_posix.Popen", no_memory)
+        os.kill(pid_of(outcome_of(queued)), signal.SIGKILL)
+        outcome_of(pool.submit(job("ok")))
+        queued = pool.submit(job("ok"))
+        pool.stop()
+        assert queued.cancelled()
 
 
 class Clock:
