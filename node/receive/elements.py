@@ -19,7 +19,8 @@ _IMPLICIT, _EXPLICIT, _EXPLICIT_BIG = struct.Struct("<HHL"), struct.Struct("<HH2
 _ITEM_BIG = struct.Struct(">HHL")
 _LENGTH, _LENGTH_BIG = struct.Struct("<L"), struct.Struct(">L")
 _UNDEFINED_LENGTH = 0xFFFFFFFF
-_PIXEL_GROUP = 0x7FE0
+PIXEL_DATA = 0x7FE00008
+"""The first tag that pixel data may have, as floats; in front of it in their group are lengths and offsets only."""
 _ITEM, _END_OF_ITEM, _END_OF_SEQUENCE = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _MAX_DEPTH = 16
 
@@ -32,8 +33,8 @@ class _OddError(Exception):
 class Elements:
     """places: of each wanted element that is there: where it begins, where its value begins, and where that ends.
 
-    pixels_at: where the value of the first element of the pixel data's group begins. num_pixel_bytes: its length, of
-    which 0xFFFFFFFF means that a delimiter ends it; None if the bytes end with the last element before that group.
+    pixels_at: where the value of the pixel data begins. num_pixel_bytes: its length, of which 0xFFFFFFFF means that a
+    delimiter ends it; None if the bytes end with the last element before the pixel data.
     """
 
     form: struct.Struct
@@ -98,8 +99,8 @@ def find_elements(
         at = 0
         while at != len(encoded):
             tag, value_at, length = _head(encoded, at, form)
-            if tag >> 16 >= _PIXEL_GROUP:
-                if tag >> 16 != _PIXEL_GROUP:
+            if tag >= PIXEL_DATA:
+                if tag >> 16 != PIXEL_DATA >> 16:
                     return None
                 return Elements(form=form, encoded=encoded, places=places, pixels_at=value_at, num_pixel_bytes=length)
             if length == _UNDEFINED_LENGTH:

@@ -21,7 +21,7 @@ from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian
 
 from model import HEADER_TAGS, PARSE_ERRORS, slice_headers
 from node.receive.attributes import SERIES_TAGS, series_attributes
-from node.receive.elements import Elements, find_elements
+from node.receive.elements import PIXEL_DATA, Elements, find_elements
 from node.receive.status import CANNOT_UNDERSTAND, MISMATCH, RefusedError
 
 NUM_PREFIX_BYTES = 128 * 1024
@@ -36,7 +36,6 @@ _PER_FRAME = int(Tag("PerFrameFunctionalGroupsSequence"))
 _FRAME_TAGS = {_PER_FRAME, int(Tag("SharedFunctionalGroupsSequence"))}
 _NUMBER_OF_FRAMES, _ROWS, _COLUMNS = (int(Tag(keyword)) for keyword in ("NumberOfFrames", "Rows", "Columns"))
 _TAGS_THAT_COUNT = frozenset({_PER_FRAME, _NUMBER_OF_FRAMES, _ROWS, _COLUMNS})
-_PIXEL_GROUP = 0x7FE0
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _SEQUENCE_DELIMITER = b"\xfe\xff\xdd\xe0\0\0\0\0"
 _MAX_HEADER_BYTES = 64 * 2**20  # Enhanced CT of a thousand frames has some 5 MB
@@ -188,7 +187,7 @@ def _read(encoded: Encoded, transfer_syntax_uid: str) -> Dataset:
 
         def is_pixel_data(tag: BaseTag, _: str | None, value_length: int) -> bool:
             nonlocal length
-            is_it = (int(tag) >> 16) >= _PIXEL_GROUP
+            is_it = int(tag) >= PIXEL_DATA
             length = value_length if is_it else None
             return is_it
 
@@ -227,7 +226,6 @@ def _check_frames(beginning: bytes, encoded: Encoded, syntax: UID, *, is_last: b
     _check_num_frames(num_items, found.value(_NUMBER_OF_FRAMES).decode("ascii", "replace"))
     if found.num_pixel_bytes is None and not is_last:  # it was cut just in front of them
         return
-    # Of what is encapsulated the first element of the group may be an Extended Offset Table.
     if syntax.is_encapsulated or found.num_pixel_bytes == _UNDEFINED_LENGTH:
         num_pixel_bytes, num_frame_bytes = encoded.num_bytes, _FRAGMENT_HEAD_BYTES
     else:

@@ -1,5 +1,6 @@
 """Enhanced CT that describes other frames than it has: refused by name, before it costs anything."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,15 +89,35 @@ def test_enhanced_ct_is_taken_as_it_is_written(tmp_path: Path, syntax: str) -> N
     assert len(read(path, 10**7).headers) == 5
 
 
-def test_enhanced_ct_with_an_extended_offset_table_is_taken(tmp_path: Path) -> None:
-    """The table comes in front of the pixel data, in their group, and was taken for them: 8 bytes a frame."""
-    path = make_enhanced_ct(tmp_path / "a.dcm", num_frames=5, transfer_syntax_uid=RLELossless)
+def with_offset_table(path: Path) -> Path:
+    make_enhanced_ct(path, num_frames=5, transfer_syntax_uid=RLELossless)
     ds = dcmread(path)
     frames = list(generate_frames(ds.PixelData, number_of_frames=5))
     ds.PixelData, ds.ExtendedOffsetTable, ds.ExtendedOffsetTableLengths = encapsulate_extended(frames)
     ds["PixelData"].is_undefined_length = True
     ds.save_as(path)
-    assert len(read(path, 10**7).headers) == 5
+    return path
+
+
+def with_group_length(path: Path) -> Path:
+    make_enhanced_ct(path, num_frames=5)
+    data, head = path.read_bytes(), b"\xe0\x7f\x10\x00OW"
+    length = len(data) - data.index(head)
+    path.write_bytes(data.replace(head, b"\xe0\x7f\x00\x00UL\x04\x00" + length.to_bytes(4, "little") + head))
+    return path
+
+
+@pytest.mark.parametrize("make", [with_offset_table, with_group_length])
+def test_what_comes_before_the_pixel_data_in_their_group_is_not_taken_for_them(
+    tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    """An Extended Offset Table has 8 bytes a frame: no room for a frame, and there when the pixel data are cut off."""
+    path = make(tmp_path / "a.dcm")
+    for num_prefix_bytes in (10**7, dataset_of(path).index(b"\xe0\x7f") + 10):
+        assert len(read(path, num_prefix_bytes).headers) == 5
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(RefusedError, match="the pixel data are shorter than they say"):
+        read(path, 10**7)
 
 
 @pytest.mark.parametrize("is_undefined", [True, False])
