@@ -12,9 +12,10 @@ local CT_SOP_CLASSES = {
 }
 local LONGEST_WAIT_S, MAX_ATTEMPTS = 600, 150  -- which take a day
 local NUM_CHANGES = 10000  -- that are looked through at the start
-local SENT = '/metadata/4101'  -- of a Series: how many of its Instances the node has got
+local SENT = '/metadata/4101'  -- of a Series: how many of its Instances the node has got; one says when our time began
 local CANCELED = 37  -- Orthanc's code of a job that somebody ended
 
+local hasBegun = false
 local failed = {}  -- jobs: how often, when each is tried again, and what it sends
 
 local function get(path)
@@ -63,7 +64,7 @@ local function tryAgain()
 end
 
 -- What an Orthanc that ends never says or does: it forgets what is not stable yet, and may lose what it was about to do.
--- What was there before this script first sent something is left alone.
+-- What was stable before this script was first run is left alone.
 local function sendWhatCameBefore()
   local seriesOf, isStable, order = {}, {}, {}
   local since = math.max(0, get('/changes?last').Last - NUM_CHANGES)
@@ -103,6 +104,14 @@ local function after(earlier, ours)
 end
 
 Initialize = after(Initialize, sendWhatCameBefore)
+
+OnStoredInstance = after(OnStoredInstance, function(instanceId)
+  local instance = not hasBegun and get('/instances/' .. instanceId)
+  if instance then
+    hasBegun = true
+    RestApiPut('/series/' .. instance.ParentSeries .. SENT, '0', true)
+  end
+end)
 
 OnStableSeries = after(OnStableSeries, function(seriesId)
   local series = get('/series/' .. seriesId)

@@ -34,9 +34,10 @@ class Pusher:
         if way == "stow":
             self._settings["plugin_settings"] = {"StowUrl": f"http://127.0.0.1:{web_port}/dicom-web/studies"}
 
-    def start(self, stable_age_s: int = STABLE_AGE_S) -> OrthancServer:
+    def start(self, stable_age_s: int = STABLE_AGE_S, routes: bool = True) -> OrthancServer:
         """It asks for a password, which is none of the script's business."""
-        self.orthanc = OrthancServer(self._folder, stable_age_s=stable_age_s, password="hunter2", **self._settings)
+        settings = self._settings if routes else self._settings | {"routes_by": ""}
+        self.orthanc = OrthancServer(self._folder, stable_age_s=stable_age_s, password="hunter2", **settings)
         return self.orthanc
 
     def stop(self) -> None:
@@ -84,6 +85,26 @@ def test_twenty_series_at_once_arrive_though_orthanc_is_restarted_in_the_middle(
         pusher.stop()
         orthanc = pusher.start()
         wait_until(lambda: counts(index.cases()) == expected, "all have come", orthanc.log, 60)
+
+
+def test_the_first_series_arrives_though_orthanc_is_restarted_before_the_node_runs_and_what_was_there_stays(
+    pusher: Pusher, make_config: Callable[..., Config], index: Index, tmp_path: Path
+) -> None:
+    make_ct_series(tmp_path / "before", num_slices=4)
+    series = make_ct_series(tmp_path / "in", num_slices=4)
+    orthanc = pusher.start(routes=False)
+    orthanc.upload(tmp_path / "before")
+    wait_until(lambda: orthanc.num_stable() == 1, "it is stable", orthanc.log)
+    pusher.stop()
+    pusher.start()
+    pusher.stop()
+    orthanc = pusher.start()
+    orthanc.upload(tmp_path / "in")
+    wait_until(lambda: "cspine: NOT SENT" in orthanc.log(), "the log says so", orthanc.log)
+    pusher.stop()
+    with receiving(pusher, make_config, index):
+        orthanc = pusher.start()
+        wait_until(lambda: counts(index.cases()) == {uid_of(series): 4}, "it has come", orthanc.log)
 
 
 def test_what_came_before_orthanc_was_restarted_is_sent_once_and_waits_for_the_node_over_another_restart(
