@@ -113,6 +113,7 @@ class Service:
         self._end_unheld()
         remove_strays(index)
         index.drop_destinations_except([destination.name for destination in config.deliver.destinations])
+        index.drop_targets_except([target.name for target in config.notify.targets])
         finish_interrupted(index)  # before the receiver looks for files that nobody knows
         try:
             self._receivers = Receivers(config, index)

@@ -117,6 +117,15 @@ class Notifications(Cases):
                 mine.values(state=state, reason=reason, attempts=attempts, next_attempt_at=next_attempt_at)
             )
 
+    def drop_targets_except(self, names: Sequence[str]) -> None:
+        """Gives up what is to be told to targets that are no longer configured: retention waits for all of it."""
+        gone = update(_notifications).where(
+            _notifications.c.state == NotificationState.PENDING, _notifications.c.target.not_in(names)
+        )
+        reason = "this target is no longer in the configuration"
+        with self._writing() as connection:
+            connection.execute(gone.values(state=NotificationState.FAILED, reason=reason))
+
     def retry_notifications(self, notification_ids: Sequence[int]) -> int:
         """Has failed notifications sent again, from their first attempt on; returns how many."""
         failed = update(_notifications).where(

@@ -107,6 +107,20 @@ def test_results_are_told_even_if_their_delivery_failed_at_once(
     assert sorted(told(web)) == ["failed", "positive"]
 
 
+def test_what_a_target_that_is_gone_was_not_told_keeps_no_case_from_being_purged(
+    index: Index, web: WebServer, target: WebhookTarget
+) -> None:
+    web.status = 503
+    finish(index, analysing(index), C5=0.9)
+    notify_due(index, target)
+    index.drop_targets_except([target.name])
+    assert index.finished_cases() == []
+    index.drop_targets_except(["another"])
+    (item,) = index.notifications()
+    assert (item.state, item.reason) == (NotificationState.FAILED, "this target is no longer in the configuration")
+    assert len(index.finished_cases()) == 1
+
+
 def test_what_happens_after_the_clock_was_set_back_is_told_and_nothing_twice(
     index: Index, web: WebServer, target: WebhookTarget, clock: Clock
 ) -> None:
