@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +25,19 @@ from training.commands.study import study
 from training.commands.submission import submission
 
 
-@click.group()
+class _Commands(click.Group):
+    """Says in a sentence which file is in the way of a command."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise click.ClickException(f"{error.filename} cannot be written or read ({error.strerror}).") from error
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--config", type=click.Path(path_type=Path), help="YAML: other defaults for the commands' options.")
 @click.pass_context
 def main(context: click.Context, config: Path | None) -> None:

@@ -150,3 +150,11 @@ def test_a_fold_that_is_named_twice_is_trained_once() -> None:
     arguments = ["--rsna", "r", "--cache", "c", "--work", "w", "--out", "o", "--folds", "0,1,0"]
 
     assert main.commands["all"].make_context("all", arguments).params["folds"] == (0, 1)
+
+
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused = CliRunner().invoke(main, ["rsna-demo", "--out", str(tmp_path / "file"), "--studies", "1"])
+    assert refused.exit_code == 1
+    assert f"Error: {tmp_path / 'file'} cannot be written or read (File exists)." in refused.output
+    assert CliRunner().invoke(main, ["-h"]).exit_code == 0

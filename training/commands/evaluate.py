@@ -97,8 +97,6 @@ def evaluate(
             metrics = measure(inputs, settings, out)
     except (InputError, BundleError) as error:
         raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or out} cannot be written or read ({error.strerror}).") from error
     _show(metrics, out)
 
 

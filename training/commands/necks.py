@@ -40,6 +40,6 @@ def necks(data: Path, out: Path, work: Path, workers: int, quick: bool) -> None:
     plan = Plan.quick(workers) if quick else Plan(num_workers=workers)
     try:
         bundle = train_necks_bundle(data, out, work, plan)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise click.ClickException(str(error)) from error
     logging.getLogger(__name__).info("%s: %s", bundle.folder, bundle.metrics)

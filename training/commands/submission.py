@@ -23,8 +23,6 @@ def submission(predictions: Path, test: Path, out: Path) -> None:
         num_rows, num_undetermined = write_submission(predictions, test, out)
     except InputError as error:
         raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or out} cannot be written or read ({error.strerror}).") from error
     if num_undetermined:
         click.echo(
             f"{num_undetermined} undetermined answers: the prevalence in the challenge's public data stands there."
