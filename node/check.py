@@ -61,7 +61,7 @@ def _describe_allow(config: Config) -> str:
         return "this machine only (receive.allow is loopback)"
     if allow == "any":
         return "whoever reaches the port (receive.allow is any)"
-    return f"those in the {len(allow)} entries of receive.allow"
+    return f"only those that receive.allow names ({len(allow)})"
 
 
 def check_certificates(config: Config) -> Iterator[Check]:

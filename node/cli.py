@@ -233,7 +233,10 @@ def _count(values: Any) -> list[tuple[str, int]]:
 @main.command()
 @config_option
 def check(config_path: Path | None) -> None:
-    """Check that the node can run: configuration, port, disk, model, destinations (C-ECHO)."""
+    """Check that the node can run: configuration, ports, certificates, disk, model, archives and destinations.
+
+    While it runs, too. Exit status 1 if anything is wrong.
+    """
     config = load_config(config_path)
     from node.check import run_checks
     from node.process import set_up_logging

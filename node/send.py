@@ -219,6 +219,7 @@ def _associate(
     except TlsError as error:
         raise SendError(f"{peer.where} cannot be spoken to under TLS: {error}") from error
     server_name = (peer.tls and peer.tls.server_name) or peer.host
+    opened: list[evt.Event] = []
     try:
         association = ae.associate(
             peer.host,
@@ -226,7 +227,7 @@ def _associate(
             ae_title=peer.ae_title,
             tls_args=None if context is None else (context, server_name),
             ext_neg=list(roles),
-            evt_handlers=[(evt.EVT_CONN_OPEN, _on_open), *handlers],
+            evt_handlers=[(evt.EVT_CONN_OPEN, _on_open), (evt.EVT_CONN_OPEN, opened.append), *handlers],
         )
     except OSError as error:  # the name cannot be resolved
         raise SendError(f"{peer.where} cannot be reached: {error.strerror}; check the host") from error
@@ -244,6 +245,8 @@ def _associate(
         raise SendError(
             f"{peer.where} takes nothing of what was offered; check what it is set to store", permanent=True
         )
+    if opened:
+        raise SendError(f"{peer.where} does not answer in DICOM; check the port, and whether it wants TLS")
     raise SendError(f"{peer.where} cannot be reached; check host and port, and that it runs")
 
 

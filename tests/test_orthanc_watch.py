@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -267,6 +268,7 @@ def test_an_orthanc_that_is_not_there_is_looked_at_more_and_more_rarely(
     assert shown.exit_code == 1
     told = json.loads(shown.output)
     assert (told["state"], told["position"]) == ("failing", None)
+    assert datetime.fromisoformat(told["failed_at"]).tzinfo is not None
     assert told["error"] == f"{url} cannot be reached: connection refused; check url, and that it runs"
     assert "failing" in cspine("sources", "--config", config).output
 

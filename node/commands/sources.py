@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -43,8 +43,8 @@ def sources(context: click.Context, config_path: Path | None, as_json: bool) -> 
         troubled = {source.name: list(index.troubled_series(source.name).values()) for source, _ in found}
     if as_json:
         for source, known in found:
-            not_given = [asdict(series) for series in troubled[source.name]]
-            told = {"url": source.url, "state": _state(known), **asdict(known), "series_not_given": not_given}
+            not_given = [_told(series) for series in troubled[source.name]]
+            told = {"url": source.url, "state": _state(known), **_told(known), "series_not_given": not_given}
             click.echo(json.dumps(told))
     else:
         _print_table(found)
@@ -88,6 +88,15 @@ def retry(
     click.echo(f"{num} Series {'is' if num == 1 else 'are'} asked for again at the next look.")
 
 
+def _told(known: "WatchedSource | TroubledSeries") -> dict[str, Any]:
+    """For programs: times in ISO 8601 with the zone, as `cspine cases --json` gives them."""
+    values = asdict(known)
+    for key in values.keys() & {"succeeded_at", "failed_at", "paused_until", "next_attempt_at"}:
+        if values[key] is not None:
+            values[key] = datetime.fromtimestamp(values[key]).astimezone().isoformat(timespec="seconds")
+    return values
+
+
 def _state(known: "WatchedSource") -> str:
     if known.is_failing:
         return "failing"
@@ -101,22 +110,24 @@ def _print_table(found: "list[tuple[OrthancSource | DicomWebSource, WatchedSourc
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("Source", "State", "Last success", "Series fetched", "Up to", "Last error"):
-        table.add_column(title, overflow="fold")
+    for title in ("Source", "State", "Last success", "Series", "Up to"):
+        table.add_column(title, overflow="fold", no_wrap=title != "Source")
     for source, known in found:
         state = _state(known)
-        error = f"{_when(known.failed_at)}: {known.error}" if known.error else ""
-        if known.paused_until is not None:
-            error += f"\nIt asked to be left alone until {_when(known.paused_until)}."
         table.add_row(
-            Text(f"{source.name}\n{source.url}"),
+            Text(source.name),
             Text(state, style="red" if known.is_failing else "green" if state == "watching" else ""),
             _when(known.succeeded_at),
             str(known.num_series),
             _up_to(source, known),
-            Text(error),
         )
     Console().print(table)
+    for source, known in found:  # columns of them would be too narrow to read
+        click.echo(f"{source.name} is {source.url}")
+        if known.error:
+            click.echo(f"  {_when(known.failed_at)}: {known.error}")
+        if known.paused_until is not None:
+            click.echo(f"  It asked to be left alone until {_when(known.paused_until)}.")
 
 
 def _print_troubled(name: str, troubled: "list[TroubledSeries]") -> None:

@@ -75,7 +75,7 @@ class AccessMiddleware:
             return answer
         if right not in rights:
             return JSONResponse(
-                {"error": f"this token has no right to {right}: cspine token make --right {right}"}, 403
+                {"error": f"this token has no right to {right}: cspine token make NAME --right {right}"}, 403
             )
         return None
 

@@ -38,7 +38,7 @@ caption{text-align:left;padding:.3rem 0;color:#555}
 th,td{text-align:left;padding:.45rem .7rem .45rem 0;border-bottom:1px solid #ccc;vertical-align:top}
 a{color:#0b57d0}
 a:focus-visible{outline:3px solid #b45309;outline-offset:2px}
-.uid{font-family:ui-monospace,monospace;font-size:.9em}
+.uid{font-family:ui-monospace,monospace;font-size:.9em;white-space:nowrap}
 .present{font-weight:700}
 .reason{display:block;color:#555;font-size:.9em;overflow-wrap:anywhere}
 nav a{display:inline-block;padding:.6rem 1rem .6rem 0}

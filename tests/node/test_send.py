@@ -174,6 +174,15 @@ def test_a_peer_that_is_not_there_is_named_with_what_to_check(nowhere: DicomDest
         echo(nowhere, calling_ae_title="TEST")
 
 
+def test_a_peer_that_takes_the_connection_and_hangs_up_is_not_called_unreachable(nowhere: DicomDestination) -> None:
+    with socket.create_server((nowhere.host, nowhere.port)) as listener:
+        hanging_up = threading.Thread(target=lambda: listener.accept()[0].close())
+        hanging_up.start()
+        with pytest.raises(SendError, match="does not answer in DICOM; check the port, and whether it wants TLS"):
+            echo(nowhere, calling_ae_title="TEST")
+        hanging_up.join()
+
+
 def test_a_host_name_that_does_not_resolve_is_a_send_error(nowhere: DicomDestination) -> None:
     with pytest.raises(SendError, match=r"no-such-host\.invalid:\d+ cannot be reached: .+; check the host"):
         echo(nowhere.model_copy(update={"host": "no-such-host.invalid"}), calling_ae_title="TEST")
