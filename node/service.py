@@ -34,6 +34,7 @@ from node.priority import rank
 from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
+from node.reminder import Reminder
 from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.web.supervisor import WebError, WebProcess
@@ -49,6 +50,7 @@ _UNHELD_S = 30.0
 _HOLD_S = 5.0
 _TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
+_REMIND_OF_DISK_S = 3600.0
 _FIRST_RETENTION_S = 60.0
 _RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
 _NOTIFY_S = 2.0
@@ -137,10 +139,16 @@ class Service:
             self._every_tick(deliver_due, index, config, destination)
         for target in config.notify.targets:
             self._scheduler.add_job(notify_due, "interval", (index, target), seconds=_NOTIFY_S)
-        self._scheduler.add_job(relieve_disk, "interval", (index, config), seconds=_RELIEVE_S)
+        reminder = Reminder(_REMIND_OF_DISK_S)
+        self._scheduler.add_job(relieve_disk, "interval", (index, config, reminder), seconds=_RELIEVE_S)
         soon = datetime.now() + timedelta(seconds=_FIRST_RETENTION_S)  # a node that is restarted daily purges too
         self._scheduler.add_job(
-            run_retention, "interval", (index, config), hours=1, jitter=_RETENTION_JITTER_S, next_run_time=soon
+            run_retention,
+            "interval",
+            (index, config, reminder),
+            hours=1,
+            jitter=_RETENTION_JITTER_S,
+            next_run_time=soon,
         )
         if config.sources.each:
             self._start_watching()
