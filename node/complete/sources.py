@@ -65,6 +65,13 @@ class Sources:
             state.questions[case.series_instance_uid] = case
             return True, None
 
+    def forget(self, case: Case) -> None:
+        """The Series is settled: by the time that it is judged again, its source may hold more, or less."""
+        with self._lock:
+            self._answers.pop(case.series_instance_uid, None)
+            for state in self._states.values():
+                state.questions.pop(case.series_instance_uid, None)
+
     def answer_questions(self, source: Source) -> None:
         """Asks a source what is to be asked of it, and has the Series concerned judged again."""
         state = self._states[source.name]
@@ -87,9 +94,11 @@ class Sources:
             state.is_silent = False
         with self._lock:
             for case in cases:
-                if state.questions.get(case.series_instance_uid) is case:  # else more came, and it is asked again
-                    del state.questions[case.series_instance_uid]
-                self._answers[case.series_instance_uid] = case.num_instances, counts.get(case.series_instance_uid)
+                uid = case.series_instance_uid
+                if uid in state.questions:  # else it has been settled meanwhile
+                    self._answers[uid] = case.num_instances, counts.get(uid)
+                if state.questions.get(uid) is case:  # else more came, and it is asked again
+                    del state.questions[uid]
             while len(self._answers) > _MAX_KEPT:
                 del self._answers[next(iter(self._answers))]
         for case in cases:
