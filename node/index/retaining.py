@@ -42,7 +42,10 @@ class Retaining(Cases):
         """Forgets the Instances of a finished case: if they are sent again, they are new."""
         mine = _instances.c.series_instance_uid == case.series_instance_uid
         gone = delete(_instances).where(mine).returning(_instances.c.path)
-        marked = unmoved(case).where(_cases.c.originals_purged_at.is_(None)).values(originals_purged_at=self.now())
+        # None is here any more of whose UIDs others were refused.
+        no_conflicts = {"num_conflicts": 0, "last_conflict_at": None, "last_conflict_from": None}
+        here = unmoved(case).where(_cases.c.originals_purged_at.is_(None))
+        marked = here.values(originals_purged_at=self.now(), **no_conflicts)
         try:
             with self._writing() as connection:
                 paths = connection.scalars(gone).all()

@@ -290,11 +290,13 @@ def test_originals_may_go_and_results_stay(index: Index, make_config: MakeConfig
 
 def test_a_purged_series_that_comes_again_is_new(index: Index, config: Config) -> None:
     bring_to(index, "1.2.3", CaseState.DONE)
+    index.note_conflict("1.2.3", "SCANNER")
     run_retention(index, config, UNSAID)
 
     paths = receive(index, "1.2.3", 2)
 
     case = case_of(index, "1.2.3")
+    assert (case.num_conflicts, case.conflicts) == (0, "")  # with Instances that are no more
     assert (case.state, case.num_instances, case.originals_purged_at) == (CaseState.RECEIVING, 2, None)
     assert len(index.stored_series("1.2.3").headers) == 2
     assert case.results_purged_at is not None
