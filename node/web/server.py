@@ -30,9 +30,8 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
 
     run_name: of this run of the process, for the files it stores.
     """
-    be_child(config.log_level)
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    be_child(config.log_level, on_sigterm=lambda *_: stopping.set())
     web = config.web
     try:
         listening = _listen(web.host, web.port)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,7 +15,7 @@ import pytest
 
 from node.config import Config, ReceiveTls
 from node.index import Index
-from node.receive import ReceiverError, Receivers, supervisor
+from node.receive import ReceiverError, Receivers, server, supervisor
 from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.node.sending import (
@@ -138,6 +139,34 @@ def test_the_processes_stop_cleanly_while_an_association_is_open(
     wait_until(lambda: association.is_aborted)
     assert carried(index) == (0, 0, 1)
     assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
+
+
+def _terminated_at_once(*arguments: Any) -> None:
+    """A receiver process that gets its SIGTERM as soon as it does not die of it."""
+
+    be_child = server.be_child
+
+    def be_stopped_child(*given: Any, **named: Any) -> None:
+        be_child(*given, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "be_child", be_stopped_child)
+        server.run(*arguments)
+
+
+def test_a_process_that_has_only_begun_hears_that_it_is_to_stop(
+    make_config: MakeConfig, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "run", _terminated_at_once)
+    running = Receivers(make_config(receive={"processes": 1}), index)
+    running.start()
+    (begun,) = running._processes.values()
+    begun.join(WAIT_S)
+    exitcode = begun.exitcode
+    running.terminate()
+    running.join(0)
+    assert exitcode == 0
 
 
 def test_a_watch_that_runs_on_while_the_processes_end_replaces_none(receivers: tuple[Config, Receivers]) -> None:
