@@ -15,9 +15,10 @@ from tests.training.evaluation_data import HEADER, write_csv
 from tests.training.rsna_data import uid
 from tests.untrained import write_untrained_bundle
 from training.cli import main
+from training.drawn_boxes import BOX_COLUMNS
 from training.evaluation.evaluate import operating_points, points_of
 from training.evaluation.evaluate_model import evaluate_model, measure_run, write_tables
-from training.evaluation.froc import BOX_COLUMNS, Box, read_boxes
+from training.evaluation.froc import Box, read_boxes
 from training.evaluation.metrics import Settings, measure_all
 from training.evaluation.run import Run, describe, run_model
 from training.evaluation.tables import InputError, match, read_predictions, read_truth
