@@ -264,7 +264,8 @@ def _as_origin_server() -> Iterator[str]:
         f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists and TimezoneOffsetFromUTC, given
         by keyword or tag, and of a Series and its Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
         emptyvaluematching and multiplevaluematching are supported, fuzzymatching is answered literally with a Warning.
-        includefield names any attribute, or `all` but bulk data, of the first Instance. A page has
+        includefield names any attribute of the first Instance, or `all`: of an Instance all but bulk data, of a Study
+        or Series those of its level (modules of patient, study, series, equipment and frame of reference). A page has
         {qido.DEFAULT_LIMIT:,} matches, on request up to {qido.MAX_LIMIT:,}, with includefield=all at most
         {qido.DEFAULT_LIMIT:,}; a Warning says how many are left. Answers are in `application/dicom+json`.""",
         f"""Retrieve (10.4) gives Instances as they are stored or in Explicit VR Little Endian, frames and pixels as

@@ -14,7 +14,7 @@ from model import PARSE_ERRORS
 from node.transcode import in_little_endian
 from node.web.attributes import attribute_json, completed, dataset_json
 from node.web.catalog import Catalog
-from node.web.levels import IN_REQUEST, Level
+from node.web.levels import IN_REQUEST, OPTIONAL, Level
 from node.web.matching import Condition, QueryError, keyword_of
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
@@ -27,7 +27,7 @@ _FLAGS = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")
 class Query:
     """A query string, understood. include: keywords that are wanted beyond what is returned anyway.
 
-    is_all: whether all there are are wanted. For them each match is read from a file, so that a page has fewer.
+    is_all: whether all that the level has are wanted. For them each match is read from a file: a page has fewer.
     """
 
     conditions: tuple[Condition, ...]
@@ -99,9 +99,12 @@ def search(catalog: Catalog, level: Level, query: Query, root: str) -> list[dict
         names = ("studies", "series", "instances")
         path = "".join(f"/{name}/{uid}" for name, uid in zip(names, uids, strict=False))
         answer[_RETRIEVE_URL] = {"vr": "UR", "Value": [root + path]}
-        if query.is_all:
-            answer |= _read_all(catalog, level, uids) | answer
-        missing = [keyword for keyword in query.include if f"{Tag(keyword):08X}" not in answer]
+        include = query.include
+        if query.is_all and level is Level.INSTANCE:
+            answer |= _read_all(catalog, uids) | answer
+        elif query.is_all:
+            include += tuple(keyword for upper in MATCHED[level] for keyword in OPTIONAL[upper])
+        missing = [keyword for keyword in include if f"{Tag(keyword):08X}" not in answer]
         if missing:
             answer |= read_attributes(catalog, uids, missing)
     return found
@@ -117,12 +120,11 @@ def read_attributes(catalog: Catalog, uids: Sequence[str], keywords: Iterable[st
     return {f"{Tag(keyword):08X}": attribute_json(ds, Tag(keyword)) for keyword in keywords if keyword in ds}
 
 
-def _read_all(catalog: Catalog, level: Level, uids: Sequence[str]) -> dict[str, Any]:
-    """All attributes of the first Instance, but bulk data and what names or numbers things of the levels below."""
-    below = {f"{Tag(keyword):08X}" for lower in set(Level) - set(MATCHED[level]) for keyword in lower.keywords}
-    left_out = {*below, "00080005"}  # the character set is that of the file; JSON is in UTF-8
+def _read_all(catalog: Catalog, uids: Sequence[str]) -> dict[str, Any]:
+    """All attributes of an Instance but bulk data."""
     told = dataset_json(_read_first(catalog, uids))
-    return {tag: value for tag, value in told.items() if tag not in left_out and "InlineBinary" not in value}
+    left_out = "00080005"  # the character set is that of the file; JSON is in UTF-8
+    return {tag: value for tag, value in told.items() if tag != left_out and "InlineBinary" not in value}
 
 
 def _read_first(catalog: Catalog, uids: Sequence[str], tags: list[BaseTag] | None = None) -> Dataset:

@@ -29,6 +29,7 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
 
         def edit(_i: int, ds: Dataset, name: str = name, items: list[Dataset] = items) -> None:
             ds.PatientID, ds.SeriesNumber, ds.TimezoneOffsetFromUTC = name, ord(name), "+0100"
+            ds.PatientAge = "050Y"
             ds.StudyDescription = "" if name == "C" else f"Neck {name}"
             if items:
                 ds.RequestAttributesSequence = items
@@ -95,14 +96,15 @@ def test_all_fields_are_those_of_the_file_without_bulk_data(web: WebServer) -> N
     assert Dataset.from_json(found) == Dataset.from_json(ds.to_json_dict())
 
 
-def test_all_fields_of_a_series_or_study_are_none_of_the_levels_below(web: WebServer) -> None:
+def test_all_fields_of_a_series_or_study_are_those_of_its_level(web: WebServer) -> None:
+    """Not what its first Instance has for itself, such as KVP and where it lies (PS3.18 10.6.3.3)."""
     (series,) = web.get("/series?includefield=all&PatientID=A").json()
-    assert series["00180060"] == {"vr": "DS"}
     assert series["00080070"]["Value"] == ["Factory"]
-    assert not series.keys() & {"00080018", "00200013"}
+    assert series["00101010"]["Value"] == ["050Y"]
+    assert not series.keys() & {"00080018", "00200013", "00180060", "00200032", "00280030"}
     (study,) = web.get("/studies?includefield=all&PatientID=A").json()
-    assert study["00080070"]["Value"] == ["Factory"]
-    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011"}
+    assert study["00101010"]["Value"] == ["050Y"]
+    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011", "00080070", "00200052"}
 
 
 def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
