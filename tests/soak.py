@@ -30,6 +30,7 @@ from node.index import Index
 from node.send import Answer, SendError, send_files
 from tests.factories import make_ct_series
 from tests.ports import free_port
+from tests.receiver import path_of
 from tests.running_node import RunningNode
 from tests.untrained import write_untrained_bundle
 from tests.wire import dataset_of
@@ -161,8 +162,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
         index = Index(node.data_dir)
         acknowledged = {uid: digest for sender in senders for uid, digest in sender.acknowledged.items()}
         for uid, digest in acknowledged.items():
-            kept = index.find_instance(uid)
-            assert kept is not None, f"{uid} was acknowledged and is lost"
+            kept = path_of(index, uid)
             assert hashlib.sha256(dataset_of(kept)).digest() == digest, f"{uid} was acknowledged and differs"
         assert sum(case.num_instances for case in index.cases()) == len(acknowledged)
         index.close()

@@ -107,13 +107,6 @@ class Receiving(Cases):
         with self._writing() as connection:
             return connection.execute(lost.values(ended_at=self.now(), released=0)).rowcount
 
-    def find_instance(self, sop_instance_uid: str) -> Path | None:
-        """Path of a stored Instance, None if it is not here."""
-        found = select(_instances.c.path).where(_instances.c.sop_instance_uid == sop_instance_uid)
-        with self._engine.connect() as connection:
-            path = connection.scalar(found)
-        return None if path is None else self.data_dir / path
-
     def is_result(self, sop_instance_uid: str) -> bool:
         """Whether this node made that Instance."""
         with self._engine.connect() as connection:
@@ -167,9 +160,9 @@ class Receiving(Cases):
             with self._writing_to_sqlite(self._turn) as sqlite:
                 for row in rows:
                     if not _MADE_SQLITE.execute(sqlite, {"uid": row["sop_instance_uid"]}):
-                        new.update(uid for (uid,) in _ADD_INSTANCE_SQLITE.execute(sqlite, row))
+                        new.update(uid for (uid,) in ADD_INSTANCE_SQLITE.execute(sqlite, row))
                 for arrival in arrivals(new):
-                    _ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
+                    ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
         elif rows:
             with self._writing() as connection:
                 uid_of_result = _results.c.sop_instance_uid
@@ -294,7 +287,7 @@ _MADE = select(_results.c.case_id).where(_results.c.sop_instance_uid == bindpara
 _MADE_SQLITE = Prepared(_MADE, ["uid"])
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
-_ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])
+ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])
 
 
 # Its Series was taken as whole. Not `in_`, which executemany cannot do.
@@ -335,7 +328,7 @@ def _add_to_case() -> Insert:
 
 
 _ADD_TO_CASE = _add_to_case()
-_ADD_TO_CASE_SQLITE = Prepared(
+ADD_TO_CASE_SQLITE = Prepared(
     _ADD_TO_CASE,
     ("series_instance_uid", "study_instance_uid", "calling_ae_title", "attributes", "now", "next_check_at"),
 )

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
 from node.index import Index, NewInstance, WatchedSource, tables
+from tests.receiver import path_of
 
 SERIES, STUDY = "1.2.3", "1.2"
 
@@ -142,8 +143,8 @@ def test_paths_are_kept_relative_so_the_data_folder_can_move(index: Index) -> No
     with index._engine.connect() as connection:
         path = connection.scalar(select(tables.instances.c.path))
     assert path == f"instances/{SERIES}/{SERIES}.1.dcm"
-    assert index.find_instance(f"{SERIES}.1") == index.data_dir / path
-    assert index.find_instance("1.2.3.4.5.6") is None
+    assert path_of(index, f"{SERIES}.1") == index.data_dir / path
+    assert index.stored_file("1.2.3.4.5.6") is None
 
 
 def test_a_change_decided_on_an_old_snapshot_is_dropped(index: Index) -> None:

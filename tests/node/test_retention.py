@@ -267,7 +267,7 @@ def test_what_was_purged_is_known(
     assert (refused.reason, refused.results_purged_at) == ("no stack", None)
     assert (done.num_instances, index.instance_paths("1.2.3")) == (3, [])
     assert index.is_result(f"{RESULT_UID}.1.2.3"), "what this node made is never analysed, purged or not"
-    assert index.find_instance("1.2.3.0") is None
+    assert index.stored_file("1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
     print_table([done], lambda _: Priority.ROUTINE)
