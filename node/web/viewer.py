@@ -44,6 +44,25 @@ CONFIG = {
 """What OHIF is told. Its tour of the viewer, its notice of investigational use and its question whether to show a
 Segmentation would stand between the case list and the first picture."""
 
+_EXTENSION = """
+window.config.extensions.push({
+  id: "cspine.report",
+  preRegistration: ({ servicesManager }) => {
+    const sets = servicesManager.services.displaySetService;
+    sets.subscribe(sets.EVENTS.DISPLAY_SETS_ADDED, ({ displaySetsAdded }) => {
+      for (const set of displaySetsAdded) if (set.Modality === "SR") set.isImagingMeasurementReport = false;
+    });
+  },
+});
+"""
+# OHIF shows of a TID 1500 report only its coordinates over the image, and an empty page where there are none, as in
+# every report here. Of any other report it shows the text.
+
+
+def config_script() -> str:
+    """What OHIF loads first."""
+    return f"window.config = {json.dumps(CONFIG)};{_EXTENSION}"
+
 
 def find_viewer() -> Path | None:
     """The folder of OHIF's files; None if they are not here."""
@@ -68,7 +87,7 @@ def make_router() -> APIRouter:
 
     @router.get("/app-config.js")
     def config() -> Response:
-        return Response(f"window.config = {json.dumps(CONFIG)};", media_type="text/javascript")
+        return Response(config_script(), media_type="text/javascript")
 
     @router.get("/{path:path}")
     def file(path: str) -> Response:
