@@ -48,7 +48,7 @@ from node.index import Index
 from node.person_name import shortest_name
 from node.web.attributes import attribute_json, completed
 from node.web.levels import IN_REQUEST, Level
-from node.web.matching import Condition, QueryError
+from node.web.matching import TIMES, Condition, QueryError
 
 _VERSION = 7  # of the tables below; a file of another version is made anew
 
@@ -403,13 +403,14 @@ def _holds(condition: Condition) -> ColumnElement[bool]:
         return _studies.c.StudyInstanceUID.in_(select(_series.c.StudyInstanceUID).where(modality))
     for level, table in _TABLES.items():
         if condition.keyword in level.keywords:
-            return condition.of(table.c[condition.keyword])
+            column = table.c[condition.keyword]
+            return condition.of(column.concat(table.c[TIMES[column.name]]) if condition.is_moment else column)
     raise KeyError(condition.keyword)
 
 
 def _merged(row: Any) -> dict[str, Any]:
-    """DICOM JSON of one match: the attributes of its level and of those above."""
-    answer: dict[str, Any] = {}
+    """DICOM JSON of one match: the attributes of its level and of those above. All that is here is on a disk here."""
+    answer: dict[str, Any] = {"00080056": {"vr": "CS", "Value": ["ONLINE"]}}
     for attributes in row.values():
         answer |= attributes
     return answer

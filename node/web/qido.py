@@ -6,6 +6,7 @@ Reference: PS3.18 8.3.4 (query parameters), 10.6 (Search transaction).
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from pydicom import Dataset, dcmread
 from pydicom.tag import BaseTag, Tag
@@ -15,12 +16,14 @@ from node.transcode import in_little_endian
 from node.web.attributes import attribute_json, completed, dataset_json
 from node.web.catalog import Catalog
 from node.web.levels import IN_REQUEST, Level
-from node.web.matching import Condition, QueryError, keyword_of
+from node.web.matching import Condition, QueryError, is_attribute, is_private, keyword_of, with_moments
 
 DEFAULT_LIMIT, MAX_LIMIT = 1000, 10_000
 MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES), Level.INSTANCE: tuple(Level)}
 _RETRIEVE_URL = "00081190"
 _FLAGS = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")
+_ABOUT_THE_ANSWER = ("accept", "charset")  # its form; JSON is in UTF-8
+_LITERALLY = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class Query:
     """A query string, understood. include: keywords that are wanted beyond what is returned anyway.
 
     is_all: whether all there are are wanted. For them each match is read from a file, so that a page has fewer.
+    warnings: what of it was not done.
     """
 
     conditions: tuple[Condition, ...]
@@ -35,7 +39,7 @@ class Query:
     is_all: bool
     limit: int
     offset: int
-    is_fuzzy: bool
+    warnings: tuple[str, ...]
 
 
 def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict[str, str]) -> Query:
@@ -43,10 +47,13 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
 
     scope: UIDs that the address itself names, by keyword.
 
+    A parameter that is no attribute is ignored, with a warning, as the Standard has it (PS3.18 8.3).
+
     Raises:
         QueryError: an unknown attribute, one that cannot be matched at this level, a bad number or range.
     """
     conditions = [Condition(keyword, uid) for keyword, uid in scope.items()]
+    ignored: list[str] = []
     include: list[str] = []
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
     is_all = False
@@ -57,12 +64,15 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     for name, value in parameters:
         if name in numbers:
             numbers[name] = _whole(name, value)
-        elif name in _FLAGS:
+        elif name in (*_FLAGS, *_ABOUT_THE_ANSWER):
             continue
         elif name == "includefield":
             is_all |= "all" in value.split(",")
-            fields = [keyword_of(field) for field in value.split(",") if field and field != "all"]
+            named = [field for field in value.split(",") if field and field != "all" and not is_private(field)]
+            fields = [keyword_of(field) for field in named]
             include += [field.partition(".")[0] for field in fields]  # of a sequence, all of it
+        elif is_private(name) or not is_attribute(name):
+            ignored.append(quote(name[:64], safe=""))
         else:
             keyword = keyword_of(name)
             if keyword not in can_match:
@@ -71,13 +81,16 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
             if value.strip("*"):  # nothing, or any number of anything, asks nothing
                 is_list = "multiplevaluematching" in flags
                 conditions.append(Condition(keyword, value, is_empty=is_empty, is_list=is_list))
+    warnings = [_LITERALLY] if "fuzzymatching" in flags else []
+    if ignored:
+        warnings.append(f"These parameters are not supported and were ignored: {', '.join(ignored[:10])}")
     return Query(
-        conditions=tuple(conditions),
+        conditions=with_moments(conditions),
         include=tuple(include),
         is_all=is_all,
         limit=min(numbers["limit"], DEFAULT_LIMIT if is_all else MAX_LIMIT),
         offset=numbers["offset"],
-        is_fuzzy="fuzzymatching" in flags,
+        warnings=tuple(warnings),
     )
 
 

@@ -21,7 +21,7 @@ from node.web import viewer
 from tests.factories import make_ct_series, make_enhanced_ct, make_report
 from tests.node.test_web import OCTETS, parts, path_of, uids_of, values
 from tests.transfer_syntaxes import convert
-from tests.web_server import WebServer, hold
+from tests.web_server import WebServer, found_in, hold
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ from tests.web_server import WebServer, hold
 def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
     japanese: WebServer, query: str, is_found: bool
 ) -> None:
-    assert len(japanese.get(f"/studies?{query}").json()) == is_found
+    assert len(found_in(japanese.get(f"/studies?{query}"))) == is_found
 
 
 NAMES = {
@@ -85,7 +85,7 @@ NAMES = {
     ],
 )
 def test_delimiters_at_the_end_of_a_name_do_not_count(named: WebServer, name: str, patients: str) -> None:
-    found = named.get(f"/studies?PatientName={name}").json()
+    found = found_in(named.get(f"/studies?PatientName={name}"))
     assert "".join(sorted(values(found, "00100020"))) == patients
 
 
