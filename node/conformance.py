@@ -244,9 +244,9 @@ def _retrieve() -> Iterator[str]:
     yield from _table("Level | Attributes", rows)
     yield from _prose(
         f"""Every other attribute asked for is answered from the first Instance, and not matched (status 0xFF01);
-        NumberOfStudyRelatedSeries, NumberOfStudyRelatedInstances and NumberOfSeriesRelatedInstances are counted. No
-        unique key of a higher level is needed. Answers are in ISO_IR 192, at most {MAX_MATCHES:,}. What arrives is
-        found at once.""",
+        what NumberOfPatientRelatedStudies and the like of a Patient, a Study and a Series ask for is counted, and
+        InstanceAvailability is ONLINE. No unique key of a higher level is needed. Answers are in ISO_IR 192, at most
+        {MAX_MATCHES:,}. What arrives is found at once.""",
         """C-GET and C-MOVE give out received CT and the node's results, by the unique key of the level, which may be a
         list of UIDs. Each Instance goes in the transfer syntax it is in, or uncompressed to who does not take that one.
         C-MOVE sends to `retrieve.peers` only, by the AE title there, over an association of its own.""",

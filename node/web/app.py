@@ -153,7 +153,7 @@ def _choose(request: Request, offers: list[Offer]) -> Choice:
     Raises:
         HTTPException: 406, none of them.
     """
-    accept = request.query_params.get("accept") or request.headers.get("accept", "")
+    accept = request.query_params.get("accept") or ", ".join(request.headers.getlist("accept"))
     choice = choose(accept, offers, default_syntax=ExplicitVRLittleEndian)
     if choice is None:
         can = ", ".join(

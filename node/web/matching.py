@@ -19,6 +19,7 @@ TIMES = {"StudyDate": "StudyTime", "PerformedProcedureStepStartDate": "Performed
 """The time that tells more of a date, by its keyword."""
 
 _TAG = "[0-9A-Fa-f]{8}"
+_WHOLE = ("IS", "US", "UL")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
 
 
@@ -54,6 +55,8 @@ class Condition:
             return _in_range(column, self.value, "DT" if self.is_moment else vr)
         if vr == "UI":
             return column.in_([uid for uid in re.split(r"[,\\]", self.value) if uid])
+        if vr in _WHOLE and re.fullmatch("[+-]?[0-9]{1,12}", self.value):
+            return column == str(int(self.value))
         if vr in _NO_WILDCARDS:
             return column == self.value
         if vr == "PN":

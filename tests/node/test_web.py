@@ -1,6 +1,7 @@
 """QIDO-RS and WADO-RS over what the node holds: answers compared with what was stored, and with a real Orthanc's."""
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from email import message_from_bytes
 from io import BytesIO
@@ -334,6 +335,13 @@ def test_one_instance_can_come_without_multipart(web: WebServer, paths: list[Pat
 )
 def test_what_is_accepted_decides(web: WebServer, paths: list[Path], accept: str, status: int) -> None:
     assert web.get(path_of(paths[0], 2), accept).status_code == status
+
+
+def test_headers_that_come_twice_are_one_list(web: WebServer) -> None:
+    with socket.create_connection(("127.0.0.1", web.port), timeout=WAIT_S) as client:
+        accepts = "Accept: text/html\r\nAccept: application/dicom+json"
+        client.sendall(f"GET /dicom-web/studies HTTP/1.1\r\nHost: localhost\r\n{accepts}\r\n\r\n".encode())
+        assert client.recv(1024).startswith(b"HTTP/1.1 200")
 
 
 def test_metadata_is_the_dataset_without_its_pixels(web: WebServer, paths: list[Path]) -> None:

@@ -201,6 +201,31 @@ def test_a_number_of_frames_that_is_none_counts_as_one(index: Index, number: str
         server.stop()
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")
+def test_numbers_dates_and_times_are_found_however_they_are_written(index: Index) -> None:
+    def edit(i: int, ds: Dataset) -> None:
+        ds.SeriesNumber, ds.InstanceNumber = "03", f"{i + 1:04d}"
+        ds.StudyDate, ds.StudyTime = "1992.01.02", "10:30:00"
+
+    hold(index, make_ct_series(index.data_dir / "instances" / "old", num_slices=3, edit=edit))
+    server = WebServer(Config(), index)
+    try:
+        for query, count in (
+            ("SeriesNumber=3", 3),
+            ("SeriesNumber=003", 3),
+            ("SeriesNumber=30", 0),
+            ("InstanceNumber=1", 1),
+            ("InstanceNumber=0002", 1),
+            ("StudyDate=19920102&StudyTime=103000", 3),
+            ("StudyDate=19920101-19920103&StudyTime=11-12", 3),
+            ("StudyDate=19920102-19920103&StudyTime=11-12", 0),
+            ("StudyTime=1000-1030", 3),
+        ):
+            assert len(found_in(server.get(f"/instances?{query}"))) == count, query
+    finally:
+        server.stop()
+
+
 def test_an_instance_that_lacks_sop_class_and_modality_is_told_as_it_was_taken(index: Index) -> None:
     """The Instances of RSNA 2022 are like that; no viewer shows what is of no class."""
     paths = make_ct_series(index.data_dir / "instances" / "bare", num_slices=3)
