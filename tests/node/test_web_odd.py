@@ -123,6 +123,27 @@ def test_what_can_be_no_file_of_the_viewer_is_not_there(
     assert requests.get(f"{japanese.root}/viewer{path}", timeout=20).text == "OHIF"
 
 
+def test_a_browser_that_has_a_file_of_the_viewer_is_not_sent_it_again(
+    japanese: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "app.js"
+    script.write_text("old")
+    (tmp_path / "index.html").write_text("OHIF")
+    monkeypatch.setattr(viewer, "PLACES", (tmp_path,))
+
+    def ask(known: str = "") -> requests.Response:
+        return requests.get(f"{japanese.root}/app.js", headers={"If-None-Match": known}, timeout=20)
+
+    tag = ask().headers["ETag"]
+    for known in (tag, f'"other", W/{tag}'):
+        answer = ask(known)
+        assert (answer.status_code, answer.content, answer.headers["ETag"]) == (304, b"", tag)
+    assert ask('"other"').text == "old"
+    script.write_text("newer")
+    answer = ask(tag)
+    assert (answer.status_code, answer.text) == (200, "newer")
+
+
 @pytest.fixture(scope="module")
 def japanese(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
     """Holds one Study with a name in three scripts, a backslash in its description, and an ID full of wildcards."""
