@@ -262,8 +262,9 @@ def _retrieve() -> Iterator[str]:
 def _as_origin_server() -> Iterator[str]:
     yield from ("### 5.1 As DICOMweb origin server", "")
     yield from _prose(
-        f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists and TimezoneOffsetFromUTC, given
-        by keyword or tag, and of a Series and its Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
+        f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists, given by keyword or tag, dates
+        and times as they stand, with a Warning where the query names a TimezoneOffsetFromUTC; and of a Series and its
+        Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
         Ranges of {" and of ".join(f"{date} and {time}" for date, time in TIMES.items())} that have the same form are
         one of moments (combined datetime matching, which C-FIND does not negotiate). An attribute that cannot be
         matched is an error (400); a parameter that is no attribute, or a private one, is ignored with a Warning.
@@ -279,7 +280,8 @@ def _as_origin_server() -> Iterator[str]:
         Parameters: window with {", ".join(rendered.FUNCTIONS)}, viewport with a region of the source, quality (that of
         the JPEG encoder); annotation and iccprofile draw nothing and are answered with a Warning.""",
         """Store (10.5) takes `multipart/related; type="application/dicom"`, not encoded. A part of another type is
-        among the Other Failures; Failure Reasons are the statuses of section 3.2, and 0x0122 of what is no CT. An
+        among the Other Failures; Failure Reasons are the statuses of section 3.2, and 0x0122 for another SOP Class.
+        An
         answer that is an error and has a Referenced SOP Sequence names what was stored before the request broke.""",
         """DELETE, which the Standard does not have, removes a Study, or a received Series with what was made of it;
         what was made, and an Instance, goes only with its Series. Retrieve Capabilities (8.9) is not offered: OPTIONS

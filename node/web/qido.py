@@ -23,6 +23,8 @@ MATCHED = {Level.STUDY: (Level.STUDY,), Level.SERIES: (Level.STUDY, Level.SERIES
 _RETRIEVE_URL = "00081190"
 _FLAGS = ("fuzzymatching", "emptyvaluematching", "multiplevaluematching")
 _ABOUT_THE_ANSWER = ("accept", "charset")  # its form; JSON is in UTF-8
+_ZONE = "TimezoneOffsetFromUTC"  # of the dates and times of the query; no key itself (PS3.18 8.3.4.1.1)
+_AS_THEY_STAND = f"Dates and times are compared as they stand; {_ZONE} is not taken into account"
 _LITERALLY = "The fuzzymatching parameter is not supported. Only literal matching has been performed."
 
 
@@ -56,10 +58,11 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
     ignored: list[str] = []
     include: list[str] = []
     numbers = {"limit": DEFAULT_LIMIT, "offset": 0}
-    is_all = False
+    is_all = is_zoned = False
     parameters = list(parameters)
     flags = {name for name, value in parameters if name in _FLAGS and value.lower() == "true"}
-    can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords} | {"ModalitiesInStudy"}
+    can_match = {keyword for upper in MATCHED[level] for keyword in upper.keywords if keyword != _ZONE}
+    can_match.add("ModalitiesInStudy")
     can_match |= set(IN_REQUEST if Level.SERIES in MATCHED[level] else ())
     for name, value in parameters:
         if name in numbers:
@@ -71,6 +74,8 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
             named = [field for field in value.split(",") if field and field != "all" and not is_private(field)]
             fields = [keyword_of(field) for field in named]
             include += [field.partition(".")[0] for field in fields]  # of a sequence, all of it
+        elif name in (_ZONE, f"{Tag(_ZONE):08X}"):
+            is_zoned = bool(value)
         elif is_private(name) or not is_attribute(name):
             ignored.append(quote(name[:64], safe=""))
         else:
@@ -82,6 +87,8 @@ def parse_query(level: Level, parameters: Iterable[tuple[str, str]], scope: dict
                 is_list = "multiplevaluematching" in flags
                 conditions.append(Condition(keyword, value, is_empty=is_empty, is_list=is_list))
     warnings = [_LITERALLY] if "fuzzymatching" in flags else []
+    if is_zoned and any(condition.keyword.endswith(("Date", "Time")) for condition in conditions):
+        warnings.append(_AS_THEY_STAND)
     if ignored:
         warnings.append(f"These parameters are not supported and were ignored: {', '.join(ignored[:10])}")
     return Query(

@@ -56,8 +56,6 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
         ("00400275.00401001=rp1", ""),
         ("00400275.00401001=", "ABC"),
         ("00400275.00401001=RP1&PatientID=B", "B"),
-        ("TimezoneOffsetFromUTC=%2B0100", "ABC"),
-        ("TimezoneOffsetFromUTC=-0500", ""),
     ],
 )
 @pytest.mark.parametrize(("level", "num_each"), [("series", 1), ("instances", 2)])
@@ -100,6 +98,16 @@ def test_a_range_of_moments_that_is_none_is_refused(web: WebServer) -> None:
     assert web.get("/series?StudyDate=-&StudyTime=-").status_code == 400
     assert web.get("/series?StudyDate=2026-01-01&StudyTime=10-11").status_code == 400
     assert web.get("/series?StudyDate=yesterday-yesterda2&StudyTime=10-11").status_code == 400
+
+
+@pytest.mark.parametrize("zone", ["TimezoneOffsetFromUTC=-0500", "00080201=%2B0100"])
+def test_a_timezone_is_that_of_the_query_and_no_key(web: WebServer, zone: str) -> None:
+    answer = web.get(f"/studies?{zone}")
+    assert len(found_in(answer)) == 3
+    assert "Warning" not in answer.headers
+    answer = web.get(f"/studies?{zone}&StudyDate=20260102")
+    assert values(found_in(answer), "00100020") == ["B"]
+    assert "TimezoneOffsetFromUTC is not taken into account" in answer.headers["Warning"]
 
 
 def test_what_is_no_attribute_is_ignored_and_said(web: WebServer) -> None:
