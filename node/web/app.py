@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydicom.uid import ExplicitVRLittleEndian
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from node.case import CaseState
@@ -40,8 +41,7 @@ from node.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-DICOM_JSON = "application/dicom+json"
-_IN_JSON = [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")]
+_IN_JSON = [Offer(media_type="application/dicom+json"), Offer(media_type="application/json")]
 _TOO_SLOW = "nothing, or too little, has come for web.body_timeout_s"
 _STATUSES: dict[type[Exception], int] = {  # of HTTP, of what a request may be at fault with
     QueryError: 400,
@@ -83,9 +83,22 @@ def _say(status: int, text: str = "") -> Callable[[Request, Exception], Response
     return lambda _request, error: JSONResponse({"error": text or str(error)}, status)
 
 
-def _say_http(_request: Request, error: Exception) -> Response:
+def _say_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if error.status_code != 405:
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    allow = {"Allow": ", ".join(("OPTIONS", *_methods(request)))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    return JSONResponse({"error": f"this cannot be done here, but {allow['Allow']}"}, 405, allow)
+
+
+def _methods(request: Request) -> Iterator[str]:
+    """What an address has, though routes of their own answer it (RFC 9110 10.2.1)."""
+    for method, also in (("GET", ("HEAD",)), ("POST", ()), ("DELETE", ())):
+        asked = {**request.scope, "method": method}
+        if any(route.matches(asked)[0] is Match.FULL for route in request.app.routes):
+            yield from (method, *also)
 
 
 def _say_broken(_request: Request, error: Exception) -> Response:
@@ -140,7 +153,7 @@ def _choose(request: Request, offers: list[Offer]) -> Choice:
     Raises:
         HTTPException: 406, none of them.
     """
-    accept = request.query_params.get("accept") or request.headers.get("accept", "")
+    accept = request.query_params.get("accept") or ", ".join(request.headers.getlist("accept"))
     choice = choose(accept, offers, default_syntax=ExplicitVRLittleEndian)
     if choice is None:
         can = ", ".join(
@@ -197,6 +210,13 @@ def _related(part_type: str, boundary: str) -> str:
     return f'multipart/related; type="{part_type}"; boundary={boundary}'
 
 
+def _warn(answer: Response, *warnings: str) -> Response:
+    """The answer, with what was not done as it was asked for (PS3.18 8.3)."""
+    for said in warnings:
+        answer.headers.append("Warning", f'299 cspine: "{said}"')
+    return answer
+
+
 def _boundary() -> str:
     return secrets.token_hex(16)
 
@@ -208,21 +228,16 @@ def _search_router() -> APIRouter:
     router = APIRouter()
 
     def search(request: Request, catalog: Catalog, root: str, level: Level, **scope: str) -> Response:
-        _choose(request, _IN_JSON)
+        form = _choose(request, _IN_JSON).offer.media_type
         query = qido.parse_query(level, request.query_params.multi_items(), scope)
         found = qido.search(catalog, level, query, root)
-        answer = Response(json.dumps(found), media_type=DICOM_JSON)
-        if query.is_fuzzy:
-            answer.headers.append(
-                "Warning", '299 cspine: "The fuzzymatching parameter is not supported. Only literal matching."'
-            )
+        answer = Response(json.dumps(found), media_type=form) if found else Response(status_code=204)
+        _warn(answer, *query.warnings)
         # Who names no limit would take the first thousand for all (PS3.18 8.3.4.4).
         is_full = len(found) == query.limit
         num_left = catalog.num_matches(level, query.conditions) - query.offset - len(found) if is_full else 0
         if num_left > 0:
-            answer.headers.append(
-                "Warning", f'299 cspine: "There are {num_left} additional results that can be requested"'
-            )
+            _warn(answer, f"There are {num_left} additional results that can be requested")
         return answer
 
     @router.get("/studies")
@@ -271,9 +286,9 @@ def _retrieve_router() -> APIRouter:
         return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
 
     def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
-        _choose(request, _IN_JSON)
+        form = _choose(request, _IN_JSON).offer.media_type
         told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
-        return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
+        return Response("[" + ",".join(told) + "]", media_type=form)
 
     def parts(found: list[bytes], choice: Choice) -> Response:
         boundary = _boundary()
@@ -288,10 +303,11 @@ def _retrieve_router() -> APIRouter:
         if several is not None and choice.offer.part:
             boundary = _boundary()
             pieces = rendered.multipart_of_pictures(several, media_type, view, boundary)
-            return _Pieces(pieces, _related(media_type, boundary), None, None)
+            return _warn(_Pieces(pieces, _related(media_type, boundary), None, None), *view.warnings)
         assert one is not None
         view = view if several is not None else view.as_thumbnail()
-        return Response(next(rendered.pictures(one, media_type, view)), media_type=media_type)
+        picture = next(rendered.pictures(one, media_type, view))
+        return _warn(Response(picture, media_type=media_type), *view.warnings)
 
     def show_all(request: Request, instances: list[StoredInstance]) -> Response:
         return show(request, rendered.middle_of(instances), rendered.all_of(instances))
@@ -403,7 +419,7 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
     router = APIRouter()
 
     async def keep(request: Request, study: str) -> Response:
-        _choose(request, _IN_JSON)
+        form = _choose(request, _IN_JSON).offer.media_type
         reader = MultipartReader(boundary_of_request(request.headers), config.max_parts)
         length = request.headers.get("content-length", "0")
         if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
@@ -428,10 +444,10 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
             why = str(error) or _TOO_SLOW
         finally:
             await asyncio.to_thread(source.end, released=is_whole)
-        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=form)
         if not is_whole:  # what has been stored all the same is named
             answer.status_code = status
-            answer.headers["Warning"] = f'299 cspine: "{why}"'
+            _warn(answer, why)
         return answer
 
     @router.post("/studies")
