@@ -67,7 +67,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -261,6 +261,7 @@ def train_fractures(
             num_stack_steps=num_stack_steps,
             batch_size=plan.batch_size,
             seed=2 + number,
+            is_for_patients=True,
         )
         _follow(f"fracture network, cycle {number}", steps, num_patch_steps + num_stack_steps)
         _keep(network, work / f"fractures-{number}.pt")
