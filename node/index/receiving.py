@@ -107,21 +107,10 @@ class Receiving(Cases):
         with self._writing() as connection:
             return connection.execute(lost.values(ended_at=self.now(), released=0)).rowcount
 
-    def find_instance(self, sop_instance_uid: str) -> Path | None:
-        """Path of a stored Instance, None if it is not here."""
-        found = select(_instances.c.path).where(_instances.c.sop_instance_uid == sop_instance_uid)
-        with self._engine.connect() as connection:
-            path = connection.scalar(found)
-        return None if path is None else self.data_dir / path
-
     def is_result(self, sop_instance_uid: str) -> bool:
         """Whether this node made that Instance."""
         with self._engine.connect() as connection:
             return connection.scalar(_MADE, {"uid": sop_instance_uid}) is not None
-
-    def add_instance(self, *, quiet_time_s: float, **values: Any) -> bool:
-        """`add_instances` for one Instance, its values as `NewInstance` has them."""
-        return self.add_instances([NewInstance(**values)], quiet_time_s=quiet_time_s)[0]
 
     def add_instances(self, batch: Sequence[NewInstance], *, quiet_time_s: float) -> list[bool]:
         """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not,

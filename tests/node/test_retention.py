@@ -32,6 +32,7 @@ from node.retention import (
     relieve_disk,
     run_retention,
 )
+from tests.stored import add_instance, path_of
 
 DAY_S = 86400.0
 RESULT_UID = "1.2.826.99"
@@ -117,8 +118,8 @@ def receive(index: Index, series: str, num_instances: int = 3) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
         header = {"sop_instance_uid": f"{series}.{number}", "series_instance_uid": series, "study_instance_uid": "1.2"}
-        assert index.add_instance(
-            association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
+        assert add_instance(
+            index, association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
         )
         paths.append(path)
     index.end_association(association, released=True)
@@ -269,7 +270,7 @@ def test_what_was_purged_is_known(
     assert (refused.reason, refused.results_purged_at) == ("no stack", None)
     assert (done.num_instances, index.instance_paths("1.2.3")) == (3, [])
     assert index.is_result(f"{RESULT_UID}.1.2.3"), "what this node made is never analysed, purged or not"
-    assert index.find_instance("1.2.3.0") is None
+    assert path_of(index, "1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
     print_table([done], lambda _: Priority.ROUTINE)
@@ -323,7 +324,8 @@ def test_a_case_that_a_late_instance_reopens_keeps_everything(index: Index, conf
     path = index.data_dir / "instances" / "1.2.3" / "late.dcm"
     path.write_bytes(b"late")
     header = {"sop_instance_uid": "1.2.3.99", "series_instance_uid": "1.2.3", "study_instance_uid": "1.2"}
-    index.add_instance(
+    add_instance(
+        index,
         association_id=index.open_association("X"),
         calling_ae_title="X",
         path=path,
