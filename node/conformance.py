@@ -31,7 +31,7 @@ from node.receive import status
 from node.receive.access import REJECTIONS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.retrieve.identifier import ABOUT_THE_QUERY, MAX_MATCHES, PATIENT_KEYS
-from node.retrieve.scp import LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
+from node.retrieve.scp import LABEL_MAP_STORAGE, LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
 from node.status import STATUSES
 from node.transcode import UNCOMPRESSED
 from node.web import qido, rendered
@@ -49,8 +49,7 @@ STORE_STATUSES = {
     "the first is kept",
 }
 
-_LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # since 2024; pydicom's dictionary does not have it
-_SEGMENTATIONS = (uids.SegmentationStorage, _LABEL_MAP)
+_SEGMENTATIONS = (uids.SegmentationStorage, LABEL_MAP_STORAGE)
 OBJECTS: dict[Kind, tuple[str, tuple[UID, ...], str]] = {
     Kind.VERTEBRAE_SEG: ("Vertebrae, BINARY or LABELMAP", _SEGMENTATIONS, "at least one level is in view"),
     Kind.FRACTURES_SEG: (
@@ -100,7 +99,7 @@ def _table(head: str, rows: Iterable[tuple[object, ...]]) -> Iterator[str]:
 
 
 def _name(uid: str) -> str:
-    return "Label Map Segmentation Storage" if uid == _LABEL_MAP else UID(uid).name
+    return "Label Map Segmentation Storage" if uid == LABEL_MAP_STORAGE else UID(uid).name
 
 
 def _named(*found: str) -> list[tuple[str, str]]:

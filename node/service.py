@@ -205,7 +205,7 @@ class Service:
         with self._lock:
             pass  # a claim under way is noted, and none begins any more
         try:
-            self._index.put_back(held=())
+            self._index.put_back()
         except (OSError, SQLAlchemyError) as error:
             log.error(
                 "action=not-put-back: %s. What was analysed is queued again at the next start, one attempt older",

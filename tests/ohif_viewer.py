@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Page, sync_playwright
 
 from node.web import viewer
+from tests.serving import Quiet
 
 # Software rendering, and no service of the browser maker's is asked for anything.
 _CHROMIUM_ARGUMENTS = [
@@ -69,7 +70,7 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
     folder = viewer.find_viewer()
     assert folder is not None
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -82,9 +83,6 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
             self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, *_args: object) -> None:
-            """Says nothing."""
 
         def _answer(self) -> tuple[int, str, bytes]:
             path = self.path.partition("?")[0]

@@ -2,20 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from node.config import Config
 from node.index import Index
 from node.receive.server import shut_down, start_server
 from node.receive.store import Store
 from node.receive.supervisor import listen
-
-
-def path_of(index: Index, sop_instance_uid: str) -> Path:
-    """The file of an Instance, which has to be here."""
-    file = index.stored_file(sop_instance_uid)
-    assert file is not None, f"{sop_instance_uid} is not here"
-    return file.path
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from node.index import Index
 from node.send import Answer, SendError, send_files
 from tests.factories import make_ct_series
 from tests.ports import free_port
-from tests.receiver import path_of
 from tests.running_node import RunningNode
+from tests.stored import path_of
 from tests.untrained import write_untrained_bundle
 from tests.wire import dataset_of
 

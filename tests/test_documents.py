@@ -28,9 +28,10 @@ from node.peers import ClientTls, DicomPeer
 from node.profiles import Kind
 from node.receive import status
 from node.receive.contexts import CT_SOP_CLASSES
-from node.send import SendError, echo
+from node.send import SendError
 from node.tls import check_dates
 from node.web import viewer
+from tests.raw_scu import echo
 from tests.receiver import listening
 
 # pynetdicom leaves the socket of a refused connection open.

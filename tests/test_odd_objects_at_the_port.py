@@ -16,8 +16,8 @@ from node.case import CaseState
 from node.cli import main
 from node.index import Index
 from tests.raw_scu import associate, dataset_of, send_bytes
-from tests.receiver import path_of
 from tests.running_node import RunningNode
+from tests.stored import path_of
 from tests.transfer_syntaxes import LOSSLESS, convert, need_encoder
 
 SMALL = SeriesRules(min_slices=3, min_extent_mm=1.0)

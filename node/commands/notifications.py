@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from node.case import local_time
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 
@@ -25,8 +26,15 @@ def list_them(config_path: Path | None, limit: int) -> None:
     table = Table("id", "at", "target", "case", "about", "state", "tries", "why")
     with open_index(config) as index:
         for item in index.notifications(limit):
-            at = datetime.fromtimestamp(item.at).isoformat(sep=" ", timespec="seconds")
-            row = (item.notification_id, at, item.target, item.case_id, item.about, item.state, item.attempts)
+            row = (
+                item.notification_id,
+                local_time(item.at),
+                item.target,
+                item.case_id,
+                item.about,
+                item.state,
+                item.attempts,
+            )
             table.add_row(*map(str, row), item.reason or item.text)
     print_rich(table)
 

@@ -112,10 +112,6 @@ class Receiving(Cases):
         with self._engine.connect() as connection:
             return connection.scalar(_MADE, {"uid": sop_instance_uid}) is not None
 
-    def add_instance(self, *, quiet_time_s: float, **values: Any) -> bool:
-        """`add_instances` for one Instance, its values as `NewInstance` has them."""
-        return self.add_instances([NewInstance(**values)], quiet_time_s=quiet_time_s)[0]
-
     def add_instances(self, batch: Sequence[NewInstance], *, quiet_time_s: float) -> list[bool]:
         """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not,
         nor is one of a result that this node made.

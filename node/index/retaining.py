@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Update, bindparam, delete, select
 
-from node.case import FINISHED, Case, DeliveryState, NotificationState
+from node.case import FINISHED, UNSETTLED, Case, DeliveryState, NotificationState
 from node.index import tables
 from node.index.cases import Cases, unmoved
 
@@ -83,8 +83,7 @@ class Retaining(Cases):
 
 def _nothing_pending() -> Any:
     """No destination is still to get the results of the case, nobody still to be told of them."""
-    unsettled = _deliveries.c.state.in_((DeliveryState.PENDING, DeliveryState.VERIFYING))
-    to_deliver = select(_deliveries.c.case_id).where(unsettled)
+    to_deliver = select(_deliveries.c.case_id).where(_deliveries.c.state.in_(UNSETTLED))
     to_tell = select(_notifications.c.case_id).where(_notifications.c.state == NotificationState.PENDING)
     return _cases.c.case_id.not_in(to_deliver) & _cases.c.case_id.not_in(to_tell)
 

@@ -1,6 +1,5 @@
 """The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
 
-import logging
 import signal
 import ssl
 import threading
@@ -19,8 +18,6 @@ from node.web.catalog import Catalog
 from node.web.limits import LimitedProtocol
 from node.web.settings import WebConfig
 from node.web.tokens import Tokens
-
-log = logging.getLogger(__name__)
 
 _STOP_S = 3
 

@@ -32,7 +32,8 @@ from node.send import send_files
 from tests.factories import make_ct_series
 from tests.orthanc_server import OrthancServer
 from tests.raw_scu import ON_OPEN
-from tests.receiver import listening, path_of
+from tests.receiver import listening
+from tests.stored import path_of
 from tests.waiting import WAIT_S, wait_until
 
 # pynetdicom leaves the socket of a refused connection open.

@@ -34,7 +34,8 @@ from node.receive.headers import Announced
 from node.receive.store import file_meta
 from tests.factories import make_ct_series
 from tests.ports import free_port
-from tests.receiver import listening, path_of
+from tests.receiver import listening
+from tests.stored import path_of
 from tests.waiting import wait_until
 from tests.wire import (
     A_ABORT,

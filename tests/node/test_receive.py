@@ -41,7 +41,7 @@ from tests.node.sending import (
     make_instance,
     store_one,
 )
-from tests.receiver import path_of
+from tests.stored import path_of
 from tests.waiting import WAIT_S, wait_until
 
 

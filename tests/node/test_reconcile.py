@@ -25,7 +25,8 @@ from tests.node.sending import (
     make_instance,
     store_one,
 )
-from tests.receiver import listening, path_of
+from tests.receiver import listening
+from tests.stored import path_of
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from node.priority import Priority
 from node.receive.reconcile import reconcile
 from node.reminder import Reminder
 from node.retention import Kept, What, finish_interrupted, plan, plan_now, purge, relieve_disk, run_retention
+from tests.stored import add_instance
 
 DAY_S = 86400.0
 RESULT_UID = "1.2.826.99"
@@ -110,8 +111,8 @@ def receive(index: Index, series: str, num_instances: int = 3) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
         header = {"sop_instance_uid": f"{series}.{number}", "series_instance_uid": series, "study_instance_uid": "1.2"}
-        assert index.add_instance(
-            association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
+        assert add_instance(
+            index, association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
         )
         paths.append(path)
     index.end_association(association, released=True)
@@ -323,7 +324,8 @@ def test_a_case_that_a_late_instance_reopens_keeps_everything(index: Index, conf
     path = index.data_dir / "instances" / "1.2.3" / "late.dcm"
     path.write_bytes(b"late")
     header = {"sop_instance_uid": "1.2.3.99", "series_instance_uid": "1.2.3", "study_instance_uid": "1.2"}
-    index.add_instance(
+    add_instance(
+        index,
         association_id=index.open_association("X"),
         calling_ae_title="X",
         path=path,

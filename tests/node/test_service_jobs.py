@@ -98,8 +98,8 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     service._pool = workers
     put_back = service._index.put_back
 
-    def put_back_before_the_job(held: Any) -> int:
-        num = put_back(held)
+    def put_back_before_the_job() -> int:
+        num = put_back()
         job()
         return num
 
@@ -153,7 +153,7 @@ def test_a_node_stops_in_order_though_its_database_is_away(
 ) -> None:
     service = Service(make_config())
 
-    def away(held: Any) -> None:
+    def away() -> None:
         raise OperationalError("UPDATE cases", {}, Exception("the server closed the connection"))
 
     monkeypatch.setattr(service._index, "put_back", away)

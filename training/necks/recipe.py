@@ -250,7 +250,7 @@ def train_fractures(
     stacks += _all(write_stacks, work / "phantom-stacks", phantom_seeds, workers, SEGMENT, CLASSIFY, unet)
     for path in patients[: plan.num_patients]:
         write_patient_stacks(work / "patients" / path.name, path, find, CLASSIFY)
-    stacks += sorted((work / "patients").glob("*.npz"))
+    stacks += sorted((work / "patients").glob("[!.]*.npz"))
     network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads, dropout=0.3)
     torch.set_num_threads(plan.num_workers)
     for number, (num_patch_steps, num_stack_steps) in enumerate(plan.fracture_steps):
