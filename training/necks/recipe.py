@@ -121,6 +121,7 @@ class Plan:
         (8000, 2700),
         (1500, 3000),
         (1800, 1700),
+        (1000, 3000),
     )
     batch_size: int = 4
     num_workers: int = 2
