@@ -458,9 +458,8 @@ def test_loopback_needs_no_list(load: Load, host: str) -> None:
 
 def test_the_configurations_of_the_containers_are_valid(load: Load) -> None:
     """A container listens on all of its interfaces, so they must say who may talk."""
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    text = dockerfile.partition("<<CONFIG /config.yaml\n")[2].partition("\nCONFIG\n")[0]
-    assert load(text).receive.allow == "any"
+    image = load((ROOT / "container.yaml").read_text())
+    assert (image.receive.allow, image.data_dir) == ("any", Path("/data"))
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     allow = load(compose["configs"]["node"]["content"]).receive.allow
     assert [peer.ae_title for peer in allow if isinstance(peer, Peer)] == ["ORTHANC", "HEALTHCHECK"]
