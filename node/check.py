@@ -1,5 +1,6 @@
 """What `cspine check` looks at before an administrator trusts a night to the node."""
 
+import errno
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from node.config import Config, Destination, FolderDestination
 from node.deliver import open_courier
 from node.index import DatabaseError, Index
 from node.peers import ClientTls, DicomWebSource, OrthancSource
-from node.process import try_write
+from node.process import describe_listen_error, try_write
 from node.retention import size_bytes
 from node.send import SendError
-from node.tls import TlsError, check_dates, client_context, server_context
+from node.service import is_running
+from node.tls import TlsError, check_dates, check_pair, client_context, server_context
 
 Check = tuple[str, str, str]
 """Name, problem ("" when there is none), detail."""
@@ -24,7 +26,10 @@ Check = tuple[str, str, str]
 def run_checks(config: Config) -> Iterator[Check]:
     """One result for each thing that must be right; the configuration itself is loaded already."""
     yield "configuration", "", "valid"
-    yield _check_port(config)
+    is_node_running = is_running(config.data_dir)
+    yield _check_port("port", config.receive.host, config.receive.port, is_node_running)
+    if config.web.enabled:
+        yield _check_port("web port", config.web.host, config.web.port, is_node_running)
     yield "peers", "", _describe_allow(config)
     yield from check_certificates(config)
     yield _check_disk(config)
@@ -36,16 +41,18 @@ def run_checks(config: Config) -> Iterator[Check]:
         yield _check_destination(config, destination)
 
 
-def _check_port(config: Config) -> Check:
-    where = f"{config.receive.host}:{config.receive.port}"
-    family = socket.AF_INET6 if ":" in config.receive.host else socket.AF_INET
+def _check_port(name: str, host: str, port: int, is_node_running: bool) -> Check:
+    where = f"{host}:{port}"
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((config.receive.host, config.receive.port))
+            probe.bind((host, port))
     except OSError as error:
-        return "port", f"{where}: {error.strerror}; is the node running already?", ""
-    return "port", "", f"{where} is free"
+        if error.errno == errno.EADDRINUSE and is_node_running:
+            return name, "", f"{where} is in use; the node is running"
+        return name, f"{where} cannot be listened on: {describe_listen_error(error)}", ""
+    return name, "", f"{where} is free"
 
 
 def _describe_allow(config: Config) -> str:
@@ -58,10 +65,12 @@ def _describe_allow(config: Config) -> str:
 
 
 def check_certificates(config: Config) -> Iterator[Check]:
-    """Whether keys belong to certificates and dates are right, of our port and towards the destinations."""
+    """Whether keys belong to certificates and dates are right, of our ports and towards those we call."""
     contexts: list[tuple[str, Callable[[], object], list[Path]]] = []
     if (ours := config.receive.tls) is not None:
         contexts.append(("receive.tls", partial(server_context, ours), [ours.certificate]))
+    if config.web.enabled and (web := config.web.tls) is not None:
+        contexts.append(("web.tls", partial(check_pair, web.certificate, web.key), [web.certificate]))
     called: list[tuple[str, ClientTls | None]] = [(f"source {item.name}", item.tls) for item in config.sources.each]
     called += [
         (f"destination {item.name}", item.tls)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, fail, load_config
+from node.commands import EXIT_FAILED, EXIT_NOT_ANALYSABLE, EXIT_USAGE, config_option, dicom_files, fail, load_config
 from node.commands.cases import cases, delete, pause, resume, retry
 from node.commands.conformance import conformance
 from node.commands.deliveries import deliveries
@@ -82,7 +82,7 @@ def _say_how_to_use(config: "Config") -> None:
     if config.web.enabled:
         scheme = "https" if config.web.tls else "http"
         root = config.web.public_url or f"{scheme}://{config.web.host}:{config.web.port}"
-        click.echo(f"  DICOMweb, viewer   {root}/dicom-web, {root}/viewer")
+        click.echo(f"  Cases, DICOMweb    {root}/, {root}/dicom-web")
     click.echo("  What is going on   cspine cases\n  Stop               Ctrl-C\n")
 
 
@@ -124,12 +124,9 @@ def analyze(series_dir: Path, out_dir: Path, config_path: Path | None) -> None:
     from node.deliver import copy_results
     from node.encode import NodeIdentity, conclude
     from node.process import be_child, set_up_logging
-    from node.send import find_dicom_files
 
     set_up_logging("WARNING")
-    paths, num_others = find_dicom_files(series_dir)
-    if not paths:
-        fail(f"{series_dir} holds no DICOM file ({num_others} other files).", EXIT_NOT_ANALYSABLE)
+    paths, _ = dicom_files(series_dir, EXIT_NOT_ANALYSABLE)
     try:
         pipeline = load_pipeline(config.analyse.bundle, config.analyse.device, config.analyse.threads)
     except (BundleError, ValueError) as error:  # ValueError: there is no such device
@@ -193,7 +190,7 @@ def send(
     from node.config import DicomDestination
     from node.peers import ClientTls
     from node.process import set_up_logging
-    from node.send import SendError, find_dicom_files, send_files
+    from node.send import SendError, send_files
 
     set_up_logging("WARNING")
     try:
@@ -207,9 +204,7 @@ def send(
         fault = error.errors()[0]
         about = "" if isinstance(fault["input"], dict) else f"{fault['input']!r}: "
         fail(f"{about}{fault['msg'].removeprefix('Value error, ')}.", EXIT_USAGE)
-    paths, num_others = find_dicom_files(folder)
-    if not paths:
-        fail(f"{folder} holds no DICOM file ({num_others} other files).", EXIT_USAGE)
+    paths, num_others = dicom_files(folder, EXIT_USAGE)
     started = time.perf_counter()
     columns = (TextColumn("{task.description}"), *Progress.get_default_columns()[1:2], MofNCompleteColumn())
     try:

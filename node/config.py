@@ -4,6 +4,7 @@ Every setting has a default here; `config.yaml` at the top of the repository say
 a test keeps the two equal. Unknown keys and impossible values are all reported at once, each with its line.
 """
 
+import os
 import re
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -22,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from node.config_faults import describe, lines_of
+from node.config_faults import Loader, describe_all, describe_yaml_error, lines_of, written_like
 from node.peers import DicomPeer, HttpServer, SourcesConfig
 from node.profiles import Profile, ProfileSetting
 from node.rules.settings import RulesConfig
@@ -203,7 +204,7 @@ class AnalyseConfig(Section):
     """The worker processes that run the model."""
 
     bundle: Path | None = None
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Annotated[str, written_like(r"auto|cpu|cuda(:\d+)?", "auto, cpu, cuda or cuda:1")] = "auto"
     workers: int = Field(default=1, ge=1, le=64)
     threads: int | None = Field(default=None, ge=1, le=256)
     timeouts_s: TimeoutsConfig = TimeoutsConfig()
@@ -236,7 +237,7 @@ class OrthancDestination(_HttpDestination):
 
     type: Literal["orthanc"]
     source_metadata: int | None = Field(default=None, ge=1024, le=65535)
-    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    label: Annotated[str, written_like(r"[A-Za-z0-9_-]{1,64}", "c-spine_1, in at most 64 characters")] | None = None
     replace: bool = False
 
 
@@ -322,24 +323,26 @@ def load_config(path: Path | None = None) -> Config:
         return _anchored(Config(), Path.cwd())
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The configuration {path} cannot be read: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"The configuration {path} is not text in UTF-8; save it as such.") from error
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(text, Loader=Loader)
         lines, faults = lines_of(root)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"The configuration {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"The configuration {path} is not valid YAML: {describe_yaml_error(error)}.") from error
     if values is not None and not isinstance(values, dict):
         raise ConfigError(
-            f"The configuration {path} holds a {type(values).__name__}; it must be a mapping of settings."
+            f"The configuration {path} holds no settings; it must be lines such as `data_dir: data`, as in config.yaml."
         )
     config = None
     try:
         # A section with nothing in it, say because all of it is commented out, is a section left out.
         config = Config.model_validate({key: value for key, value in (values or {}).items() if value is not None})
     except ValidationError as error:
-        faults += [describe(item, lines) for item in error.errors()]
+        faults += describe_all(error.errors(), lines)
     if config is None or faults:
         listed = "".join(f"\n  line {line}: {message}" for line, message in sorted(faults))
         raise ConfigError(f"The configuration {path} has {len(faults)} fault(s):{listed}")
@@ -355,7 +358,7 @@ def _anchored(config: Config, folder: Path) -> Config:
 def _anchor(value: Any, folder: Path) -> Any:
     """The value, with every relative path in it made absolute from `folder`."""
     if isinstance(value, Path):
-        return folder / value
+        return folder / os.path.expanduser(value)  # noqa: PTH111 - that of Path raises where a ~ is nobody's
     if isinstance(value, tuple):
         return tuple(_anchor(item, folder) for item in value)
     if isinstance(value, BaseModel):

@@ -1,5 +1,6 @@
 """What every process of the node needs of its system: logging, signals, a disk that keeps, an end with its parent."""
 
+import errno
 import gc
 import logging
 import multiprocessing
@@ -82,6 +83,17 @@ def describe_error(error: BaseException) -> str:
     # What the system says, such as "No space left on device", quotes nobody.
     system_says = error.strerror if isinstance(error, OSError) else None
     return f"{system_says or f'unexpected {type(error).__name__}'}{place}"
+
+
+def describe_listen_error(error: OSError) -> str:
+    """Why an address cannot be listened on, and what to do."""
+    remedies = {
+        errno.EADDRINUSE: "; another program has that port: stop it, or set another port",
+        errno.EADDRNOTAVAIL: "; set a host that is an address of this machine",
+        errno.EACCES: "; ports below 1024 are for root and for whom CAP_NET_BIND_SERVICE is given",
+    }
+    number = error.errno or 0  # negative where a host name was not found
+    return f"{os.strerror(number) if number > 0 else error.strerror or error}{remedies.get(number, '')}"
 
 
 def try_write(folder: Path) -> None:

@@ -363,6 +363,18 @@ def _lock(data_dir: Path) -> BinaryIO:
     return file
 
 
+def is_running(data_dir: Path) -> bool:
+    """Whether a node has the data folder at this moment."""
+    try:
+        with (data_dir / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # none was ever started here
+        return False
+    return False
+
+
 def serve(config: Config, stopping: threading.Event, on_started: Callable[[], None]) -> None:
     """Runs the node until `stopping` is set.
 

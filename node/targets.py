@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from node.config_faults import written_like
 from node.notify.notice import Event, Notice, suspected_levels
 from node.secret import WithSecret
 from node.settings import Port, Section, check_names
@@ -66,7 +67,8 @@ def _check_namespace(value: str) -> str:
 
 
 HL7Name = Annotated[str, AfterValidator(_check_namespace)]
-WebAddress = Annotated[str, Field(pattern=r"^https?://[^\s@]+$")]
+WebAddress = Annotated[str, written_like(r"https?://[^\s@]+", "https://chat.example.org/hook, without a user in it")]
+MailAddress = Annotated[str, written_like(r"[^@\s]+@[^@\s]+", "trauma@example.org")]
 
 
 class WebhookTarget(_WithSecret):
@@ -85,8 +87,8 @@ class MailTarget(_WithSecret):
     encryption: Literal["starttls", "tls", "none"] = "starttls"
     ca_file: Path | None = None
     user: str | None = Field(default=None, min_length=1)
-    sender: str = Field(pattern=r"^[^@\s]+@[^@\s]+$")
-    to: tuple[Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")], ...] = Field(min_length=1)
+    sender: MailAddress
+    to: tuple[MailAddress, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check_user(self) -> Self:

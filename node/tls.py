@@ -90,6 +90,15 @@ class _ExplainingContext(ssl.SSLContext):
     error: OSError | None = None
 
 
+def check_pair(certificate: Path, key: Path) -> None:
+    """Returns when the certificate and its key can be used together.
+
+    Raises:
+        TlsError: a file cannot be read, is not what it should be, or the two do not match.
+    """
+    _load_own(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), certificate, key)
+
+
 def restrict(context: ssl.SSLContext) -> None:
     """Leaves the versions and cipher suites of BCP 195."""
     context.minimum_version = ssl.TLSVersion.TLSv1_2

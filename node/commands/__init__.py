@@ -43,19 +43,33 @@ def load_config(path: Path | None) -> "Config":
         fail(str(error), EXIT_USAGE)
 
 
+def dicom_files(folder: Path, status: int) -> tuple[list[Path], int]:
+    """The DICOM files under a folder, and the number of others; ends the command when there is none."""
+    from node.send import find_dicom_files
+
+    try:
+        paths, num_others = find_dicom_files(folder)
+    except OSError as error:
+        fail(f"{error.filename or folder} cannot be read: {error.strerror}.", status)
+    if not paths:
+        fail(f"{folder} holds no DICOM file ({num_others} other files).", status)
+    return paths, num_others
+
+
 @contextmanager
-def open_index(config: "Config", *, create: bool = False) -> Iterator["Index"]:
+def open_index(config: "Config", *, create: bool = False, acts: bool = False) -> Iterator["Index"]:
     """The database of a configuration; ends the command when it cannot be used, or there is none yet.
 
-    create: then it is made.
+    create: then it is made. acts: the command does something to what is in it, so nothing there is a failure.
     """
     from node.index import DatabaseError, Index
 
     if not create and config.database is None and not (config.data_dir / "cspine.sqlite").exists():
-        fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", 0)
+        status = EXIT_FAILED if acts else 0
+        fail(f"Nothing has been received yet: there is no database in {config.data_dir}.", status)
     try:
         index = Index(config.data_dir, config.database)
     except DatabaseError as error:
-        fail(f"There is nothing to see: {error}.", EXIT_FAILED)
+        fail(f"{str(error)[0].upper()}{str(error)[1:]}.", EXIT_FAILED)
     with closing(index):
         yield index

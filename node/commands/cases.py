@@ -92,7 +92,7 @@ def retry(config_path: Path | None, names: tuple[str, ...]) -> None:
             return f"has {num_lost} Instances whose files are missing or cut off; send the Series again first"
         return "" if index.retry(case) else _CHANGED
 
-    with open_index(load_config(config_path)) as index:
+    with open_index(load_config(config_path), acts=True) as index:
         _do_to_each(index, names, "is started again", retry_one)
 
 
@@ -117,7 +117,7 @@ def delete(config_path: Path | None, names: tuple[str, ...], force: bool, yes: b
         except OSError as error:
             return f"is forgotten, but {error.filename} cannot be removed: {error.strerror}"
 
-    with open_index(load_config(config_path)) as index:
+    with open_index(load_config(config_path), acts=True) as index:
         if not yes:
             click.confirm(f"Delete {len(names)} case(s) with everything received and made?", abort=True)
         _do_to_each(index, names, "is deleted", delete_one)

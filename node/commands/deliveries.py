@@ -15,6 +15,7 @@ from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_con
 
 if TYPE_CHECKING:
     from node.case import Delivery
+    from node.config import Config
     from node.index import Index
 
 _COLOURS = {DeliveryState.DONE: "green", DeliveryState.FAILED: "red", DeliveryState.SUPERSEDED: "bright_black"}
@@ -43,9 +44,11 @@ def list_deliveries(
     config_path: Path | None, states: tuple[str, ...], destination: str | None, case_name: str | None, as_json: bool
 ) -> None:
     """List deliveries, those that changed last first."""
-    with open_index(load_config(config_path)) as index:
+    config = load_config(config_path)
+    with open_index(config) as index:
         case_id = None if case_name is None else _case_id(index, case_name)
         wanted = [DeliveryState(state) for state in states] or tuple(DeliveryState)
+        _check_destination(config, index, destination)
         found = index.deliveries(states=wanted, destination=destination, case_id=case_id)
     (_print_json if as_json else _print_table)(found)
 
@@ -62,7 +65,9 @@ def retry(config_path: Path | None, ids: tuple[int, ...], all_failed: bool, dest
     """
     if bool(ids) == all_failed or (destination and not all_failed):
         fail("Name deliveries by their IDs, or give --all-failed with or without --destination.", EXIT_USAGE)
-    with open_index(load_config(config_path)) as index:
+    config = load_config(config_path)
+    with open_index(config, acts=True) as index:
+        _check_destination(config, index, destination)
         if all_failed:
             found = index.deliveries(states=[DeliveryState.FAILED], destination=destination)
         else:
@@ -82,7 +87,9 @@ def give_up(config_path: Path | None, ids: tuple[int, ...], all_unsettled: bool,
     """End deliveries that are not done. What a destination has of them stays there."""
     if bool(ids) == all_unsettled or bool(destination) != all_unsettled:
         fail("Name deliveries by their IDs, or give --all-unsettled with --destination.", EXIT_USAGE)
-    with open_index(load_config(config_path)) as index:
+    config = load_config(config_path)
+    with open_index(config, acts=True) as index:
+        _check_destination(config, index, destination)
         if all_unsettled:
             found = index.deliveries(states=UNSETTLED, destination=destination)
         else:
@@ -98,6 +105,14 @@ def _case_id(index: "Index", name: str) -> int:
     if case is None:
         fail(f"There is no case {name}; see `cspine cases`.", EXIT_USAGE)
     return case.case_id
+
+
+def _check_destination(config: "Config", index: "Index", name: str | None) -> None:
+    """Ends the command when a destination is named that is none, and to which nothing ever went: it is mistyped."""
+    known = {destination.name for destination in config.deliver.destinations}
+    known |= {delivery.destination for delivery in index.deliveries()}
+    if name is not None and name not in known:
+        fail(f"There is no destination {name!r}; there are: {', '.join(sorted(known)) or 'none'}.", EXIT_USAGE)
 
 
 def _named(index: "Index", ids: Sequence[int]) -> list["Delivery"]:

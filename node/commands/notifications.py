@@ -19,24 +19,30 @@ def notifications() -> None:
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(min=1), help="How many, the latest first.")
 def list_them(config_path: Path | None, limit: int) -> None:
     """List notifications: to whom, about what, whether it was sent, and why not."""
-    from rich import print as print_rich
+    from rich import box
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     config = load_config(config_path)
-    table = Table("id", "at", "target", "case", "about", "state", "tries", "why")
+    table = Table("id", "at", "target", "case", "about", "state", "tries", box=box.SIMPLE_HEAD, pad_edge=False)
     with open_index(config) as index:
-        for item in index.notifications(limit):
-            row = (
-                item.notification_id,
-                local_time(item.at),
-                item.target,
-                item.case_id,
-                item.about,
-                item.state,
-                item.attempts,
-            )
-            table.add_row(*map(str, row), item.reason or item.text)
-    print_rich(table)
+        found = index.notifications(limit)
+    for item in found:
+        row = (
+            item.notification_id,
+            local_time(item.at),
+            item.target,
+            item.case_id,
+            item.about,
+            item.state,
+            item.attempts,
+        )
+        table.add_row(*(Text(str(cell), overflow="fold") for cell in row))
+    Console().print(table)
+    for item in found:  # a column of them would be too narrow to read
+        if why := item.reason or item.text:
+            click.echo(f"{item.notification_id}: {why}")
 
 
 @notifications.command()
@@ -44,9 +50,11 @@ def list_them(config_path: Path | None, limit: int) -> None:
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=int)
 def retry(config_path: Path | None, ids: tuple[int, ...]) -> None:
     """Send failed notifications again."""
-    with open_index(load_config(config_path)) as index:
+    with open_index(load_config(config_path), acts=True) as index:
         number = index.retry_notifications(ids)
-    click.echo(f"{number} of {len(ids)} will be sent again; the others have not failed, or do not exist.")
+    click.echo(f"{number} of {len(set(ids))} will be sent again.")
+    if number < len(set(ids)):
+        fail("The others have not failed, or do not exist; see `cspine notifications list`.", EXIT_FAILED)
 
 
 @notifications.command()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config
+from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, dicom_files, load_config
 
 if TYPE_CHECKING:
     from node.rules.explain import Explanation
@@ -47,12 +47,9 @@ def test(folder: Path, config_path: Path | None, calling: str, as_json: bool) ->
     from node.complete import series_rules
     from node.process import set_up_logging
     from node.rules.explain import explain
-    from node.send import find_dicom_files
 
     set_up_logging("WARNING")
-    paths, num_others = find_dicom_files(folder)
-    if not paths:
-        fail(f"{folder} holds no DICOM file ({num_others} other files).", EXIT_USAGE)
+    paths, _ = dicom_files(folder, EXIT_USAGE)
     found, num_unreadable = explain(paths, config.rules, series_rules(config.complete), calling)
     if as_json:
         for item in found:

@@ -78,7 +78,7 @@ def retry(
     if not names:
         named = f"No archive {source_name}" if source_name else "No archive"
         fail(f"{named} is watched; see sources in the configuration.", EXIT_USAGE)
-    with open_index(config) as index:
+    with open_index(config, acts=True) as index:
         wanted = {name: set(index.troubled_series(name)) for name in names}
         if series_ids:
             wanted = {name: known & set(series_ids) for name, known in wanted.items()}

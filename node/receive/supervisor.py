@@ -7,7 +7,6 @@ the others, or keep waiting: none is refused, as those in the queue of a dead pr
 
 import logging
 import multiprocessing
-import os
 import socket
 import threading
 import time
@@ -19,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from node.config import Config
 from node.index import Index
-from node.process import describe_error
+from node.process import describe_error, describe_listen_error
 from node.receive.reconcile import reconcile, reconcile_run
 from node.receive.server import run
 from node.restarts import Restarts
@@ -55,7 +54,7 @@ class Receivers:
             self._listener = listen(config)
         except OSError as error:
             where = f"{config.receive.host}:{config.receive.port}"
-            raise ReceiverError(f"{where} cannot be listened on: {os.strerror(error.errno or 0)}") from error
+            raise ReceiverError(f"{where} cannot be listened on: {describe_listen_error(error)}") from error
 
     def start(self) -> None:
         """Makes disk and index agree, then starts all; returns when they serve.

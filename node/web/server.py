@@ -1,7 +1,6 @@
 """The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
 
 import signal
-import ssl
 import threading
 from multiprocessing.connection import Connection
 from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
@@ -11,8 +10,9 @@ from fastapi import FastAPI
 
 from node.config import Config
 from node.index import Index
-from node.process import be_child, spare_the_collector
+from node.process import be_child, describe_listen_error, spare_the_collector
 from node.receive.store import Store
+from node.tls import TlsError, check_pair
 from node.web.app import make_app
 from node.web.catalog import Catalog
 from node.web.limits import LimitedProtocol
@@ -31,12 +31,15 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
     be_child(config.log_level, on_sigterm=lambda *_: stopping.set())
     web = config.web
     try:
+        if web.tls is not None:
+            check_pair(web.tls.certificate, web.tls.key)  # whose messages name the file
         listening = _listen(web.host, web.port)
         index = Index(config.data_dir, config.database)
         catalog, store = Catalog(index), Store(config, index, run_name)
         server = make_server(make_app(config, catalog, store, Tokens(config.data_dir)), web)
-    except (OSError, ssl.SSLError) as error:
-        ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {error.strerror or error}")
+    except (OSError, TlsError) as error:
+        why = describe_listen_error(error) if isinstance(error, OSError) else error
+        ready.send(f"{web.host}:{web.port} cannot be served over HTTP: {why}")
         return
     signal.signal(signal.SIGTERM, server.handle_exit)  # uvicorn does so when it runs; one before that would be lost
     if stopping.is_set():
@@ -55,7 +58,7 @@ def make_server(app: FastAPI, web: WebConfig) -> uvicorn.Server:
     """Serves the application on the socket that its `run` is given.
 
     Raises:
-        OSError, ssl.SSLError: certificate or key cannot be read.
+        OSError: certificate or key cannot be read (ssl.SSLError is one).
     """
     config = uvicorn.Config(
         app,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from node.config_faults import written_like
 from node.settings import Port, Seconds, Section, is_loopback
 
 Right = Literal["read", "store", "delete"]
@@ -19,7 +20,7 @@ class TrustedProxy(Section):
     """A reverse proxy that says who a user is. Whoever it names has the rights."""
 
     addresses: tuple[Annotated[str, AfterValidator(_check_address)], ...] = Field(min_length=1)
-    user_header: str = Field(default="X-Remote-User", pattern=r"^[A-Za-z0-9-]+$")
+    user_header: Annotated[str, written_like(r"[A-Za-z0-9-]+", "X-Remote-User")] = "X-Remote-User"
     rights: tuple[Right, ...] = ("read",)
 
 
@@ -39,8 +40,8 @@ class WebConfig(Section):
     allow: Literal["loopback", "tokens"] = "loopback"
     trusted_proxy: TrustedProxy | None = None
     tls: WebTls | None = None
-    public_url: str | None = Field(default=None, pattern=r"^https?://[^\s?#]+$")
-    cors_origins: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s*]+$")], ...] = ()
+    public_url: Annotated[str, written_like(r"https?://[^\s?#]+", "https://cspine.example.org")] | None = None
+    cors_origins: tuple[Annotated[str, written_like(r"https?://[^/\s*]+", "https://viewer.example.org")], ...] = ()
     max_body_mb: int = Field(default=4096, ge=1)
     max_parts: int = Field(default=5000, ge=1)
     body_timeout_s: Seconds = 60.0

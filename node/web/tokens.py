@@ -19,6 +19,10 @@ from node.web.settings import Right
 RIGHTS: tuple[Right, ...] = get_args(Right)
 
 
+class TokensError(Exception):
+    """The file of the tokens is damaged; the message says which, and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Token:
     """What is kept of a token."""
@@ -38,15 +42,22 @@ class Tokens:
         self._tokens: tuple[Token, ...] = ()
 
     def all(self) -> tuple[Token, ...]:
-        """Every token."""
+        """Every token.
+
+        Raises:
+            TokensError: their file is damaged.
+        """
         try:
             changed_at = self._path.stat().st_mtime_ns
         except FileNotFoundError:
             self._read_at, self._tokens = None, ()
             return ()
         if changed_at != self._read_at:
-            rows = json.loads(self._path.read_text(encoding="utf-8"))
-            self._tokens = tuple(Token(**row | {"rights": tuple(row["rights"])}) for row in rows)
+            try:
+                rows = json.loads(self._path.read_text(encoding="utf-8"))
+                self._tokens = tuple(Token(**row | {"rights": tuple(row["rights"])}) for row in rows)
+            except (ValueError, TypeError, KeyError) as error:
+                raise TokensError(f"{self._path} is damaged; remove it and make the tokens anew") from error
             self._read_at = changed_at
         return self._tokens
 
@@ -72,6 +83,7 @@ class Tokens:
         return True
 
     def _write(self, tokens: list[Token]) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         draft = self._path.with_suffix(".draft")
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

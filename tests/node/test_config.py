@@ -193,12 +193,12 @@ def test_all_faults_are_listed_at_once_with_their_lines(load: Load) -> None:
     )
     starts = [
         "line 2: colour is not a setting",
-        "line 4: receive.port: input should be less than or equal to 65535 (it is 70000)",
+        "line 4: receive.port: must be less than or equal to 65535 (it is 70000)",
         "line 5: receive.ae_title: an AE title has 1 to 16 printable ASCII characters and no backslash (it is 'THIS",
         "line 6: receive.prot is not a setting",
-        "line 8: complete.min_slices: input should be a valid integer",
+        "line 8: complete.min_slices: must be a whole number",
         "line 11: deliver.destinations.0.ae_title is missing",
-        "line 14: deliver.destinations.0.port: input should be greater than or equal to 1 (it is 0)",
+        "line 14: deliver.destinations.0.port: must be greater than or equal to 1 (it is 0)",
         "line 18: deliver.destinations.1.ae_title is not a setting",
     ]
     assert len(listed) == len(starts)
@@ -249,12 +249,28 @@ def test_a_section_whose_settings_are_all_commented_out_is_a_section_left_out(lo
         ("receive: {ae_title: ''}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
         ("receive: {ae_title: 'A\\B'}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
         ("receive: {ae_title: KÖLN}\n", "line 1: receive.ae_title: an AE title has 1 to 16"),
-        ("complete: {quiet_time_s: .inf}\n", "line 1: complete.quiet_time_s: input should be a finite number"),
-        ("complete: {quiet_time_s: -1}\n", "line 1: complete.quiet_time_s: input should be greater than 0"),
+        ("complete: {quiet_time_s: .inf}\n", "line 1: complete.quiet_time_s: must be a finite number"),
+        ("complete: {quiet_time_s: -1}\n", "line 1: complete.quiet_time_s: must be greater than 0"),
         ("analyse: {device: tpu}\n", "line 1: analyse.device: "),
-        ("analyse: {workers: 0}\n", "line 1: analyse.workers: input should be greater than or equal to 1"),
-        ("log_level: LOUD\n", "line 1: log_level: input should be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+        ("analyse: {workers: 0}\n", "line 1: analyse.workers: must be greater than or equal to 1"),
+        ("log_level: LOUD\n", "line 1: log_level: must be 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
         ("on: true\n", "line 1: "),
+        ("receive: {port: }\n", "line 1: receive.port: must be a whole number (it is empty)"),
+        ("receive: {host: 7}\n", "line 1: receive.host: must be text; put it in quotes (it is 7)"),
+        ("receive: {tls: true}\n", "line 1: receive.tls: must be a group of settings (it is true)"),
+        (
+            "retention: {failed_days: 2026-11-11}\n",
+            "line 1: retention.failed_days: must be a number (it is 2026-11-11)",
+        ),
+        ("data_dir: 5\n", "line 1: data_dir: must be the path of a file or folder (it is 5)"),
+        ("deliver: {destinations: x}\n", "line 1: deliver.destinations: must be a list (it is 'x')"),
+        ("deliver: {destinations: [5]}\n", "line 1: deliver.destinations.0: must be a group of settings (it is 5)"),
+        ("web: {enabled: maybe}\n", "line 1: web.enabled: must be true or false (it is 'maybe')"),
+        ("web: {public_url: foo}\n", "line 1: web.public_url: must be written like https://"),
+        (
+            "web: {trusted_proxy: {addresses: [a]}}\n",
+            "line 1: web.trusted_proxy.addresses.0: 'a' does not appear to be an IPv4 or IPv6 address",
+        ),
     ],
 )
 def test_an_impossible_value_is_refused_in_words(load: Load, text: str, expected: str) -> None:
@@ -267,10 +283,11 @@ def test_an_impossible_value_is_refused_in_words(load: Load, text: str, expected
     ("text", "says"),
     [
         ("receive: [\n", "is not valid YAML"),
-        ("receive:\n\tport: 104\n", "is not valid YAML"),
+        ("receive:\n\tport: 104\n", "line 2, column 1: port: 104 ^; indent with spaces, not with tabs"),
+        ("web:\n  port: 2026-13-01\n", "there is no such date or time as 2026-13-01 in line 2, column 9"),
         ("data_dir: !!python/object:os.system x\n", "is not valid YAML"),
-        ("just a sentence\n", "holds a str; it must be a mapping of settings"),
-        ("- a\n- list\n", "holds a list; it must be a mapping of settings"),
+        ("just a sentence\n", "holds no settings; it must be lines such as `data_dir: data`"),
+        ("- a\n- list\n", "holds no settings; it must be lines such as `data_dir: data`"),
     ],
 )
 def test_what_is_not_a_mapping_in_yaml_is_refused(load: Load, text: str, says: str) -> None:
@@ -282,8 +299,21 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path / "missing.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="is not text in UTF-8"):
         load_config(tmp_path / "binary.yaml")
+
+
+def test_a_path_may_begin_with_the_home_folder(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert load("data_dir: ~/cspine\n").data_dir == Path("/home/me/cspine")
+
+
+def test_the_address_of_a_target_is_refused_without_quoting_a_password(load: Load) -> None:
+    target = "{name: a, type: webhook, url: 'https://me:hunter2@chat'}"
+    (line,) = faults(load, f"notify: {{targets: [{target}]}}\n")
+    assert line == (
+        "line 1: notify.targets.0.url: must be written like https://chat.example.org/hook, without a user in it"
+    )
 
 
 def test_every_error_is_a_config_error(load: Load) -> None:
@@ -386,7 +416,7 @@ def test_two_sources_cannot_send_with_one_ae_title(load: Load) -> None:
 @pytest.mark.parametrize(
     ("allow", "fault"),
     [
-        ("nobody", "receive.allow: input should be 'loopback' or 'any' (it is 'nobody')"),
+        ("nobody", "receive.allow: must be 'loopback' or 'any' (it is 'nobody')"),
         ("[]", "receive.allow: an empty list lets nobody in; name peers, or write allow: loopback"),
         ("[{}]", "receive.allow.0: an entry names ae_title, called_ae_title or address; for everyone write allow: any"),
         (

@@ -308,4 +308,7 @@ def test_notifications_are_listed_with_what_was_wrong(
     assert status == 0
     assert "failed" in said
     number = index.notifications()[0].notification_id
-    assert cspine("retry", str(number), "77")[1].startswith("1 of 2 will be sent again")
+    assert cspine("retry", str(number), "77") == (
+        1,
+        "1 of 2 will be sent again.\nThe others have not failed, or do not exist; see `cspine notifications list`.\n",
+    )

@@ -113,9 +113,9 @@ def test_a_profile_is_configured_by_name_or_by_its_settings(tmp_path: Path) -> N
             "or a group of settings (it is 'osirix')",
         ),
         ("{colour: red}", "line 6: deliver.destinations.0.profile.colour is not a setting"),
-        ("{objects: [report]}", "line 6: deliver.destinations.0.profile.objects.0: input should be 'vertebrae_seg'"),
+        ("{objects: [report]}", "line 6: deliver.destinations.0.profile.objects.0: must be 'vertebrae_seg'"),
         ("{transfer_syntax: rle}", "line 6: deliver.destinations.0.profile: transfer_syntax rle is for label maps; "),
-        ("{max_frames: 0}", "line 6: deliver.destinations.0.profile.max_frames: input should be greater than"),
+        ("{max_frames: 0}", "line 6: deliver.destinations.0.profile.max_frames: must be greater than"),
     ],
 )
 def test_a_profile_that_cannot_be_is_refused_in_words(profile: str, fault: str, tmp_path: Path) -> None:

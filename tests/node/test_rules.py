@@ -176,7 +176,7 @@ def test_a_rule_that_cannot_be_meant_is_a_fault_with_its_line(tmp_path: Path, ru
 @pytest.mark.parametrize(
     ("prefer", "fault"),
     [
-        ("thinest", "rules.prefer.0.order: input should be 'thinnest' or 'most_slices' (it is 'thinest')"),
+        ("thinest", "rules.prefer.0.order: must be 'thinnest' or 'most_slices' (it is 'thinest')"),
         ("{kernel_typ: bone}", "rules.prefer.0.kernel_typ is not a setting"),
         ("{}", "give one order, thinnest or most_slices, or conditions"),
     ],
