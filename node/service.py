@@ -105,8 +105,8 @@ class Service:
         self._is_taken = False  # the database, by another node
         self._lock = threading.Lock()
 
-    def start(self) -> None:
-        """Starts receiver, workers and clock.
+    def start(self, stopping: threading.Event) -> None:
+        """Starts receiver, workers and clock; no more of them once `stopping` is set.
 
         Raises:
             StartError: the port cannot be listened on, or the model cannot be loaded.
@@ -124,8 +124,10 @@ class Service:
         if config.web.enabled:
             self._start_web()
         self._pool = WorkerPool(config)
-        if problem := self._pool.wait_until_loaded():
+        if problem := self._pool.wait_until_loaded(stopping):
             raise StartError(problem.removesuffix("."))
+        if stopping.is_set():
+            return
         sources = Sources(index, config)
         self._every_tick(check_cases, index, config, sources)
         self._every_tick(report_due, index, config)
@@ -384,8 +386,9 @@ def serve(config: Config, stopping: threading.Event, on_started: Callable[[], No
     """
     service = Service(config)
     try:
-        service.start()
-        on_started()
+        service.start(stopping)
+        if not stopping.is_set():
+            on_started()
         while not stopping.wait(_CLOCK_S):
             service.heed_clock()
             service.check_taken()

@@ -137,9 +137,10 @@ def test_a_series_is_whole_at_the_archive_before_it_is_fetched(watch: Watch, ind
         assert {carrier.released for carrier in index.stored_series(series_of(paths)).carriers} == {True}
         archive.asked_for_files()
 
-        # It grows after all.
         uid = series_of(paths)
         late = make_ct_series(tmp_path / "late", num_slices=2, series_instance_uid=uid)
+        archive.files = dict(list(archive.files.items())[3:])  # three are deleted there, and then it grows after all
+        look(watched)
         archive.hold(late)
         look(watched)
         assert held(index) == {uid: 11}

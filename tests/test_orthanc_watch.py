@@ -117,6 +117,32 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     assert len(held(index)) == 2
 
 
+def test_an_orthanc_in_which_the_latest_patient_is_deleted_is_not_taken_for_one_made_anew(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    """His changes go with him, so the number of the latest one falls."""
+
+    def upload(name: str) -> str:
+        (first, *_) = make_ct_series(tmp_path / name, edit=lambda _, ds: setattr(ds, "PatientID", name))
+        orthanc.upload(tmp_path / name)
+        wait_until_stable(orthanc, 2 if name != "old" else 1)
+        return str(dcmread(first).SeriesInstanceUID)
+
+    source = watch(orthanc.url, begin="now")
+    upload("old")
+    source.look()
+    deleted = upload("deleted")
+    source.look()
+    (series,) = orthanc.client.lookup(deleted)
+    orthanc.client.delete(f"patients/{orthanc.client.get_json(f'series/{series}/patient')['ID']}")
+    assert orthanc.client.get_json("changes?last")["Last"] < (index.watched_source("orthanc").position or 0)
+    source.look()
+    assert held(index) == {deleted: 8}
+    new = upload("new")
+    source.look()
+    assert held(index) == {deleted: 8, new: 8}
+
+
 def test_ct_that_lacks_its_modality_is_fetched(
     orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
 ) -> None:

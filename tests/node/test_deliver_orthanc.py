@@ -33,11 +33,15 @@ from tests.serving import Quiet, serving
 MakeConfig = Callable[..., Config]
 
 
+@pytest.mark.parametrize("checks", [False, True])
 def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
-    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int]
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int], checks: bool
 ) -> None:
+    """checks: it refuses to change metadata for whoever does not say which revision he knows."""
     hand_over(index, results, "orthanc")
-    orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
+    orthanc = OrthancServer(
+        tmp_path / "orthanc", port=free_port(), node_port=free_port(), settings={"CheckRevisions": checks}
+    )
     settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": orthanc.url, "source_metadata": 4100}
     kept = OrthancDestination(**settings)
     # Debian's Orthanc knows no labels, and takes the results all the same.
