@@ -180,7 +180,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
     uids = {ds.SOPInstanceUID for ds in archived}
     # Where a sender paused for longer than the quiet time, the report on what had come by then is superseded by name.
     assert made <= uids
-    assert uids - made <= {uid for ds in archived for uid in _superseded_by(ds)}
+    assert uids - made <= {uid for ds in archived for uid in superseded_by(ds)}
     node.wait_until_gone()
     return (
         f"{num_done} kills ({dict(num_killed)}) under {_NUM_SENDERS} senders: {len(acknowledged)} "
@@ -189,7 +189,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
     )
 
 
-def _superseded_by(report: Dataset) -> list[str]:
+def superseded_by(report: Dataset) -> list[str]:
     return [
         instance.ReferencedSOPInstanceUID
         for study in report.get("PredecessorDocumentsSequence", [])
