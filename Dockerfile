@@ -1,8 +1,9 @@
-# syntax=docker/dockerfile:1
 # The node in a container: docker build -t cspine-node .
 #   docker run -p 11112:11112 -v cspine-data:/data cspine-node         serve, results to /data/results
 #   docker run --rm cspine-node demo                                   watch it work on two made-up studies
 # The case list, OHIF and DICOMweb: web in the settings below, -p 8043:8043, and a token by docker exec ... cspine token make.
+# A folder in place of the volume must belong to 10001, and a configuration be readable for it. --read-only works.
+# Podman keeps the health check with: podman build --format docker
 # Settings of your own: -v ./config.yaml:/config.yaml:ro, with data_dir /data, receive.host 0.0.0.0 and the peers in
 # receive.allow; with a list there, add - {ae_title: HEALTHCHECK, address: 127.0.0.1} for the health check, which speaks
 # plain DICOM: with receive.tls, run with --no-healthcheck.
@@ -15,8 +16,9 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/cspine
 WORKDIR /source
 COPY constraints.txt .
-# Only torch itself is taken from that index; what it needs comes with the rest.
-RUN /opt/cspine/bin/pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch
+# Only torch itself is taken from that index; what it needs comes with the rest. What it brings for C++ programs is 145 MB.
+RUN /opt/cspine/bin/pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch \
+    && cd /opt/cspine/lib/python3*/site-packages/torch && rm -rf include test
 COPY pyproject.toml README.md LICENSE ./
 COPY model model
 COPY node node
@@ -33,20 +35,9 @@ FROM python:3.11-slim
 ENV PATH=/opt/cspine/bin:$PATH PYTHONUNBUFFERED=1 MPLCONFIGDIR=/tmp/matplotlib
 COPY --from=build /opt/cspine /opt/cspine
 COPY --from=viewer /viewer /opt/cspine/viewer
-RUN useradd --system --uid 10001 --no-create-home --home-dir /nonexistent cspine \
+RUN useradd --uid 10001 --no-create-home --home-dir /nonexistent cspine \
     && install --directory --owner=cspine --group=cspine --mode=0750 /data
-# A container has a network of its own: 0.0.0.0 is that one, and what is published of it is decided by docker run.
-COPY --chmod=0644 <<CONFIG /config.yaml
-data_dir: /data
-receive:
-  host: 0.0.0.0
-  allow: any
-deliver:
-  destinations:
-    - name: results
-      type: folder
-      path: /data/results
-CONFIG
+COPY --chmod=0644 container.yaml /config.yaml
 USER cspine
 # The cspine command takes ./config.yaml where none is named.
 WORKDIR /

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak clean dicomweb-bench model-bench
+.PHONY: install run test lint train-demo train-necks train-phantom turnaround encode-bench decode viewer conformance ingest fuzz fuzz-web soak soak-orthanc clean dicomweb-bench model-bench
 
 install: .venv/.installed
 
@@ -61,6 +61,10 @@ fuzz-web: install
 # Random kill -9 of every process under load, then 2,000 associations: about a quarter of an hour.
 soak: install
 	$(BIN)/python -m tests.soak
+
+# The same beside a real Orthanc, which is killed too, in each of the five ways to the node: about an hour.
+soak-orthanc: install
+	$(BIN)/python -m tests.soak_orthanc
 
 # From the last acknowledged Instance to the stored SEG and SR, by stage.
 turnaround: install

@@ -24,7 +24,7 @@ from pydicom.uid import ExplicitVRLittleEndian
 from pynetdicom import PYNETDICOM_IMPLEMENTATION_UID
 
 from node.index import Index
-from node.index.receiving import _ADD_INSTANCE_SQLITE, _ADD_TO_CASE_SQLITE
+from node.index.receiving import ADD_INSTANCE_SQLITE, ADD_TO_CASE_SQLITE
 from node.index.turn import Turn
 from node.receive.command import c_store_response, parse_command
 from node.receive.spool import Spool
@@ -91,8 +91,8 @@ def commit(database: sqlite3.Connection, turn: Turn, association_id: int, row: d
     case = series | {"study_instance_uid": "1.2", "calling_ae_title": "FLOOR", "attributes": {}, "now": 0.0}
     with turn:
         database.execute("BEGIN IMMEDIATE")
-        _ADD_INSTANCE_SQLITE.execute(database, row | series | {"association_id": association_id, "headers": _HEADERS})
-        _ADD_TO_CASE_SQLITE.execute(database, case | {"next_check_at": 0.0})
+        ADD_INSTANCE_SQLITE.execute(database, row | series | {"association_id": association_id, "headers": _HEADERS})
+        ADD_TO_CASE_SQLITE.execute(database, case | {"next_check_at": 0.0})
         database.execute("COMMIT")
 
 

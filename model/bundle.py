@@ -8,6 +8,7 @@ a bundle can be checked and named without it.
 import hashlib
 import json
 import math
+import shutil
 import zipfile
 import zlib
 from dataclasses import asdict, dataclass, field
@@ -346,20 +347,29 @@ def find_bundles(place: Path) -> list[Path]:
 
 
 def write_bundle(bundle: Bundle, networks: Networks) -> None:
-    """Writes weights and `bundle.json` to `bundle.folder`, which is made if needed."""
+    """Writes weights and `bundle.json` to `bundle.folder`, which is made if needed; what else is there stays.
+
+    A kill leaves the bundle from before or, in the moment of the change, none: `bundle.json` goes first and comes last.
+    """
     from safetensors.torch import save_file
 
     by_file = networks.by_file()
     if by_file.keys() != set(bundle.file_names):
         raise ValueError(f"The bundle describes {bundle.file_names}; the networks given are {tuple(by_file)}.")
-    bundle.folder.mkdir(parents=True, exist_ok=True)
+    unfinished = bundle.folder / ".unfinished"  # inside, since the folder may be a disk of its own
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     hashes = {}
     for name, network in by_file.items():
-        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, bundle.folder / name)
-        (bundle.folder / name).chmod(0o644)  # the node may run as another user than trained
-        hashes[name] = _sha256(bundle.folder / name)
+        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished / name)
+        (unfinished / name).chmod(0o644)  # the node may run as another user than trained
+        hashes[name] = _sha256(unfinished / name)
     content = {"format": FORMAT, **bundle.to_dict(), "sha256": hashes}
-    (bundle.folder / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (unfinished / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (bundle.folder / DESCRIPTION).unlink(missing_ok=True)
+    for name in (*by_file, DESCRIPTION):
+        (unfinished / name).rename(bundle.folder / name)
+    unfinished.rmdir()
 
 
 def _of_folds(name: str, num_folds: int) -> tuple[str, ...]:

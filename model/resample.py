@@ -167,11 +167,8 @@ def crop_to_box(
 ) -> tuple[NDArray[Scalar], Grid]:
     """A view of the part of the source that covers an LPS box, and its grid; at least 2 voxels along each axis."""
     first, last = index_range(grid, lower_lps_mm, upper_lps_mm, margin)
-    affine = grid.affine.copy()
-    affine[:3, 3] = grid.to_lps_mm(first.astype(float))
     part = voxels[first[0] : last[0], first[1] : last[1], first[2] : last[2]]
-    z, y, x = part.shape
-    return part, Grid(shape=(z, y, x), affine=affine)
+    return part, grid.part(first, part.shape)
 
 
 def index_range(

@@ -78,21 +78,16 @@ HEADER_TAGS: list[BaseTag] = [
 _NUM_THREADS = 2  # numpy and zlib let go of the GIL, the codecs do not (measured): more threads gain nothing
 
 
-def slice_headers(
-    ds: pydicom.Dataset, *, sop_class_uid: str | None = None, sop_instance_uid: str | None = None
-) -> tuple[SliceHeader, ...]:
+def slice_headers(ds: pydicom.Dataset) -> tuple[SliceHeader, ...]:
     """The header of a single-frame Instance, or one header a frame for Enhanced CT; never raises on odd values.
 
-    sop_class_uid, sop_instance_uid: as told by the C-STORE request, for datasets that lack them (after them, the file
-    meta information is asked). Anything but CT gives one header too, for `check_series` to refuse.
+    Of a dataset without SOP Class or Instance UID the file meta information is asked. Anything but CT gives one header
+    too, for `check_series` to refuse.
     """
     meta = getattr(ds, "file_meta", None) or pydicom.Dataset()
-    sop_class = _text(ds, "SOPClassUID") or sop_class_uid or _text(meta, "MediaStorageSOPClassUID")
     common: dict[str, Any] = {
-        "sop_class_uid": sop_class,
-        "sop_instance_uid": _text(ds, "SOPInstanceUID")
-        or sop_instance_uid
-        or _text(meta, "MediaStorageSOPInstanceUID"),
+        "sop_class_uid": _text(ds, "SOPClassUID") or _text(meta, "MediaStorageSOPClassUID"),
+        "sop_instance_uid": _text(ds, "SOPInstanceUID") or _text(meta, "MediaStorageSOPInstanceUID"),
         "series_instance_uid": _text(ds, "SeriesInstanceUID"),
         "study_instance_uid": _text(ds, "StudyInstanceUID"),
         "frame_of_reference_uid": _text(ds, "FrameOfReferenceUID"),

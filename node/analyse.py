@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 from model import Analysis, DecodePool, Findings, ModelInfo, SeriesRules, Volume, read_series
 from node.encode import NodeIdentity, ResultObject, encode_refusal, encode_results
 from node.process import sync
-from node.profiles import Profile
+from node.profiles import FINDINGS_FILE, Profile
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
-
-FINDINGS_FILE = "findings.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 
 from apscheduler.events import JobExecutionEvent
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import OperationalError
 
+from node.index import why_unusable
 from node.process import describe_error
+from node.reminder import Reminder
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ _REMIND_S = 60.0
 
 
 class BrokenJobs:
-    """Faults of ours, one by one, each with its job; of a database that is away a line a minute, and when it is back.
+    """Faults of ours, each with its job; of a database that cannot be used, and when it can again. A line a minute.
 
     where: the database, as a person reads it. name_of: the name of a job by its id. Safe to use from several threads.
     """
@@ -25,13 +27,19 @@ class BrokenJobs:
         self._where, self._name_of = where, name_of
         self._waiting: set[str] = set()  # ids of jobs that broke for the database, and have not run since
         self._since = self._told_at = 0.0  # monotonic, s
+        self._reminder = Reminder(_REMIND_S)
         self._lock = threading.Lock()
 
     def on_error(self, event: JobExecutionEvent) -> None:
         """A job broke."""
         error = event.exception
-        if not isinstance(error, OperationalError | InterfaceError):
-            log.error("action=job-broke job=%s: %s", self._name_of(event.job_id), describe_error(error))
+        trouble = why_unusable(error)
+        if trouble is None:
+            what = describe_error(error)
+            if isinstance(error, OperationalError):  # its text has names of tables and columns, and no values
+                what += f" ({error.orig})"
+            if self._reminder.is_due((event.job_id, what)):
+                log.error("action=job-broke job=%s: %s", self._name_of(event.job_id), what)
             return
         with self._lock:
             now = time.monotonic()
@@ -48,7 +56,7 @@ class BrokenJobs:
             self._name_of(event.job_id),
             self._where,
             now - self._since,
-            " ".join(str(error.orig).split()),
+            trouble,
         )
 
     def on_executed(self, event: JobExecutionEvent) -> None:

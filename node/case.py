@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Any
 
 
+def local_time(at: float) -> str:
+    """A time in seconds since the epoch as people here read it."""
+    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")
+
+
 class CaseState(StrEnum):
     """Where a case stands."""
 
@@ -75,6 +80,13 @@ class ObjectState(StrEnum):
     TAKEN = "taken"  # the destination took it; where it is not to be verified, that is the end
     VERIFIED = "verified"  # the destination was asked afterwards, and has it
     REFUSED = "refused"  # the destination will not take it
+
+
+UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
+"""Something is still to be done about these deliveries."""
+
+THERE = (ObjectState.TAKEN, ObjectState.VERIFIED)
+"""The destination has these objects, as far as is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +154,9 @@ class Case:
         if self.last_conflict_at is None:
             return ""
         refused = "1 Instance" if self.num_conflicts == 1 else f"{self.num_conflicts} Instances"
-        at = datetime.fromtimestamp(self.last_conflict_at).strftime("%Y-%m-%d %H:%M:%S")
         return (
             f"{refused} refused: an Instance with the same UID is here, with other content or in another transfer "
-            f"syntax. Last {at}, from {self.last_conflict_from}"
+            f"syntax. Last {local_time(self.last_conflict_at)}, from {self.last_conflict_from}"
         )
 
 

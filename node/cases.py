@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from node.case import Case, CaseState
+from node.case import Case, CaseState, local_time
 from node.index import Totals
 from node.priority import Priority
 
@@ -47,7 +47,7 @@ def print_table(cases: Sequence[Case], priority_of: Callable[[Case], Priority]) 
 
 
 def _row(case: Case, priority: Priority) -> tuple[str, ...]:
-    received = datetime.fromtimestamp(case.first_received_at).strftime("%Y-%m-%d %H:%M:%S")
+    received = local_time(case.first_received_at)
     return str(case.case_id), case.state, received, case.calling_ae_title, str(case.num_instances), priority
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,16 +219,10 @@ def send(
     num_sent = len(paths) - len(refused)
     skipped = f", {num_others} files that are not DICOM left out" if num_others else ""
     click.echo(f"{num_sent} of {len(paths)} Instances sent in {seconds:.1f} s{skipped}.")
-    for reason, number in _count(item.reason for item in refused):
+    for reason, number in Counter(item.reason for item in refused).most_common(10):
         click.echo(f"{number} refused: {reason}.", err=True)
     if refused:
         sys.exit(EXIT_FAILED)
-
-
-def _count(values: Any) -> list[tuple[str, int]]:
-    from collections import Counter
-
-    return Counter(values).most_common(10)
 
 
 @main.command()
@@ -251,14 +246,8 @@ def check(config_path: Path | None) -> None:
         sys.exit(EXIT_FAILED)
 
 
-for _command in (cases, pause, resume, retry, delete):
+for _command in (
+    *(cases, pause, resume, retry, delete),
+    *(conformance, deliveries, fetch, models, notifications, purge, rules, sources, token),
+):
     main.add_command(_command)
-main.add_command(conformance)
-main.add_command(deliveries)
-main.add_command(fetch)
-main.add_command(models)
-main.add_command(notifications)
-main.add_command(purge)
-main.add_command(rules)
-main.add_command(sources)
-main.add_command(token)

@@ -27,6 +27,8 @@ FRACTURE = Code("72704001", "SCT", "Fracture")
 PRESENT = codes.SCT.Present
 ABSENT = codes.SCT.Absent
 UNDETERMINED = codes.SCT.Undetermined
+FINDING_CODES = {"present": PRESENT, "absent": ABSENT, "undetermined": UNDETERMINED}
+"""By the values of `Finding`."""
 
 CERTAINTY_OF_FINDING = codes.DCM.CertaintyOfFinding
 VOLUME = codes.SCT.Volume

@@ -6,7 +6,7 @@ a test keeps the two equal. Unknown keys and impossible values are all reported 
 
 import os
 import re
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,9 +24,10 @@ from pydantic import (
 )
 
 from node.config_faults import Loader, describe_all, describe_yaml_error, lines_of, written_like
-from node.peers import AETitle, DicomPeer, HttpServer, Port, Seconds, Section, SourcesConfig
+from node.peers import DicomPeer, HttpServer, SourcesConfig
 from node.profiles import Profile, ProfileSetting
-from node.rules.settings import RulesConfig, listed
+from node.rules.settings import RulesConfig
+from node.settings import AETitle, Port, Seconds, Section, check_names, is_loopback, listed, repeated
 from node.targets import NotifyConfig
 from node.web.settings import WebConfig
 
@@ -86,13 +87,6 @@ Allow = Annotated[
 ]
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 class ReceiveTls(Section):
     """TLS for the connections that peers make to us."""
 
@@ -133,7 +127,7 @@ class ReceiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.allow == "loopback" and not _is_loopback(self.host):
+        if self.allow == "loopback" and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is for other machines, and allow is loopback, which lets none of them in; write "
                 "allow: [{ae_title: CT1, address: 10.0.0.0/24}] with the titles and addresses of yours, or allow: any"
@@ -158,10 +152,8 @@ class CompleteConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        titles = [title for source in self.sources for title in source.sends_as]
-        twice = sorted({title for title in titles if titles.count(title) > 1})
-        if twice:
-            raise ValueError(f"two sources send as {', '.join(twice)}; only one can be asked")
+        if twice := repeated(title for source in self.sources for title in source.sends_as):
+            raise ValueError(f"two sources send as {twice}; only one can be asked")
         return self
 
 
@@ -194,10 +186,8 @@ class RetrieveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for what, values in (("name", [p.name for p in self.peers]), ("AE title", [p.ae_title for p in self.peers])):
-            twice = sorted({value for value in values if values.count(value) > 1})
-            if twice:
-                raise ValueError(f"two peers share the {what} {', '.join(twice)}; give each its own")
+        check_names("peers", (peer.name for peer in self.peers))
+        check_names("peers", (peer.ae_title for peer in self.peers), "AE title")
         return self
 
 
@@ -282,10 +272,7 @@ class DeliverConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [destination.name for destination in self.destinations]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two destinations share the name {', '.join(twice)}; give each its own")
+        check_names("destinations", (destination.name for destination in self.destinations))
         if self.retry_max_s < self.retry_first_s:
             raise ValueError(f"retry_max_s ({self.retry_max_s:g}) is less than retry_first_s ({self.retry_first_s:g})")
         return self

@@ -31,11 +31,12 @@ from node.receive import status
 from node.receive.access import REJECTIONS
 from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.retrieve.identifier import ABOUT_THE_QUERY, MAX_MATCHES, PATIENT_KEYS
-from node.retrieve.scp import LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
+from node.retrieve.scp import LABEL_MAP_STORAGE, LEVELS, RESULT_SOP_CLASSES, RETRIEVE_STATUSES
 from node.status import STATUSES
 from node.transcode import UNCOMPRESSED
 from node.web import qido, rendered
 from node.web.levels import IN_REQUEST, Level
+from node.web.matching import TIMES
 
 STORE_STATUSES = {
     status.SUCCESS: "the Instance is on disk and in the index, or was already, byte for byte",
@@ -48,8 +49,7 @@ STORE_STATUSES = {
     "the first is kept",
 }
 
-_LABEL_MAP = UID("1.2.840.10008.5.1.4.1.1.66.7")  # since 2024; pydicom's dictionary does not have it
-_SEGMENTATIONS = (uids.SegmentationStorage, _LABEL_MAP)
+_SEGMENTATIONS = (uids.SegmentationStorage, LABEL_MAP_STORAGE)
 OBJECTS: dict[Kind, tuple[str, tuple[UID, ...], str]] = {
     Kind.VERTEBRAE_SEG: ("Vertebrae, BINARY or LABELMAP", _SEGMENTATIONS, "at least one level is in view"),
     Kind.FRACTURES_SEG: (
@@ -99,7 +99,7 @@ def _table(head: str, rows: Iterable[tuple[object, ...]]) -> Iterator[str]:
 
 
 def _name(uid: str) -> str:
-    return "Label Map Segmentation Storage" if uid == _LABEL_MAP else UID(uid).name
+    return "Label Map Segmentation Storage" if uid == LABEL_MAP_STORAGE else UID(uid).name
 
 
 def _named(*found: str) -> list[tuple[str, str]]:
@@ -243,9 +243,9 @@ def _retrieve() -> Iterator[str]:
     yield from _table("Level | Attributes", rows)
     yield from _prose(
         f"""Every other attribute asked for is answered from the first Instance, and not matched (status 0xFF01);
-        NumberOfStudyRelatedSeries, NumberOfStudyRelatedInstances and NumberOfSeriesRelatedInstances are counted. No
-        unique key of a higher level is needed. Answers are in ISO_IR 192, at most {MAX_MATCHES:,}. What arrives is
-        found at once.""",
+        what NumberOfPatientRelatedStudies and the like of a Patient, a Study and a Series ask for is counted, and
+        InstanceAvailability is ONLINE. No unique key of a higher level is needed. Answers are in ISO_IR 192, at most
+        {MAX_MATCHES:,}. What arrives is found at once.""",
         """C-GET and C-MOVE give out received CT and the node's results, by the unique key of the level, which may be a
         list of UIDs. Each Instance goes in the transfer syntax it is in, or uncompressed to who does not take that one.
         C-MOVE sends to `retrieve.peers` only, by the AE title there, over an association of its own.""",
@@ -261,20 +261,31 @@ def _retrieve() -> Iterator[str]:
 def _as_origin_server() -> Iterator[str]:
     yield from ("### 5.1 As DICOMweb origin server", "")
     yield from _prose(
-        f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists and TimezoneOffsetFromUTC, given
-        by keyword or tag, and of a Series and its Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
+        f"""Only with `web.enabled`. Search (PS3.18 10.6) matches what section 5 lists, given by keyword or tag, dates
+        and times as they stand, with a Warning where the query names a TimezoneOffsetFromUTC; and of a Series and its
+        Instances {" and ".join(IN_REQUEST)} (or `00400275.00400009`).
+        Ranges of {" and of ".join(f"{date} and {time}" for date, time in TIMES.items())} that have the same form are
+        one of moments (combined datetime matching, which C-FIND does not negotiate). An attribute that cannot be
+        matched is an error (400); a parameter that is no attribute, or a private one, is ignored with a Warning.
         emptyvaluematching and multiplevaluematching are supported, fuzzymatching is answered literally with a Warning.
-        includefield names any attribute, or `all` but bulk data, of the first Instance. A page has
+        includefield names any attribute of the first Instance, or `all`: of an Instance all but bulk data, of a Study
+        or Series those of its level (modules of patient, study, series, equipment and frame of reference). A page has
         {qido.DEFAULT_LIMIT:,} matches, on request up to {qido.MAX_LIMIT:,}, with includefield=all at most
-        {qido.DEFAULT_LIMIT:,}; a Warning says how many are left. Answers are in `application/dicom+json`.""",
+        {qido.DEFAULT_LIMIT:,}; a Warning says how many are left. What finds nothing is answered by 204. Answers are in
+        `application/dicom+json`, called `application/json` for who accepts only that.""",
         f"""Retrieve (10.4) gives Instances as they are stored or in Explicit VR Little Endian, frames and pixels as
         bulk data as they are compressed or as little-endian octets. Of bulk data each compressed frame is a part,
         decoded or native pixels are one. Rendered resources are {" or ".join(rendered.MEDIA_TYPES)}: one picture (of a
         Study or a Series its middle slice), or with `multipart/related` all of them; several frames only so.
-        Parameters: window with {", ".join(rendered.FUNCTIONS)}, viewport with a region of the source, quality.""",
+        Parameters: window with {", ".join(rendered.FUNCTIONS)}, viewport with a region of the source, quality (that of
+        the JPEG encoder); annotation and iccprofile draw nothing and are answered with a Warning.""",
         """Store (10.5) takes `multipart/related; type="application/dicom"`, not encoded. A part of another type is
-        among the Other Failures. An answer that is an error and has a Referenced SOP Sequence names what was stored
-        before the request broke.""",
+        among the Other Failures; Failure Reasons are the statuses of section 3.2, and 0x0122 for another SOP Class.
+        An
+        answer that is an error and has a Referenced SOP Sequence names what was stored before the request broke.""",
+        """DELETE, which the Standard does not have, removes a Study, or a received Series with what was made of it;
+        what was made, and an Instance, goes only with its Series. Retrieve Capabilities (8.9) is not offered: OPTIONS
+        tells the methods of an address.""",
     )
 
 

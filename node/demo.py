@@ -6,6 +6,7 @@ compared is what that archive holds.
 
 import socket
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def run_demo() -> bool:
         service = Service(config)
         try:
             with console.status("Starting the node …"):
-                service.start()
+                service.start(threading.Event())
             agreements = [_run_study(console, study, config, archive) for study in studies]
             return all(agreements)
         finally:

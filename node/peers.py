@@ -5,29 +5,13 @@ Read by `node/config.py`, which has the rest.
 
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from node.secret import WithSecret
-
-
-def _check_ae_title(value: str) -> str:
-    """The AE title, stripped; PS3.5 6.2 (VR AE): 1 to 16 printable ASCII characters, no backslash."""
-    value = value.strip()
-    if not 1 <= len(value) <= 16 or not value.isascii() or not value.isprintable() or "\\" in value:
-        raise ValueError("an AE title has 1 to 16 printable ASCII characters and no backslash")
-    return value
-
-
-AETitle = Annotated[str, AfterValidator(_check_ae_title)]
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from node.settings import AETitle, Port, Seconds, Section, check_names
 
 
 class ClientTls(Section):
@@ -138,7 +122,5 @@ class SourcesConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [source.name for source in self.each]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two sources share the name {', '.join(twice)}; give each its own")
+        check_names("sources", (source.name for source in self.each))
         return self

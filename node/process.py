@@ -11,7 +11,9 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +36,18 @@ def set_up_logging(level: str) -> None:
     warnings.simplefilter("ignore")
 
 
-def be_child(log_level: str) -> None:
+def be_child(
+    log_level: str, on_sigterm: "Callable[[int, FrameType | None], None] | signal.Handlers" = signal.SIG_IGN
+) -> None:
     """Sets up a child process: logs, leaves stopping to the parent, and ends when the parent does, however that died.
 
     Ctrl-C and service managers signal every process of a service; a worker that died of that would cost a case an
-    attempt.
+    attempt. on_sigterm: for a process that its parent stops by SIGTERM. Set here, so that at no moment one is lost.
     """
     set_up_logging(log_level)
     threading.excepthook = _log_broken_thread
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_sigterm)
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
 
 

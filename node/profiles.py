@@ -10,7 +10,9 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from node.settings import Section
 
 
 class Kind(StrEnum):
@@ -28,22 +30,21 @@ class Kind(StrEnum):
 
 _SYNTAX_SUFFIXES = {"explicit-vr-le": "", "rle": "-rle", "jpeg-ls": "-jls"}
 _SEG_STEMS = {Kind.VERTEBRAE_SEG: "vertebrae", Kind.FRACTURES_SEG: "fractures"}
+FINDINGS_FILE = "findings.json"
 _FIXED_NAMES = {
     Kind.SALIENCY_MAP: "saliency.pm.dcm",
     Kind.KEY_OBJECTS: "key-slices.kos.dcm",
     Kind.SUMMARY_IMAGES: "summary-*.sc.dcm",
     Kind.SUMMARY_PDF: "summary.pdf.dcm",
-    Kind.FINDINGS_JSON: "findings.json",
+    Kind.FINDINGS_JSON: FINDINGS_FILE,
 }
 
-RESULT_PATTERNS = ("*.seg.dcm", "*.pm.dcm", "*.kos.dcm", "*.sc.dcm", "*.pdf.dcm", "*.sr.dcm", "findings.json")
+RESULT_PATTERNS = ("*.seg.dcm", "*.pm.dcm", "*.kos.dcm", "*.sc.dcm", "*.pdf.dcm", "*.sr.dcm", FINDINGS_FILE)
 """Every name a result file can have: what else lies in a folder is not ours."""
 
 
-class Profile(BaseModel):
+class Profile(Section):
     """Which objects a destination gets, and in which form."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     objects: tuple[Kind, ...] = Field(
         default=(Kind.VERTEBRAE_SEG, Kind.FRACTURES_SEG, Kind.REPORT_SR, Kind.FINDINGS_JSON), min_length=1

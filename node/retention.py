@@ -17,6 +17,7 @@ from node.case import Case, CaseState
 from node.config import Config, RetentionConfig
 from node.index import Index
 from node.process import sync
+from node.reminder import Reminder
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,18 @@ def _too_old(item: Kept, config: RetentionConfig, now: float) -> str:
 
 def plan_now(index: Index, config: Config) -> list[Purge]:
     """`plan` for the data folder as it is."""
+    excess_bytes, why_excess = _excess(config)
+    kept = _kept(index)
+    return plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
+
+
+def _kept(index: Index) -> list[Kept]:
     undelivered = index.undelivered_cases()
-    kept = [
+    return [
         replace(item, is_undelivered=case.case_id in undelivered)
         for case in index.finished_cases()
         for item in _kept_of(index, case)
     ]
-    excess_bytes, why_excess = _excess(config)
-    return plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
 
 
 def _kept_of(index: Index, case: Case) -> Iterator[Kept]:
@@ -178,15 +183,30 @@ def _remove(path: Path) -> None:
             path.unlink()
 
 
-def run_retention(index: Index, config: Config) -> None:
-    """Purges what is due, and says how much was freed."""
-    purges = plan_now(index, config)
+def run_retention(index: Index, config: Config, reminder: Reminder) -> None:
+    """Purges what is due, and says how much was freed, and when more should be and may not."""
+    excess_bytes, why_excess = _excess(config)
+    kept = _kept(index)
+    purges = plan(kept, config.retention, now=index.now(), excess_bytes=excess_bytes, why_excess=why_excess)
     freed_bytes = purge(index, purges)
     if purges:
         log.info("action=retention purged=%d freed_mb=%.1f", len(purges), freed_bytes / 1e6)
+    missing_bytes = excess_bytes - sum(item.kept.num_bytes for item in purges)
+    if missing_bytes > 0 and reminder.is_due(why_excess):
+        gone = {id(item.kept) for item in purges}
+        undelivered = [item for item in kept if item.is_undelivered and id(item) not in gone]
+        log.error(
+            "action=nothing-to-purge missing_mb=%.1f undelivered_cases=%d undelivered_mb=%.1f: %s, and retention may "
+            "remove no more. Deliver what was not (`cspine deliveries list` says why; then `retry`), remove cases by "
+            "`cspine delete`, or make room on the disk. It never removes what is not finished",
+            missing_bytes / 1e6,
+            len({item.case.case_id for item in undelivered}),
+            sum(item.num_bytes for item in undelivered) / 1e6,
+            why_excess,
+        )
 
 
-def relieve_disk(index: Index, config: Config) -> None:
+def relieve_disk(index: Index, config: Config, reminder: Reminder) -> None:
     """`run_retention` when the disk is nearly full, so that the receiver need not refuse."""
     if shutil.disk_usage(config.data_dir).free < 2 * config.receive.min_free_disk_mb * 2**20:
-        run_retention(index, config)
+        run_retention(index, config, reminder)

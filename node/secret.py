@@ -4,13 +4,13 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from node.settings import Section
 
 
-class WithSecret(BaseModel):
+class WithSecret(Section):
     """A section that may have one secret."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     secret_file: Path | None = None
     secret_env: str | None = Field(default=None, min_length=1)

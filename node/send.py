@@ -1,4 +1,4 @@
-"""Sending DICOM files as a C-STORE and C-ECHO SCU: for deliveries, `cspine send`, `cspine check` and the demo.
+"""Associations as an SCU, and DICOM files sent over them by C-STORE: for deliveries, `cspine send` and the demo.
 
 Files go out as they are, in their own transfer syntax, without being decoded; only to a peer that does not take that
 one they go out uncompressed.
@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pynetdicom._config
-from pydicom import dcmread
-from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian
+from pydicom import Dataset, dcmread
+from pydicom.uid import UID, ExplicitVRBigEndian
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import Verification
 
 from node.implementation import make_ae
 from node.peers import DicomPeer
@@ -122,30 +121,20 @@ def _send(association: Association, path: Path, name: str, peer: DicomPeer) -> A
         raise SendError(f"{peer.where} ended the association before {name} was sent") from error
     if "Status" not in status:
         raise SendError(f"{peer.where} broke the connection while {name} was sent")
-    found = meaning_of(status.Status)
+    comment = f"; it says: {status.ErrorComment}" if status.get("ErrorComment") else ""
+    return answer_of(path, name, peer.where, status.Status, comment)
+
+
+def answer_of(path: Path, name: str, where: str, status: int, comment: str = "") -> Answer:
+    """What a status of C-STORE or STOW-RS says of a file. name, where: of file and peer, as messages call them."""
+    found = meaning_of(status)
     if found.outcome is Outcome.TAKEN:
         return Answer(path=path, taken=True)
-    comment = f"; it says: {status.ErrorComment}" if status.get("ErrorComment") else ""
-    said = f"status 0x{status.Status:04X} ({found.meaning}{comment})"
+    said = f"status 0x{status:04X} ({found.meaning}{comment})"
     if found.outcome is Outcome.REMARKED:
-        return Answer(path=path, taken=True, reason=f"{peer.where} took {name} with {said}")
-    return Answer(
-        path=path,
-        taken=False,
-        reason=f"{peer.where} refused {name} with {said}",
-        permanent=found.outcome is Outcome.NEVER,
-    )
-
-
-def echo(peer: DicomPeer, *, calling_ae_title: str) -> None:
-    """Asks the peer for an answer by C-ECHO.
-
-    Raises:
-        SendError: there is none, or a refusal.
-    """
-    with associated(peer, [(Verification, [ImplicitVRLittleEndian])], calling_ae_title=calling_ae_title) as association:
-        if association.send_c_echo().get("Status") != 0:
-            raise SendError(f"{peer.where} does not answer C-ECHO")
+        return Answer(path=path, taken=True, reason=f"{where} took {name} with {said}")
+    permanent = found.outcome is Outcome.NEVER
+    return Answer(path=path, taken=False, reason=f"{where} refused {name} with {said}", permanent=permanent)
 
 
 @contextmanager
@@ -164,7 +153,9 @@ def associated(
     Raises:
         SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
     """
-    ae = _client(calling_ae_title, peer)
+    ae = make_ae(calling_ae_title)
+    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
+    ae.maximum_pdu_size = 0
     for sop_class, transfer_syntaxes in contexts:
         ae.add_requested_context(sop_class, list(transfer_syntaxes))
     roles = [build_role(sop_class, scp_role=True) for sop_class in as_scp_of]
@@ -173,6 +164,14 @@ def associated(
         yield association
     finally:
         association.release()
+
+
+def num_instances_told(series: Dataset) -> int | None:
+    """NumberOfSeriesRelatedInstances of an answer to C-FIND; None when it does not tell."""
+    try:
+        return int(series.NumberOfSeriesRelatedInstances)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def find_dicom_files(folder: Path) -> tuple[list[Path], int]:
@@ -196,18 +195,8 @@ def _kind(path: Path) -> tuple[str, str]:
     return kind
 
 
-def _client(calling_ae_title: str, peer: DicomPeer) -> AE:
-    ae = make_ae(calling_ae_title)
-    ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
-    ae.maximum_pdu_size = 0
-    return ae
-
-
 def _associate(
-    ae: AE,
-    peer: DicomPeer,
-    handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]] = (),
-    roles: Sequence[Any] = (),
+    ae: AE, peer: DicomPeer, handlers: Sequence[tuple[Any, Callable[[evt.Event], Any]]], roles: list[Any]
 ) -> Association:
     """An association with the peer.
 
@@ -226,7 +215,7 @@ def _associate(
             peer.port,
             ae_title=peer.ae_title,
             tls_args=None if context is None else (context, server_name),
-            ext_neg=list(roles),
+            ext_neg=roles,
             evt_handlers=[(evt.EVT_CONN_OPEN, _on_open), (evt.EVT_CONN_OPEN, opened.append), *handlers],
         )
     except OSError as error:  # the name cannot be resolved

@@ -34,6 +34,7 @@ from node.priority import rank
 from node.process import describe_error
 from node.profiles import Kind
 from node.receive import ReceiverError, Receivers
+from node.reminder import Reminder
 from node.remove import remove_strays, remove_superseded
 from node.retention import finish_interrupted, relieve_disk, run_retention
 from node.web.supervisor import WebError, WebProcess
@@ -49,6 +50,7 @@ _UNHELD_S = 30.0
 _HOLD_S = 5.0
 _TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
+_REMIND_OF_DISK_S = 3600.0
 _FIRST_RETENTION_S = 60.0
 _RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
 _NOTIFY_S = 2.0
@@ -103,8 +105,8 @@ class Service:
         self._is_taken = False  # the database, by another node
         self._lock = threading.Lock()
 
-    def start(self) -> None:
-        """Starts receiver, workers and clock.
+    def start(self, stopping: threading.Event) -> None:
+        """Starts receiver, workers and clock; no more of them once `stopping` is set.
 
         Raises:
             StartError: the port cannot be listened on, or the model cannot be loaded.
@@ -123,8 +125,10 @@ class Service:
         if config.web.enabled:
             self._start_web()
         self._pool = WorkerPool(config)
-        if problem := self._pool.wait_until_loaded():
+        if problem := self._pool.wait_until_loaded(stopping):
             raise StartError(problem.removesuffix("."))
+        if stopping.is_set():
+            return
         sources = Sources(index, config)
         self._every_tick(check_cases, index, config, sources)
         self._every_tick(report_due, index, config)
@@ -138,10 +142,16 @@ class Service:
             self._every_tick(deliver_due, index, config, destination)
         for target in config.notify.targets:
             self._scheduler.add_job(notify_due, "interval", (index, target), seconds=_NOTIFY_S)
-        self._scheduler.add_job(relieve_disk, "interval", (index, config), seconds=_RELIEVE_S)
+        reminder = Reminder(_REMIND_OF_DISK_S)
+        self._scheduler.add_job(relieve_disk, "interval", (index, config, reminder), seconds=_RELIEVE_S)
         soon = datetime.now() + timedelta(seconds=_FIRST_RETENTION_S)  # a node that is restarted daily purges too
         self._scheduler.add_job(
-            run_retention, "interval", (index, config), hours=1, jitter=_RETENTION_JITTER_S, next_run_time=soon
+            run_retention,
+            "interval",
+            (index, config, reminder),
+            hours=1,
+            jitter=_RETENTION_JITTER_S,
+            next_run_time=soon,
         )
         if config.sources.each:
             self._start_watching()
@@ -198,7 +208,7 @@ class Service:
         with self._lock:
             pass  # a claim under way is noted, and none begins any more
         try:
-            self._index.put_back(held=())
+            self._index.put_back()
         except (OSError, SQLAlchemyError) as error:
             log.error(
                 "action=not-put-back: %s. What was analysed is queued again at the next start, one attempt older",
@@ -377,8 +387,9 @@ def serve(config: Config, stopping: threading.Event, on_started: Callable[[], No
     """
     service = Service(config)
     try:
-        service.start()
-        on_started()
+        service.start(stopping)
+        if not stopping.is_set():
+            on_started()
         while not stopping.wait(_CLOCK_S):
             service.heed_clock()
             service.check_taken()

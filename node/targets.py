@@ -7,23 +7,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from node.config_faults import written_like
 from node.notify.notice import Event, Notice, suspected_levels
 from node.secret import WithSecret
+from node.settings import Port, Section, check_names
 
 Level = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
 
 
-class Rule(BaseModel):
+class Rule(Section):
     """What must be true of a notice; what is left out is true of all.
 
     events: any of these. levels: a fracture is suspected at one of them. min_probability: of the patient, 0..1.
     calling_ae_titles: patterns with `*` and `?`, of who sent the Series.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     events: tuple[Event, ...] = Field(default=(Event.POSITIVE, Event.FAILED), min_length=1)
     levels: tuple[Level, ...] = ("C1", "C2", "C3", "C4", "C5", "C6", "C7")
@@ -44,13 +43,11 @@ class Rule(BaseModel):
         return probability >= self.min_probability and at_level
 
 
-class _Target(BaseModel):
+class _Target(Section):
     """What every target has.
 
     patient_data: whether patient ID, name, birth date, sex and accession number go along; without it none does.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(min_length=1)
     when: Rule = Rule()
@@ -86,7 +83,7 @@ class MailTarget(_WithSecret):
 
     type: Literal["mail"]
     host: str = Field(min_length=1)
-    port: int = Field(default=587, ge=1, le=65535)
+    port: Port = 587
     encryption: Literal["starttls", "tls", "none"] = "starttls"
     ca_file: Path | None = None
     user: str | None = Field(default=None, min_length=1)
@@ -107,7 +104,7 @@ class Hl7Target(_Target):
 
     type: Literal["hl7"]
     host: str = Field(min_length=1)
-    port: int = Field(default=2575, ge=1, le=65535)
+    port: Port = 2575
     tls: bool = False
     ca_file: Path | None = None
     sending_facility: HL7Name = ""
@@ -135,16 +132,12 @@ class FhirTarget(_WithSecret):
 Target = Annotated[WebhookTarget | MailTarget | Hl7Target | FhirTarget, Field(discriminator="type")]
 
 
-class NotifyConfig(BaseModel):
+class NotifyConfig(Section):
     """Who is told what became of a case. A notification never holds up a case."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     targets: tuple[Target, ...] = ()
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        names = [target.name for target in self.targets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two targets share the name {', '.join(twice)}; give each its own")
+        check_names("targets", (target.name for target in self.targets))
         return self

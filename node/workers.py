@@ -122,12 +122,16 @@ class WorkerPool:
         for slot in self._slots:
             slot.start()
 
-    def wait_until_loaded(self) -> str:
+    def wait_until_loaded(self, stopping: threading.Event) -> str:
         """Waits until every worker has tried to load the model; what is wrong with it, "" if nothing is.
 
-        A worker that only died is not the model's fault, and is replaced when it is needed.
+        A worker that only died is not the model's fault, and is replaced when it is needed. stopping: once it is set,
+        nobody waits any more; on a busy machine, a model may take longer than a service manager has patience.
         """
-        answers = [self._loaded.get() for _ in self._slots]
+        answers: list[_Answer | None] = []
+        while len(answers) < len(self._slots) and not stopping.is_set():
+            with contextlib.suppress(queue.Empty):
+                answers.append(self._loaded.get(timeout=0.2))
         return next((answer.reason for answer in answers if isinstance(answer, _CannotLoad)), "")
 
     def submit(self, job: Job) -> "Future[JobOutcome]":

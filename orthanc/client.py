@@ -114,7 +114,7 @@ class Orthanc:
         self._api.close()
 
     def last_change(self) -> int:
-        """The number of the latest change; 0 if there was none.
+        """The number of the latest change that is kept: what is deleted takes its changes with it. 0 if there is none.
 
         Raises:
             OrthancError: it does not say.
@@ -125,7 +125,7 @@ class Orthanc:
         return int(answer["Last"])
 
     def changes(self, since: int, limit: int = 1000) -> Changes:
-        """The changes after number `since`.
+        """The changes after number `since`; where there are none, `last` is the latest there ever was.
 
         Raises:
             OrthancError: it does not say.

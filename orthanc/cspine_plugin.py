@@ -30,6 +30,7 @@ LONGEST_WAIT_S, MAX_ATTEMPTS = 600, 150  # which take a day
 NUM_CHANGES = 10_000  # that are looked through at the start
 PROPERTY = 4101  # of Orthanc's database: what is noted
 OUT_OF_RESOURCES = 0xA700  # Failure Reason (PS3.18 table I.2-2)
+LOOK_S = 5.0  # how often it is looked after a job of which Orthanc says nothing
 CANCELED = 37  # Orthanc's code of a job that somebody ended
 # The last three: what answers is not the node, and its JSON is of another shape.
 SEND_ERRORS = (
@@ -107,18 +108,31 @@ def ct_instances(series_id):
     return [item for item in instances if orthanc.RestApiGet(sop_class.format(item)).decode() in CT_SOP_CLASSES]
 
 
+def run_job(job):
+    """What Orthanc says of a job of ours that failed; None of one that did what it was to."""
+    job_id = json.loads(orthanc.RestApiPost(f"/modalities/{NODE}/store", json.dumps(job)))["ID"]
+    while True:
+        try:
+            ended_id, is_done = ended.get(timeout=LOOK_S)
+        except queue.Empty:  # of one that somebody ends before it runs Orthanc says nothing
+            known = get(f"/jobs/{job_id}")
+            ended_id, is_done = job_id if known["State"] in ("Success", "Failure") else "", known["State"] == "Success"
+        if ended_id == job_id:  # an Orthanc with "JobsHistorySize": 0 does not know it any more
+            return None if is_done else get(f"/jobs/{job_id}")
+
+
 def c_store(instances):
     """One job is one association, so the node need not wait for its quiet time."""
     # Not a synchronous one: no other Python would run in this Orthanc meanwhile.
     job = {"Resources": instances, "Synchronous": False}
-    job_id = json.loads(orthanc.RestApiPost(f"/modalities/{NODE}/store", json.dumps(job)))["ID"]
-    while (job := ended.get())[0] != job_id:
-        pass
-    if job[1]:  # an Orthanc with "JobsHistorySize": 0 does not know it any more
+    failed = run_job(job)
+    if failed is None or failed["ErrorCode"] == CANCELED:
         return
-    failed = get(f"/jobs/{job_id}")
-    if failed["ErrorCode"] != CANCELED:
-        raise OSError(failed["ErrorDescription"])
+    # The node answers, so what it takes shall not wait for what it refuses. Only then: where nobody answers, such a
+    # job would wait for that at each Instance, and Orthanc would call it a success.
+    if "DIMSE status" in failed.get("ErrorDetails", ""):
+        run_job(job | {"Permissive": True})
+    raise OSError(failed["ErrorDescription"])
 
 
 def stow(instances):

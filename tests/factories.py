@@ -6,6 +6,7 @@ orientation or geometry by asking: is the value at these LPS coordinates the one
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -22,6 +23,8 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from model import Grid, SliceSource, Volume
+
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 CORONAL = (1.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 SAGITTAL = (0.0, 1.0, 0.0, 0.0, 0.0, -1.0)
@@ -36,6 +39,13 @@ def hu_at(points_lps_mm: NDArray[np.float64]) -> NDArray[np.float64]:
     """HU `(...)` at LPS points `(..., 3)`: a ramp along all three axes, different in each, with air where x < -4 mm."""
     x, y, z = np.moveaxis(np.asarray(points_lps_mm, float), -1, 0)
     return np.where(x < -4, -1000.0, np.clip(np.rint(300 + 40 * x + 17 * y + 5 * z), -900, 2000))
+
+
+def make_volume(voxels_hu: NDArray[np.int16], grid: Grid, **values: Any) -> Volume:
+    """A volume of these voxels, from Instances that are nowhere; values: its other attributes."""
+    slices = tuple(SliceSource(sop_instance_uid=f"1.2.{z}", path=Path(f"{z}.dcm")) for z in range(grid.shape[0]))
+    uids = {"study_instance_uid": "1.1", "series_instance_uid": "1.2"}
+    return Volume(voxels_hu=voxels_hu, grid=grid, slices=slices, **uids | values)
 
 
 def slice_positions(

@@ -3,7 +3,6 @@
 OHIF comes from npm (`make viewer`); it is served as it would be in a hospital, with DICOMweb on the same origin.
 """
 
-import json
 import mimetypes
 import os
 import shutil
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from playwright.sync_api import Page, sync_playwright
 
 from node.web import viewer
+from tests.serving import Quiet
 
 # Software rendering, and no service of the browser maker's is asked for anything.
 _CHROMIUM_ARGUMENTS = [
@@ -70,7 +70,7 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
     folder = viewer.find_viewer()
     assert folder is not None
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -84,9 +84,6 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_args: object) -> None:
-            """Says nothing."""
-
         def _answer(self) -> tuple[int, str, bytes]:
             path = self.path.partition("?")[0]
             if path.startswith("/dicom-web/"):
@@ -99,7 +96,7 @@ def _handler(archive_url: str) -> type[BaseHTTPRequestHandler]:
                         return error.code, "text/plain", error.read()
             name = path.removeprefix("/viewer").lstrip("/")
             if name == "app-config.js":
-                return 200, "text/javascript", f"window.config = {json.dumps(viewer.CONFIG)};".encode()
+                return 200, "text/javascript", viewer.config_script().encode()
             file = folder / name
             if not name or not file.is_file():  # a page of the single-page application
                 file = folder / "index.html"
@@ -120,13 +117,37 @@ class OhifStudy:
 
     def load_segmentation(self, series_description: str) -> None:
         """Opens a Series of segmentations over the CT, as a reader does: by a double-click."""
+        self._open(series_description)
+        self.wait_for_segmentation()
+
+    def read_report(self, series_description: str) -> str:
+        """Opens a Series of reports in place of the CT; the text that is shown."""
+        self._open(series_description)
+        shown = self._page.locator('[data-cy="viewport-grid"]')
+        shown.get_by_text("Imaging Measurement Report").wait_for()
+        return shown.inner_text()
+
+    def _open(self, series_description: str) -> None:
         thumbnails = self._page.locator('[data-cy="study-browser-thumbnail-no-image"]')
         thumbnails.filter(has_text=series_description).dblclick()
-        self.wait_for_segmentation()
 
     def wait_for_segmentation(self) -> None:
         """Waits until one lies over the CT."""
         self._page.wait_for_function("() => window.cornerstoneTools.segmentation.state.getSegmentations().length")
+
+    def segments(self) -> dict[str, list[int]]:
+        """The name of each segment and its colour, as red, green and blue up to 255."""
+        found = self._page.evaluate(
+            """() => {
+                const { state, config } = window.cornerstoneTools.segmentation;
+                const { id } = window.cornerstone.getEnabledElements()[0].viewport;
+                return state.getSegmentations().flatMap(one => Object.values(one.segments).map(segment => [
+                    segment.label,
+                    config.color.getSegmentIndexColor(id, one.segmentationId, segment.segmentIndex).slice(0, 3),
+                ]));
+            }"""
+        )
+        return dict(found)
 
     def picture_of(self, sop_instance_uid: str, png: Path) -> NDArray[np.float32]:
         """Shows one Instance, and the page as `(rows, columns, RGB)` in 0..1, also kept as a file."""

@@ -1,15 +1,16 @@
 """What of Orthanc's REST API a watch asks, for what a real one does not do on demand: faults at one Series."""
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Literal
 
 from pydicom import dcmread
+
+from tests.serving import Quiet, serving
 
 
 @dataclass
@@ -64,7 +65,7 @@ class OrthancStandIn:
     def serving(self) -> Iterator["OrthancStandIn"]:
         stand_in = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 status, body = stand_in.answer(self.path)
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -75,11 +76,6 @@ class OrthancStandIn:
                 self.end_headers()
                 self.wfile.write(data if status else data[:100])
 
-            def log_message(self, *_: object) -> None:
-                """Says nothing."""
-
-        with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-            self.url = f"http://127.0.0.1:{server.server_port}"
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with serving(Handler) as port:
+            self.url = f"http://127.0.0.1:{port}"
             yield self
-            server.shutdown()

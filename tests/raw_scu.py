@@ -14,8 +14,11 @@ from pynetdicom import AE, evt
 from pynetdicom.association import Association
 from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.dsutils import split_dataset
+from pynetdicom.sop_class import Verification
 
+from node.peers import DicomPeer
 from node.reactor import use_checkpoint
+from node.send import associated
 
 Context = tuple[str, str]  # abstract syntax, transfer syntax
 
@@ -27,6 +30,16 @@ def associate(port: int, contexts: Iterable[Context]) -> Association:
     for abstract_syntax, transfer_syntax in contexts:
         ae.add_requested_context(abstract_syntax, transfer_syntax)
     return ae.associate("127.0.0.1", port, ae_title="CSPINE", evt_handlers=ON_OPEN)
+
+
+def echo(peer: DicomPeer, *, calling_ae_title: str) -> None:
+    """Asks a peer for an answer by C-ECHO, as the node associates.
+
+    Raises:
+        SendError: there is no association.
+    """
+    with associated(peer, [(Verification, [ImplicitVRLittleEndian])], calling_ae_title=calling_ae_title) as association:
+        assert association.send_c_echo().Status == 0
 
 
 def _on_open(event: evt.Event) -> None:

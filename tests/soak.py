@@ -31,6 +31,7 @@ from node.send import Answer, SendError, send_files
 from tests.factories import make_ct_series
 from tests.ports import free_port
 from tests.running_node import RunningNode
+from tests.stored import path_of
 from tests.untrained import write_untrained_bundle
 from tests.wire import dataset_of
 
@@ -161,8 +162,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
         index = Index(node.data_dir)
         acknowledged = {uid: digest for sender in senders for uid, digest in sender.acknowledged.items()}
         for uid, digest in acknowledged.items():
-            kept = index.find_instance(uid)
-            assert kept is not None, f"{uid} was acknowledged and is lost"
+            kept = path_of(index, uid)
             assert hashlib.sha256(dataset_of(kept)).digest() == digest, f"{uid} was acknowledged and differs"
         assert sum(case.num_instances for case in index.cases()) == len(acknowledged)
         index.close()
@@ -180,7 +180,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
     uids = {ds.SOPInstanceUID for ds in archived}
     # Where a sender paused for longer than the quiet time, the report on what had come by then is superseded by name.
     assert made <= uids
-    assert uids - made <= {uid for ds in archived for uid in _superseded_by(ds)}
+    assert uids - made <= {uid for ds in archived for uid in superseded_by(ds)}
     node.wait_until_gone()
     return (
         f"{num_done} kills ({dict(num_killed)}) under {_NUM_SENDERS} senders: {len(acknowledged)} "
@@ -189,7 +189,7 @@ def kill_at_random(folder: Path, num_kills: int, seed: int, num_long: int = 8, m
     )
 
 
-def _superseded_by(report: Dataset) -> list[str]:
+def superseded_by(report: Dataset) -> list[str]:
     return [
         instance.ReferencedSOPInstanceUID
         for study in report.get("PredecessorDocumentsSequence", [])

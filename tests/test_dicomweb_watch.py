@@ -4,7 +4,6 @@ import json
 import ssl
 import time
 import tracemalloc
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import date
@@ -15,8 +14,6 @@ import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from model.phantom import Fracture
-from node.case import CaseState
 from node.config import Config
 from node.index import Index
 from node.peers import ClientTls, DicomWebSource, HttpAuth
@@ -27,11 +24,9 @@ from node.web.multipart import Event, PartBegins, PartData
 from node.web.settings import WebConfig
 from tests.certificates import Authority
 from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
-from tests.gate import Gate
+from tests.killed_fetch import fetched_with_a_kill
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
-from tests.running_node import RunningNode, phantom_series
-from tests.waiting import wait_until
 from tests.web_archive_stand_in import AZURE, DCM4CHEE, GOOGLE, ONE_BY_ONE, SPARE, STORED, Shape, StandIn
 from tests.web_server import WebServer, hold
 
@@ -142,9 +137,10 @@ def test_a_series_is_whole_at_the_archive_before_it_is_fetched(watch: Watch, ind
         assert {carrier.released for carrier in index.stored_series(series_of(paths)).carriers} == {True}
         archive.asked_for_files()
 
-        # It grows after all.
         uid = series_of(paths)
         late = make_ct_series(tmp_path / "late", num_slices=2, series_instance_uid=uid)
+        archive.files = dict(list(archive.files.items())[3:])  # three are deleted there, and then it grows after all
+        look(watched)
         archive.hold(late)
         look(watched)
         assert held(index) == {uid: 11}
@@ -457,43 +453,14 @@ def test_under_tls_only_the_named_authority_is_trusted_and_our_certificate_shown
 
 
 def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:
-    http_port = free_port()
-    gate = Gate(http_port, num_bytes=2_000_000)  # of eight million
-    url = f"http://127.0.0.1:{gate.port}/dicom-web"
-    source = {"name": "pacs", "url": url, "poll_s": 1, "begin": "2026-01-01", "overlap_days": None}
-    (tmp_path / "node").mkdir()
-    node = RunningNode(
-        tmp_path / "node",
-        analyse={"threads": 1},
-        complete={"quiet_time_s": 60},  # longer than the model takes to load: the rest comes after that
-        sources={"dicomweb": [source]},
-        deliver={"destinations": [{"name": "pacs", "type": "dicomweb", "url": url}]},
-    )
-    orthanc = OrthancServer(
-        tmp_path / "orthanc", port=free_port(), node_port=node.port, http_port=http_port, routes_by=""
-    )
-    try:
-        fracture = Fracture(level="C5", kind="body", width_mm=2.0)
-        paths = phantom_series(tmp_path / "in", seed=5, fractures=(fracture,))
-        orthanc.upload(tmp_path / "in")
-        wait_until(node.cases, node.log)
-        node.kill()
-        node.wait_until_gone()
-        assert 0 < node.cases()[0].num_instances < len(paths)
-        gate.open()
-        node.start()
-        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
-        (case,) = node.cases()
-        assert case.num_instances == len(paths)
-        assert {"CT", "SEG", "SR"} <= {series.modality for series in orthanc.series()}
+    def settings(url: str) -> dict[str, dict[str, Any]]:
+        url += "/dicom-web"
+        source = {"name": "pacs", "url": url, "poll_s": 1, "begin": "2026-01-01", "overlap_days": None}
+        destination = {"name": "pacs", "type": "dicomweb", "url": url}
+        return {"sources": {"dicomweb": [source]}, "deliver": {"destinations": [destination]}}
+
+    with fetched_with_a_kill(tmp_path, settings) as (_, orthanc):
         # Nothing comes of the results, however often it looks.
         before = orthanc.instances()
         time.sleep(4)
         assert orthanc.instances() == before
-        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
-        assert node.stop() < 10
-    finally:
-        if node.process.poll() is None:
-            node.kill()
-        orthanc.stop()
-        gate.stop()

@@ -17,6 +17,7 @@ from node.cli import main
 from node.index import Index
 from tests.raw_scu import associate, dataset_of, send_bytes
 from tests.running_node import RunningNode
+from tests.stored import path_of
 from tests.transfer_syntaxes import LOSSLESS, convert, need_encoder
 
 SMALL = SeriesRules(min_slices=3, min_extent_mm=1.0)
@@ -144,7 +145,7 @@ def test_every_file_of_pydicom_gets_the_status_it_deserves(node: RunningNode) ->
     index = Index(node.data_dir)
     cases = index.cases()
     rows = {path for case in cases for path in index.instance_paths(case.series_instance_uid)}
-    assert all(index.find_instance(uid) in rows for uid in taken)
+    assert all(path_of(index, uid) in rows for uid in taken)
     assert sum(case.num_instances for case in cases) == len(rows)
     index.close()
     on_disk = {path for path in (node.data_dir / "instances").rglob("*.dcm") if path.stat().st_size}

@@ -19,10 +19,11 @@ from model.phantom import Fracture
 from node.case import CaseState
 from node.config import Config, DicomDestination, load_config
 from node.index import Index
-from node.send import SendError, echo, send_files
+from node.send import SendError, send_files
 from tests.factories import make_ct_series, make_report, make_screen_save
 from tests.orthanc_server import ORTHANC_FOLDER, STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
+from tests.raw_scu import echo
 from tests.receiver import listening
 from tests.running_node import RunningNode, phantom_series
 from tests.waiting import WAIT_S

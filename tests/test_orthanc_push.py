@@ -34,10 +34,10 @@ class Pusher:
         if way == "stow":
             self._settings["plugin_settings"] = {"StowUrl": f"http://127.0.0.1:{web_port}/dicom-web/studies"}
 
-    def start(self, stable_age_s: int = STABLE_AGE_S, routes: bool = True) -> OrthancServer:
-        """It asks for a password, which is none of the script's business."""
-        settings = self._settings if routes else self._settings | {"routes_by": ""}
-        self.orthanc = OrthancServer(self._folder, stable_age_s=stable_age_s, password="hunter2", **settings)
+    def start(self, stable_age_s: int = STABLE_AGE_S, routes: bool = True, **settings: Any) -> OrthancServer:
+        """It asks for a password, which is none of the script's business. settings: more of Orthanc's own."""
+        ours = self._settings | {"settings": settings} | ({} if routes else {"routes_by": ""})
+        self.orthanc = OrthancServer(self._folder, stable_age_s=stable_age_s, password="hunter2", **ours)
         return self.orthanc
 
     def stop(self) -> None:

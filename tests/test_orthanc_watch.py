@@ -1,12 +1,10 @@
 """A real Orthanc that the node watches: what it fetches, what it leaves there, and what survives which death."""
 
 import json
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from typing import Any
 import pytest
 from pydicom import Dataset, dcmread
 
-from model.phantom import Fracture
-from node.case import CaseState
 from node.config import Config
 from node.index import Index
 from node.peers import HttpAuth, OrthancSource
@@ -24,10 +20,10 @@ from node.watch.describe import describe
 from node.watch.orthanc import OrthancWatch
 from orthanc.client import Instance, Orthanc
 from tests.factories import make_ct_series, make_localizer, make_report, make_screen_save
-from tests.gate import Gate
+from tests.killed_fetch import fetched_with_a_kill
 from tests.orthanc_server import STABLE_AGE_S, OrthancServer
 from tests.ports import free_port
-from tests.running_node import RunningNode, phantom_series
+from tests.serving import Quiet, serving
 from tests.waiting import wait_until
 
 Watch = Callable[..., OrthancWatch]
@@ -120,6 +116,32 @@ def test_what_was_there_before_the_first_look_is_left_there_unless_asked_for(
     index.note_position("orthanc", 10**6)
     new.look()
     assert len(held(index)) == 2
+
+
+def test_an_orthanc_in_which_the_latest_patient_is_deleted_is_not_taken_for_one_made_anew(
+    orthanc: OrthancServer, watch: Watch, index: Index, tmp_path: Path
+) -> None:
+    """His changes go with him, so the number of the latest one falls."""
+
+    def upload(name: str) -> str:
+        (first, *_) = make_ct_series(tmp_path / name, edit=lambda _, ds: setattr(ds, "PatientID", name))
+        orthanc.upload(tmp_path / name)
+        wait_until_stable(orthanc, 2 if name != "old" else 1)
+        return str(dcmread(first).SeriesInstanceUID)
+
+    source = watch(orthanc.url, begin="now")
+    upload("old")
+    source.look()
+    deleted = upload("deleted")
+    source.look()
+    (series,) = orthanc.client.lookup(deleted)
+    orthanc.client.delete(f"patients/{orthanc.client.get_json(f'series/{series}/patient')['ID']}")
+    assert orthanc.client.get_json("changes?last")["Last"] < (index.watched_source("orthanc").position or 0)
+    source.look()
+    assert held(index) == {deleted: 8}
+    new = upload("new")
+    source.look()
+    assert held(index) == {deleted: 8, new: 8}
 
 
 def test_ct_that_lacks_its_modality_is_fetched(
@@ -279,22 +301,17 @@ def test_a_token_is_shown_and_what_is_no_orthanc_is_told(
 ) -> None:
     shown: list[str | None] = []
 
-    class Stranger(BaseHTTPRequestHandler):
+    class Stranger(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             shown.append(self.headers["Authorization"])
             self.send_response(200)
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
     monkeypatch.setenv("TOKEN", "s3cret")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/below"
+    with serving(Stranger) as port:
+        url = f"http://127.0.0.1:{port}/below"
         watch(url, auth=HttpAuth(type="bearer", secret_env="TOKEN")).look()
-        server.shutdown()
     assert shown == ["Bearer s3cret"]
     assert index.watched_source("orthanc").error == f"{url} does not answer like an Orthanc; check url"
 
@@ -320,35 +337,13 @@ def test_the_rules_can_ask_what_they_can_ask_of_a_series_that_is_here() -> None:
 
 
 def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:
-    http_port = free_port()
-    gate = Gate(http_port, num_bytes=2_000_000)  # of eight million
-    url = f"http://127.0.0.1:{gate.port}"
-    (tmp_path / "node").mkdir()
-    node = RunningNode(
-        tmp_path / "node",
-        analyse={"threads": 1},
-        complete={"quiet_time_s": 60},  # longer than the model takes to load: the rest comes after that
-        sources={"orthanc": [{"name": "pacs", "url": url, "connections": 1, "poll_s": 1, "begin": "oldest"}]},
-        deliver={"destinations": [{"name": "pacs", "type": "orthanc", "url": url, "source_metadata": 4100}]},
-    )
-    orthanc = OrthancServer(
-        tmp_path / "orthanc", port=free_port(), node_port=node.port, http_port=http_port, routes_by=""
-    )
-    try:
-        fracture = Fracture(level="C5", kind="body", width_mm=2.0)
-        paths = phantom_series(tmp_path / "in", seed=5, fractures=(fracture,))
-        orthanc.upload(tmp_path / "in")
-        wait_until(node.cases, node.log)
-        node.kill()
-        node.wait_until_gone()
-        assert 0 < node.cases()[0].num_instances < len(paths)
-        gate.open()
-        node.start()
-        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
-        (case,) = node.cases()
-        assert case.num_instances == len(paths)
+    def settings(url: str) -> dict[str, dict[str, Any]]:
+        source = {"name": "pacs", "url": url, "connections": 1, "poll_s": 1, "begin": "oldest"}
+        destination = {"name": "pacs", "type": "orthanc", "url": url, "source_metadata": 4100}
+        return {"sources": {"orthanc": [source]}, "deliver": {"destinations": [destination]}}
+
+    with fetched_with_a_kill(tmp_path, settings) as (case, orthanc):
         found = orthanc.series()
-        assert {"CT", "SEG", "SR"} <= {series.modality for series in found}
         for series in found:
             if series.modality != "CT":
                 linked = orthanc.client.get_binary(f"series/{series.orthanc_id}/metadata/4100")
@@ -358,10 +353,3 @@ def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(t
         wait_until_stable(orthanc, len(found))
         time.sleep(2 * STABLE_AGE_S)
         assert orthanc.instances() == before
-        assert node.wait_until_settled() == Counter({CaseState.DONE: 1}), node.log()
-        assert node.stop() < 10
-    finally:
-        if node.process.poll() is None:
-            node.kill()
-        orthanc.stop()
-        gate.stop()

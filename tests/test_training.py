@@ -15,7 +15,7 @@ from model.classify import network_input
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
 from training.cli import main
-from training.fractures import changed, collate, patches, read_stack, train_fracture_net
+from training.fractures import changed, collate, patches, read_stack, train_fracture_net, uneven
 from training.phantom import CLASSIFY, SEGMENT
 from training.phantom_measures import auc, choose_operating_point
 from training.samples import write_neck, write_stacks
@@ -82,6 +82,23 @@ def test_patches_of_a_fractured_vertebra_show_the_fracture(stacks: Path) -> None
 
     assert batch.fractured.sum() >= 3
     assert network_input(turned.planes_hu, turned.masks).shape == (4, 1, 6, 72, 72)
+
+
+def test_uneven_bone_differs_from_place_to_place_and_keeps_its_mean_and_its_fractures(stacks: Path) -> None:
+    with np.load(stacks) as arrays:
+        batch = collate([read_stack(stacks, index) for index in range(len(arrays["fractured"]))] * 3)
+
+    changed_by = uneven(batch, np.random.default_rng(1))
+
+    bone, elsewhere = batch.planes_hu > 300, batch.planes_hu < 0
+    before, after = (item.planes_hu for item in (batch, changed_by))
+    assert (after - before)[bone].std() > 30 + (after - before)[elsewhere].std()
+    assert float(after[bone].mean()) == pytest.approx(float(before[bone].mean()), rel=0.15)
+    kept = changed_by.regions.sum(dim=(1, 2, 3)) / batch.regions.sum(dim=(1, 2, 3)).clamp(min=1)
+    assert kept[batch.fractured > 0].min() > 0.5
+    assert not changed_by.regions[batch.fractured == 0].any()
+    # What was moved was moved alike in image, mask and region.
+    assert after[:, 2:-2:2][changed_by.masks > 0.9].mean() > 2 * after[:, 2:-2:2][changed_by.masks < 0.1].mean()
 
 
 def test_crops_hold_bone_with_its_level(neck: Path) -> None:

@@ -1,5 +1,7 @@
 """OHIF shows what the node made where it belongs: the real viewer, in a real browser, on an Orthanc and on the node."""
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from scipy.ndimage import binary_dilation
 
 from model.phantom import Anatomy, Phantom, default_grid, render, write_series
 from node.config import Config
+from node.encode.colours import LEVEL_RGB
 from node.encode.seg import VERTEBRAE
 from node.index import Index
 from node.web.settings import WebConfig
@@ -133,6 +136,15 @@ def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(
         study = OhifStudy(page, hosts)
         study.wait_for_segmentation()
         check_overlay(study, analysed, BUILD_FOLDER / "ohif-node.png")
+        assert study.segments().keys() == LEVEL_RGB.keys()
+        for level, colour in study.segments().items():
+            assert colour == pytest.approx(LEVEL_RGB[level], abs=3)  # CIELab is written in steps
+        report = study.read_report("fracture report")
+        page.screenshot(path=BUILD_FOLDER / "ohif-report.png")
+        findings = json.loads((analysed.results[0].parent / "findings.json").read_text("utf-8"))
+        for level, found in findings["levels"].items():
+            percent = round(100 * found["probability"], 1)
+            assert re.search(rf"Fracture {level} vertebra .* {percent:g} % .*Absent", report)
     assert hosts == {f"127.0.0.1:{server.port}"}
 
 

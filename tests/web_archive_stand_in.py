@@ -7,16 +7,17 @@ DICOMweb server are tested beside it.
 import json
 import re
 import ssl
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
 from pydicom import Dataset, dcmread
+
+from tests.serving import Quiet, serving
 
 STORED = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 PLAIN = 'multipart/related; type="application/dicom"'
@@ -101,13 +102,9 @@ class StandIn:
 
     @contextmanager
     def serving(self, tls: ssl.SSLContext | None = None) -> Iterator["StandIn"]:
-        with ThreadingHTTPServer(("127.0.0.1", 0), _handler(self)) as server:
-            if tls is not None:
-                server.socket = tls.wrap_socket(server.socket, server_side=True)
-            self.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}/rs"
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+        with serving(_handler(self), tls) as port:
+            self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/rs"
             yield self
-            server.shutdown()
 
     # ---- what it answers ----
 
@@ -209,7 +206,7 @@ def _ui(uid: str) -> dict[str, Any]:
 
 
 def _handler(archive: StandIn) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             archive.headers.append(dict(self.headers))
             status, headers, body = archive.answer(self.path, self.headers.get("Accept", ""))
@@ -223,8 +220,5 @@ def _handler(archive: StandIn) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, *_args: object) -> None:
-            """Says nothing."""
 
     return Handler

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import requests
 from pydicom import dcmread
@@ -49,6 +50,12 @@ class WebServer:
         self._thread.join(WAIT_S)
         self.store.close()
         self.catalog.close()
+
+
+def found_in(answer: requests.Response) -> list[dict[str, Any]]:
+    """The matches of a search; where there is none, that is said by 204, without a body (PS3.18 8.3.4.4.1)."""
+    assert answer.status_code == (200 if answer.content else 204), answer.text
+    return answer.json() if answer.content else []
 
 
 def hold(index: Index, paths: list[Path]) -> None:

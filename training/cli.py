@@ -50,22 +50,11 @@ def main(context: click.Context, config: Path | None) -> None:
         context.default_map = read_config(config, main)
 
 
-main.add_command(calibrate)
-main.add_command(classify)
-main.add_command(cut)
-main.add_command(evaluate)
-main.add_command(everything)
-main.add_command(export)
-main.add_command(measure)
-main.add_command(necks)
-main.add_command(phantom)
-main.add_command(prepare)
-main.add_command(regions)
-main.add_command(rsna_demo)
-main.add_command(segment)
-main.add_command(show_fractures)
-main.add_command(study)
-main.add_command(submission)
+for _command in (
+    *(prepare, segment, cut, regions, classify, study, calibrate, export, everything),
+    *(evaluate, submission, measure, phantom, necks, rsna_demo, show_fractures),
+):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 
 class BusyError(Exception):
     """Another process works on the same folder; the message says which."""
@@ -52,6 +54,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     with replacing_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_npz(path: Path, **arrays: Any) -> None:
+    """Writes arrays whole or not at all."""
+    with replacing_file(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ scanner's spacing for the fracture network. Both are cut by the functions the pi
 and analysis cannot disagree.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.bundle import ClassifySettings, SegmentSettings
 from model.classify import sample_mask, sample_planes, slice_grid, stack_grid
@@ -26,6 +26,7 @@ from model.pose import middle_of_box
 from model.resample import average_pool
 from model.segment import find_vertebrae
 from model.volume import SliceSource, Volume
+from training.files import write_npz
 
 PREVALENCE = 0.28
 """Share of fractured vertebrae: far above real life, so that training sees enough of them."""
@@ -64,14 +65,20 @@ def segment_sample(anatomy: Anatomy, rng: np.random.Generator, settings: Segment
     phantom = render(
         anatomy, grid, noise_hu=rng.uniform(5, 50), blur_mm=rng.uniform(0.4, 2.0), seed=int(rng.integers(1 << 31))
     )
-    share = average_pool((phantom.vertebrae > 0).astype(np.int16), (2, 2, 2))
-    level_sum = average_pool(phantom.vertebrae.astype(np.int16), (2, 2, 2))
-    level = torch.where(share > 0, level_sum / share.clamp(min=1e-6), torch.zeros_like(share))
+    share, level = pooled_truth(phantom, 2)
     return {
         "hu": average_pool(phantom.voxels_hu, (2, 2, 2)).round().to(torch.int16).numpy(),
         "share": (share * 255).round().to(torch.uint8).numpy(),
         "level": level.round().to(torch.uint8).numpy(),
     }
+
+
+def pooled_truth(phantom: Phantom, factor: int) -> tuple[Tensor, Tensor]:
+    """How much of each voxel of a grid `factor` times as coarse is vertebra, 0..1, and the mean level of that."""
+    factors = (factor, factor, factor)
+    share = average_pool((phantom.vertebrae > 0).astype(np.int16), factors)
+    level_sum = average_pool(phantom.vertebrae.astype(np.int16), factors)
+    return share, torch.where(share > 0, level_sum / share.clamp(min=1e-6), 0)
 
 
 def classify_samples(
@@ -145,7 +152,7 @@ def write_neck(path: Path, seed: int, segment: SegmentSettings) -> None:
     """Draws, renders and stores one patient's neck; a file that is there already is kept."""
     if not path.exists():
         anatomy, rng = random_patient(seed)
-        _write(path, segment_sample(anatomy, rng, segment))
+        write_npz(path, **segment_sample(anatomy, rng, segment))
 
 
 def write_stacks(
@@ -154,20 +161,13 @@ def write_stacks(
     """Draws, renders and stores one patient's vertebrae; a file that is there already is kept."""
     if not path.exists():
         anatomy, rng = random_patient(seed)
-        _write(path, classify_samples(anatomy, rng, segment, classify, unet))
+        write_npz(path, **classify_samples(anatomy, rng, segment, classify, unet))
 
 
 def random_patient(seed: int) -> tuple[Anatomy, np.random.Generator]:
     """A patient with fractures drawn from a seed, and what is left of its randomness, for the scanner."""
     rng = np.random.default_rng([seed, 17])
     return Anatomy.random(seed, random_fractures(rng), variation=float(rng.uniform(0.6, 1.4))), rng
-
-
-def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    unfinished.replace(path)
 
 
 def write_all(

@@ -2,14 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from node.case import FINISHED, CaseState
+from node.case import FINISHED, CaseState, local_time
 from node.commands import EXIT_FAILED, config_option, load_config, open_index
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def cases(config_path: Path | None, limit: int, states: tuple[str, ...], only_to
     if totals.num_cases and not as_json:
         click.echo(describe_totals(totals), err=True)
     if since is not None:
-        click.echo(f"Paused since {_local(since)}: no case is analysed until `cspine resume`.", err=True)
+        click.echo(f"Paused since {local_time(since)}: no case is analysed until `cspine resume`.", err=True)
 
 
 @click.command()
@@ -144,7 +143,3 @@ def _do_to_each(index: "Index", names: Sequence[str], done: str, act: "Callable[
         click.echo(f"Case {name} {problem or done}.", err=bool(problem))
     if num_left:
         sys.exit(EXIT_FAILED)
-
-
-def _local(at: float) -> str:
-    return datetime.fromtimestamp(at).isoformat(sep=" ", timespec="seconds")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from node.case import DeliveryState
+from node.case import THERE, UNSETTLED, DeliveryState, local_time
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from node.config import Config
     from node.index import Index
 
-_UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
 _COLOURS = {DeliveryState.DONE: "green", DeliveryState.FAILED: "red", DeliveryState.SUPERSEDED: "bright_black"}
 _ids_argument = click.argument("ids", metavar="ID...", nargs=-1, type=int)
 _destination_option = click.option("--destination", help="Only those to the destination of this name.")
@@ -92,7 +91,7 @@ def give_up(config_path: Path | None, ids: tuple[int, ...], all_unsettled: bool,
     with open_index(config, acts=True) as index:
         _check_destination(config, index, destination)
         if all_unsettled:
-            found = index.deliveries(states=_UNSETTLED, destination=destination)
+            found = index.deliveries(states=UNSETTLED, destination=destination)
         else:
             found = _named(index, ids)
         num = sum(index.give_up_delivery(delivery) for delivery in found)
@@ -131,13 +130,11 @@ def _print_table(found: Sequence["Delivery"]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from node.case import ObjectState
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("id", "case", "destination", "state", "objects", "tries", "next"):
         table.add_column(heading, overflow="fold", no_wrap=heading != "destination")
     for delivery in found:
-        there = [item for item in delivery.objects.values() if item.state in (ObjectState.TAKEN, ObjectState.VERIFIED)]
+        there = [item for item in delivery.objects.values() if item.state in THERE]
         table.add_row(
             str(delivery.delivery_id),
             str(delivery.case_id),
@@ -145,7 +142,7 @@ def _print_table(found: Sequence["Delivery"]) -> None:
             f"[{_COLOURS.get(delivery.state, 'cyan')}]{delivery.state}[/]",
             f"{len(there)}/{len(delivery.objects)}" if delivery.objects else "",
             str(delivery.attempts),
-            _local(delivery.next_attempt_at) if delivery.state in _UNSETTLED else "",
+            local_time(delivery.next_attempt_at) if delivery.state in UNSETTLED else "",
         )
     Console().print(table)
     for delivery in found:  # a column of them would be too narrow to read
@@ -159,7 +156,3 @@ def _print_json(found: Sequence["Delivery"]) -> None:
         for name in ("next_attempt_at", "changed_at", "sent_at"):
             values[name] = datetime.fromtimestamp(values[name]).astimezone().isoformat(timespec="seconds")
         sys.stdout.write(json.dumps(values, default=str) + "\n")
-
-
-def _local(at: float) -> str:
-    return datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M:%S")

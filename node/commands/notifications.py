@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from node.case import local_time
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 
@@ -28,8 +29,15 @@ def list_them(config_path: Path | None, limit: int) -> None:
     with open_index(config) as index:
         found = index.notifications(limit)
     for item in found:
-        at = datetime.fromtimestamp(item.at).isoformat(sep=" ", timespec="seconds")
-        row = (item.notification_id, at, item.target, item.case_id, item.about, item.state, item.attempts)
+        row = (
+            item.notification_id,
+            local_time(item.at),
+            item.target,
+            item.case_id,
+            item.about,
+            item.state,
+            item.attempts,
+        )
         table.add_row(*(Text(str(cell), overflow="fold") for cell in row))
     Console().print(table)
     for item in found:  # a column of them would be too narrow to read

@@ -16,8 +16,9 @@ def purge(config_path: Path | None, dry_run: bool) -> None:
     As the section retention of the configuration says. Whatever is still to be analysed or delivered stays. The node
     may be running.
     """
+    from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from node.process import set_up_logging
     from node.retention import plan_now
@@ -31,7 +32,7 @@ def purge(config_path: Path | None, dry_run: bool) -> None:
             click.echo("There is nothing to purge.")
             return
         freed_bytes = sum(item.kept.num_bytes for item in purges) if dry_run else carry_out(index, purges)
-    table = Table("case", "Series", "what", "MB", "why")
+    table = Table("case", Column("Series", overflow="fold"), "what", "MB", "why", box=box.SIMPLE_HEAD, pad_edge=False)
     for item in purges:
         kept = item.kept
         table.add_row(

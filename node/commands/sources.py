@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from node.case import local_time
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config, open_index
 
 if TYPE_CHECKING:
@@ -155,4 +156,4 @@ def _up_to(source: "OrthancSource | DicomWebSource", known: "WatchedSource") -> 
 
 
 def _when(time_s: float | None) -> str:
-    return "" if time_s is None else f"{datetime.fromtimestamp(time_s):%Y-%m-%d %H:%M:%S}"
+    return "" if time_s is None else local_time(time_s)

@@ -95,7 +95,8 @@ class _Study:
         evidence = Evidence(
             headers=(),
             carriers=carriers,
-            last_received_at=case.last_received_at,
+            # One that was started again long after its last Instance waits for its source, too.
+            last_received_at=case.changed_at if is_asked else case.last_received_at,
             num_instances=case.num_instances,
             habit_s=habit_s(self._index.earlier_carriers(case, _NUM_EARLIER, _MIN_INSTANCES), quiet_time_s),
             is_source_asked=is_asked,
@@ -149,6 +150,7 @@ class _Study:
             won_s = max(won_s, case.won_s or 0.0)
         if not self._index.queue(case, won_s=won_s, num_at_source=item.num_at_source):
             return
+        self._sources.forget(case)
         where = f"case={case.case_id} series={case.series_instance_uid} instances={case.num_instances}"
         log.info("action=complete %s won_s=%.1f", where, won_s)
         if item.num_at_source is not None and item.num_at_source > case.num_instances:
@@ -158,9 +160,11 @@ class _Study:
         if self._config.deliver.report_not_analysed:
             self._queue(item)  # the worker refuses it for the same reason, and writes the report that says so
         elif self._index.refuse(item.case, item.verdict.reason):
+            self._sources.forget(item.case)
             where = f"case={item.case.case_id} series={item.case.series_instance_uid}"
             log.warning("action=refused %s: %s", where, item.verdict.reason)
 
     def _skip(self, case: Case, reason: str, skipped_for: str | None = None) -> None:
         if self._index.skip(case, reason, skipped_for=skipped_for):
+            self._sources.forget(case)
             log.info("action=skipped case=%d series=%s: %s", case.case_id, case.series_instance_uid, reason)

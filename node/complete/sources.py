@@ -7,7 +7,7 @@ a while and its Series go on without it: an archive that is down must not hold u
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pydicom import Dataset
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -16,7 +16,7 @@ from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind
 from node.case import Case
 from node.config import Config, Source
 from node.index import Index
-from node.send import SendError, associated
+from node.send import SendError, associated, num_instances_told
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class _State:
     """Of one source. left_alone_until: monotonic, s."""
 
     source: Source
-    questions: dict[str, Case]
+    questions: dict[str, Case] = field(default_factory=dict)
     left_alone_until: float = 0.0
     is_silent: bool = False
 
@@ -41,7 +41,7 @@ class Sources:
     def __init__(self, index: Index, config: Config) -> None:
         self._index = index
         self._calling_ae_title = config.receive.ae_title
-        self._states = {source.name: _State(source=source, questions={}) for source in config.complete.sources}
+        self._states = {source.name: _State(source) for source in config.complete.sources}
         self._source_of = {title: source.name for source in config.complete.sources for title in source.sends_as}
         # By SeriesInstanceUID: Instances that were here when it was asked, and what was answered.
         self._answers: dict[str, tuple[int, int | None]] = {}
@@ -65,6 +65,13 @@ class Sources:
             state.questions[case.series_instance_uid] = case
             return True, None
 
+    def forget(self, case: Case) -> None:
+        """The Series is settled: by the time that it is judged again, its source may hold more, or less."""
+        with self._lock:
+            self._answers.pop(case.series_instance_uid, None)
+            for state in self._states.values():
+                state.questions.pop(case.series_instance_uid, None)
+
     def answer_questions(self, source: Source) -> None:
         """Asks a source what is to be asked of it, and has the Series concerned judged again."""
         state = self._states[source.name]
@@ -87,9 +94,11 @@ class Sources:
             state.is_silent = False
         with self._lock:
             for case in cases:
-                if state.questions.get(case.series_instance_uid) is case:  # else more came, and it is asked again
-                    del state.questions[case.series_instance_uid]
-                self._answers[case.series_instance_uid] = case.num_instances, counts.get(case.series_instance_uid)
+                uid = case.series_instance_uid
+                if uid in state.questions:  # else it has been settled meanwhile
+                    self._answers[uid] = case.num_instances, counts.get(uid)
+                if state.questions.get(uid) is case:  # else more came, and it is asked again
+                    del state.questions[uid]
             while len(self._answers) > _MAX_KEPT:
                 del self._answers[next(iter(self._answers))]
         for case in cases:
@@ -121,14 +130,7 @@ def count_instances(case: Case, source: Source, calling_ae_title: str) -> int:
                 association.abort()
                 raise SendError(f"{source.where} came to no end with its answer")
             if found is not None and str(found.get("SeriesInstanceUID", "")) == case.series_instance_uid:
-                count = _count(found)
+                count = num_instances_told(found)
     if count is None:
         raise SendError(f"{source.where} does not tell how many Instances the Series has")
     return count
-
-
-def _count(found: Dataset) -> int | None:
-    try:
-        return int(found.NumberOfSeriesRelatedInstances)
-    except (AttributeError, TypeError, ValueError):
-        return None

@@ -7,8 +7,9 @@ for each file.
 from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
-from node.case import ObjectProgress
+from node.case import ObjectProgress, ObjectState
 from node.deliver.files import ResultFile
+from node.send import Answer
 
 Note = Callable[[ResultFile, ObjectProgress], None]
 """Called with what the destination said to a file, as soon as it said it."""
@@ -31,3 +32,10 @@ class Courier(Protocol):
 
     def close(self) -> None:
         """Ends the association or session."""
+
+
+def progress_of(answer: Answer) -> ObjectProgress:
+    """How far an object is after this answer."""
+    if answer.taken:
+        return ObjectProgress(state=ObjectState.TAKEN, reason=answer.reason)
+    return ObjectProgress(state=ObjectState.REFUSED if answer.permanent else ObjectState.WAITING, reason=answer.reason)

@@ -15,9 +15,8 @@ from pynetdicom.sop_class import (
 )
 from pynetdicom.status import code_to_category
 
-from node.case import ObjectProgress, ObjectState
 from node.config import DicomDestination
-from node.deliver.courier import Note
+from node.deliver.courier import Note, progress_of
 from node.deliver.files import ResultFile
 from node.send import Answer, SendError, associated, send_files
 from node.status import Outcome, meaning_of
@@ -37,7 +36,7 @@ class DicomCourier:
         by_path = {file.path: file for file in files}
 
         def on_answer(answer: Answer) -> None:
-            note(by_path[answer.path], _progress(answer))
+            note(by_path[answer.path], progress_of(answer))
 
         send_files(list(by_path), self._peer, calling_ae_title=self._calling_ae_title, on_answer=on_answer)
 
@@ -98,9 +97,3 @@ def not_offered(peer: DicomDestination, sop_class: str, calling_ae_title: str) -
     else:
         problem, others = f"does not offer {calling_ae_title} storage commitment", "query or none"
     return SendError(f"{peer.where} {problem}; allow that there, or set verify: {others}", permanent=True)
-
-
-def _progress(answer: Answer) -> ObjectProgress:
-    if answer.taken:
-        return ObjectProgress(state=ObjectState.TAKEN, reason=answer.reason)
-    return ObjectProgress(state=ObjectState.REFUSED if answer.permanent else ObjectState.WAITING, reason=answer.reason)

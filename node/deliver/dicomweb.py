@@ -12,12 +12,11 @@ from requests import Response
 
 from node.case import ObjectProgress, ObjectState
 from node.config import DicomWebDestination
-from node.deliver.courier import Note
+from node.deliver.courier import Note, progress_of
 from node.deliver.files import ResultFile
 from node.deliver.http import HttpPeer
 from node.dicom_json import datasets_in, first_value, items_of
-from node.send import SendError
-from node.status import Outcome, meaning_of
+from node.send import SendError, answer_of
 
 _BLOCK_BYTES = 256 * 1024
 _FAILURE = 0x0110  # processing failure: it may pass
@@ -93,16 +92,7 @@ class DicomWebCourier:
                 )
 
     def _judge(self, file: ResultFile, status: int) -> ObjectProgress:
-        found = meaning_of(status)
-        said = f"status 0x{status:04X} ({found.meaning})"
-        if found.outcome is Outcome.TAKEN:
-            return ObjectProgress(state=ObjectState.TAKEN)
-        if found.outcome is Outcome.REMARKED:
-            return ObjectProgress(
-                state=ObjectState.TAKEN, reason=f"{self._peer.name} took {file.path.name} with {said}"
-            )
-        state = ObjectState.WAITING if found.outcome is Outcome.LATER else ObjectState.REFUSED
-        return ObjectProgress(state=state, reason=f"{self._peer.name} refused {file.path.name} with {said}")
+        return progress_of(answer_of(file.path, file.path.name, self._peer.name, status))
 
 
 def _status(item: dict[str, Any], tag: str) -> int:

@@ -81,7 +81,10 @@ class OrthancCourier:
 
     def _put(self, path: str, body: bytes, what: str) -> str:
         try:
-            self._peer.request("PUT", path, body=body)
+            answer = self._peer.request("PUT", path, body=body, also=(409,))
+            # With CheckRevisions Orthanc changes nothing that is there; of a result it never has to.
+            if answer.status_code == 409 and self._peer.request("GET", path).content != body:
+                return f"{what} was not set: it is there with another value, and {self._peer.name} keeps that"
         except SendError as error:
             if not error.permanent:
                 raise

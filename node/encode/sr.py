@@ -57,12 +57,6 @@ HEIGHTS_CAVEAT = "Heights of bodies are measured on the segmentation and no bett
 
 _Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
 
-_ANSWERS = {
-    Finding.PRESENT: codes.PRESENT,
-    Finding.ABSENT: codes.ABSENT,
-    Finding.UNDETERMINED: codes.UNDETERMINED,
-}
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Content:
@@ -309,7 +303,7 @@ def _percent(probability: float | None) -> float:
 
 def _answer(finding: Finding) -> QualitativeEvaluation:
     """ "Fracture: Present", "Absent" or "Undetermined"."""
-    return QualitativeEvaluation(name=codes.FRACTURE, value=_ANSWERS[finding])
+    return QualitativeEvaluation(name=codes.FRACTURE, value=codes.FINDING_CODES[finding])
 
 
 def _key_slices(context: _Context, level: LevelFinding) -> list[SourceImageForMeasurement]:

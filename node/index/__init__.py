@@ -14,6 +14,7 @@ from node.index.notifications import Notifications
 from node.index.operating import Operating
 from node.index.receiving import NewInstance, Receiving, StoredFile, is_whole
 from node.index.retaining import Retaining
+from node.index.trouble import why_unusable
 from node.index.watching import TroubledSeries, WatchedSeries, WatchedSource, Watching
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "WatchedSeries",
     "WatchedSource",
     "is_whole",
+    "why_unusable",
 ]
 
 

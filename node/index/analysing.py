@@ -107,9 +107,9 @@ class Analysing(Operating):
             self.fail_attempt(case, reason, max_attempts)
         return lost
 
-    def put_back(self, held: Collection[int]) -> int:
-        """Queues again, as if not begun, what is ANALYSING but for the cases `held`; returns how many."""
-        begun = update(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))
+    def put_back(self) -> int:
+        """Queues again, as if not begun, what is ANALYSING; returns how many."""
+        begun = update(_cases).where(_cases.c.state == CaseState.ANALYSING)
         queued = {"state": CaseState.QUEUED, "attempts": _cases.c.attempts - 1, "changed_at": self.now()}
         with self._writing() as connection:
             return connection.execute(begun.values(queued)).rowcount

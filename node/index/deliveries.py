@@ -7,14 +7,12 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, RowMapping, select, update
 
-from node.case import CaseState, Delivery, DeliveryState, ObjectProgress, ObjectState
+from node.case import THERE, UNSETTLED, CaseState, Delivery, DeliveryState, ObjectProgress, ObjectState
 from node.index import tables
 from node.index.cases import Cases
 
 _cases, _deliveries = tables.cases, tables.deliveries
 
-_UNSETTLED = (DeliveryState.PENDING, DeliveryState.VERIFYING)
-_THERE = (ObjectState.TAKEN, ObjectState.VERIFIED)
 _UNSAID = "taken, and left out of the report on storage commitment"
 _SUPERSEDED = "not sent any more: the case has come to another end since these results were made"
 _FRESH: Mapping[str, Any] = {
@@ -32,7 +30,7 @@ class Deliveries(Cases):
     def next_delivery(self, destination: str) -> Delivery | None:
         """The delivery to `destination` that is due longest, None if none is; one attempt older if it is to be sent."""
         due = (
-            _deliveries.c.state.in_(_UNSETTLED)
+            _deliveries.c.state.in_(UNSETTLED)
             & (_deliveries.c.destination == destination)
             & (_deliveries.c.next_attempt_at <= self.now())
         )
@@ -123,14 +121,14 @@ class Deliveries(Cases):
     def hasten(self, destination: str) -> int:
         """Makes due what waits because the destination could not be reached; returns how many that are."""
         waiting = (_deliveries.c.destination == destination) & (_deliveries.c.unreachable == 1)
-        waiting &= _deliveries.c.state.in_(_UNSETTLED)
+        waiting &= _deliveries.c.state.in_(UNSETTLED)
         with self._writing() as connection:
             soon = {"next_attempt_at": self.now(), "unreachable": 0}
             return connection.execute(update(_deliveries).where(waiting).values(soon)).rowcount
 
     def drop_destinations_except(self, names: Sequence[str]) -> None:
         """Gives up deliveries to destinations that are no longer configured."""
-        gone = _deliveries.c.state.in_(_UNSETTLED) & _deliveries.c.destination.not_in(names)
+        gone = _deliveries.c.state.in_(UNSETTLED) & _deliveries.c.destination.not_in(names)
         self._give_up(gone, "this destination is no longer in the configuration")
 
     # ---- by hand ----
@@ -160,7 +158,7 @@ class Deliveries(Cases):
         """
         again = delivery.state is DeliveryState.DONE
         objects = {
-            key: item if item.state in _THERE and not again else ObjectProgress(state=ObjectState.WAITING)
+            key: item if item.state in THERE and not again else ObjectProgress(state=ObjectState.WAITING)
             for key, item in delivery.objects.items()
         }
         now = self.now()
@@ -181,7 +179,7 @@ class Deliveries(Cases):
 
     def give_up_delivery(self, delivery: Delivery) -> bool:
         """Ends a delivery that is not done; False if there is nothing to end."""
-        mine = (_deliveries.c.delivery_id == delivery.delivery_id) & _deliveries.c.state.in_(_UNSETTLED)
+        mine = (_deliveries.c.delivery_id == delivery.delivery_id) & _deliveries.c.state.in_(UNSETTLED)
         return self._give_up(mine, "given up by hand")
 
     def _give_up(self, which: ColumnElement[bool], reason: str) -> bool:
@@ -256,7 +254,7 @@ def _settle_case(connection: Connection, case_id: int, now: float) -> None:
     counts = (_deliveries.c.case_id == case_id) & (_deliveries.c.state != DeliveryState.SUPERSEDED)
     rows = connection.execute(select(_deliveries).where(counts)).mappings().all()
     states = {row["state"] for row in rows}
-    if states & set(_UNSETTLED):
+    if states & set(UNSETTLED):
         state = CaseState.DELIVERING
     elif DeliveryState.FAILED in states:
         state = CaseState.FAILED
@@ -281,7 +279,7 @@ def _to_json(objects: Mapping[str, ObjectProgress]) -> dict[str, dict[str, str]]
 
 
 def _keys_there(objects: Mapping[str, Mapping[str, str]]) -> list[str]:
-    return [key for key, item in objects.items() if item["state"] in _THERE]
+    return [key for key, item in objects.items() if item["state"] in THERE]
 
 
 def _to_delivery(row: RowMapping, data_dir: Path) -> Delivery:

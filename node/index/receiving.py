@@ -107,21 +107,10 @@ class Receiving(Cases):
         with self._writing() as connection:
             return connection.execute(lost.values(ended_at=self.now(), released=0)).rowcount
 
-    def find_instance(self, sop_instance_uid: str) -> Path | None:
-        """Path of a stored Instance, None if it is not here."""
-        found = select(_instances.c.path).where(_instances.c.sop_instance_uid == sop_instance_uid)
-        with self._engine.connect() as connection:
-            path = connection.scalar(found)
-        return None if path is None else self.data_dir / path
-
     def is_result(self, sop_instance_uid: str) -> bool:
         """Whether this node made that Instance."""
         with self._engine.connect() as connection:
             return connection.scalar(_MADE, {"uid": sop_instance_uid}) is not None
-
-    def add_instance(self, *, quiet_time_s: float, **values: Any) -> bool:
-        """`add_instances` for one Instance, its values as `NewInstance` has them."""
-        return self.add_instances([NewInstance(**values)], quiet_time_s=quiet_time_s)[0]
 
     def add_instances(self, batch: Sequence[NewInstance], *, quiet_time_s: float) -> list[bool]:
         """Notes Instances in one transaction; says of each whether it is new. A UID that is here already is not,
@@ -167,9 +156,9 @@ class Receiving(Cases):
             with self._writing_to_sqlite(self._turn) as sqlite:
                 for row in rows:
                     if not _MADE_SQLITE.execute(sqlite, {"uid": row["sop_instance_uid"]}):
-                        new.update(uid for (uid,) in _ADD_INSTANCE_SQLITE.execute(sqlite, row))
+                        new.update(uid for (uid,) in ADD_INSTANCE_SQLITE.execute(sqlite, row))
                 for arrival in arrivals(new):
-                    _ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
+                    ADD_TO_CASE_SQLITE.execute(sqlite, arrival)
         elif rows:
             with self._writing() as connection:
                 uid_of_result = _results.c.sop_instance_uid
@@ -294,7 +283,7 @@ _MADE = select(_results.c.case_id).where(_results.c.sop_instance_uid == bindpara
 _MADE_SQLITE = Prepared(_MADE, ["uid"])
 
 _ADD_INSTANCE = insert(_instances).on_conflict_do_nothing().returning(_instances.c.sop_instance_uid)
-_ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])
+ADD_INSTANCE_SQLITE = Prepared(_ADD_INSTANCE, [column.name for column in _instances.c])
 
 
 # Its Series was taken as whole. Not `in_`, which executemany cannot do.
@@ -335,7 +324,7 @@ def _add_to_case() -> Insert:
 
 
 _ADD_TO_CASE = _add_to_case()
-_ADD_TO_CASE_SQLITE = Prepared(
+ADD_TO_CASE_SQLITE = Prepared(
     _ADD_TO_CASE,
     ("series_instance_uid", "study_instance_uid", "calling_ae_title", "attributes", "now", "next_check_at"),
 )

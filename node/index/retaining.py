@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Update, bindparam, delete, select
 
-from node.case import FINISHED, Case, DeliveryState, NotificationState
+from node.case import FINISHED, UNSETTLED, Case, DeliveryState, NotificationState
 from node.index import tables
 from node.index.cases import Cases, unmoved
 
@@ -42,7 +42,10 @@ class Retaining(Cases):
         """Forgets the Instances of a finished case: if they are sent again, they are new."""
         mine = _instances.c.series_instance_uid == case.series_instance_uid
         gone = delete(_instances).where(mine).returning(_instances.c.path)
-        marked = unmoved(case).where(_cases.c.originals_purged_at.is_(None)).values(originals_purged_at=self.now())
+        # None is here any more of whose UIDs others were refused.
+        no_conflicts = {"num_conflicts": 0, "last_conflict_at": None, "last_conflict_from": None}
+        here = unmoved(case).where(_cases.c.originals_purged_at.is_(None))
+        marked = here.values(originals_purged_at=self.now(), **no_conflicts)
         try:
             with self._writing() as connection:
                 paths = connection.scalars(gone).all()
@@ -80,8 +83,7 @@ class Retaining(Cases):
 
 def _nothing_pending() -> Any:
     """No destination is still to get the results of the case, nobody still to be told of them."""
-    unsettled = _deliveries.c.state.in_((DeliveryState.PENDING, DeliveryState.VERIFYING))
-    to_deliver = select(_deliveries.c.case_id).where(unsettled)
+    to_deliver = select(_deliveries.c.case_id).where(_deliveries.c.state.in_(UNSETTLED))
     to_tell = select(_notifications.c.case_id).where(_notifications.c.state == NotificationState.PENDING)
     return _cases.c.case_id.not_in(to_deliver) & _cases.c.case_id.not_in(to_tell)
 

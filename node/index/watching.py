@@ -121,11 +121,13 @@ class Watching(Database):
         ]
         row = insert(_series)
         same = _series.c.num_instances == row.excluded.num_instances
+        has_fewer = _series.c.num_done > row.excluded.num_instances  # what was deleted there must hide nothing new
         known = row.on_conflict_do_update(
             index_elements=["source", "series_instance_uid"],
             set_={
                 "num_instances": row.excluded.num_instances,
                 "counted_at": case((same, _series.c.counted_at), else_=now),
+                "num_done": case((has_fewer, row.excluded.num_instances), else_=_series.c.num_done),
                 "listed_at": now,
             },
         )

@@ -19,6 +19,7 @@ from node.notify import fhir, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient, event_of
 from node.person_name import shortest_name
+from node.profiles import FINDINGS_FILE
 from node.retry import describe_wait, retry_wait_s
 from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarget
 
@@ -26,7 +27,6 @@ log = logging.getLogger(__name__)
 
 _RETRY_FIRST_S, _RETRY_MAX_S = 10.0, 3600.0
 _MAX_ATTEMPTS = 33  # with these waits, about a day
-_FINDINGS_FILE = "findings.json"  # in a result folder
 _PATIENT_KEYWORDS = {
     "patient_id": "PatientID",
     "issuer": "IssuerOfPatientID",
@@ -112,7 +112,7 @@ def make_notice(notification: Notification, index: Index, target: Target) -> Not
 
 def _read_findings(result_dir: Path) -> dict[str, Any] | None:
     try:
-        findings: dict[str, Any] = json.loads((result_dir / _FINDINGS_FILE).read_text(encoding="utf-8"))
+        findings: dict[str, Any] = json.loads((result_dir / FINDINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return findings

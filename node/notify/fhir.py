@@ -24,7 +24,6 @@ _SYSTEMS = {
 }
 _ABSENT_REASON = "http://terminology.hl7.org/CodeSystem/data-absent-reason"
 _IDENTIFIERS = "urn:ietf:rfc:3986"
-_FINDINGS = {"present": codes.PRESENT, "absent": codes.ABSENT, "undetermined": codes.UNDETERMINED}
 
 
 def send(notice: Notice, target: FhirTarget) -> None:
@@ -140,7 +139,7 @@ def _observation(notice: Notice, name: str, site: Any, found: dict[str, Any]) ->
         "code": _concept(codes.FRACTURE, "Fracture of the cervical spine" if name == "patient" else f"{name} fracture"),
         "bodySite": _concept(site),
         "issued": notice.at_utc,
-        "valueCodeableConcept": _concept(_FINDINGS[found["finding"]]),
+        "valueCodeableConcept": _concept(codes.FINDING_CODES[found["finding"]]),
         "component": [component],
         "derivedFrom": [_study(notice)],
     }

@@ -22,7 +22,6 @@ _START, _END = b"\x0b", b"\x1c\r"
 _MAX_ACK_BYTES = 65536
 _MAX_NAMESPACE = 20  # characters of HD.1
 _ESCAPES = str.maketrans({"\\": "\\E\\", "|": "\\F\\", "^": "\\S\\", "&": "\\T\\", "~": "\\R\\"})
-_FINDINGS = {"present": codes.PRESENT, "absent": codes.ABSENT, "undetermined": codes.UNDETERMINED}
 
 
 def send(notice: Notice, target: Hl7Target) -> None:
@@ -153,7 +152,7 @@ def _observations(notice: Notice) -> list[tuple[str, Any, str, Any]]:
     rows.append(("TX", codes.ALGORITHM_NAME, "", f"{model['name']} {model['version']}: {model['trained_on']}"))
     found = {"patient": notice.findings["patient_overall"], **notice.findings["levels"]}
     for name, level in found.items():
-        rows.append(("CWE", codes.FRACTURE, name, _FINDINGS[level["finding"]]))
+        rows.append(("CWE", codes.FRACTURE, name, codes.FINDING_CODES[level["finding"]]))
         if level["probability"] is not None:
             rows.append(("NM", codes.CERTAINTY_OF_FINDING, name, f"{100 * level['probability']:.1f}"))
     return rows

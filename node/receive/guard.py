@@ -24,6 +24,7 @@ from pynetdicom.transport import ThreadedAssociationServer
 from node.config import ReceiveConfig
 from node.receive.access import LOCAL_LIMIT_EXCEEDED, Address, Caller, Rejection, judge, may_come_from, parse_address
 from node.receive.places import NoPlaceError, Places
+from node.reminder import Reminder
 from node.tls import ServerTls, describe_tls_error
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Guard:
         self._places = Places(data_dir / "cspine.places", config.max_associations, config.max_associations_per_address)
         self._connections: dict[int, _Connection] = {}  # by file descriptor
         self._lock = threading.Lock()
-        self._said: dict[tuple[object, ...], float] = {}
+        self._reminder = Reminder(_SAY_AGAIN_S)
         self._stopping = threading.Event()
         threading.Thread(target=self._watch, name="guard", daemon=True).start()
 
@@ -253,14 +254,7 @@ class Guard:
 
     def _say(self, key: tuple[object, ...], message: str, *values: object) -> None:
         """Warns, of the same thing once a minute: whoever is turned away tries again, and may do so very often."""
-        now = time.monotonic()
-        with self._lock:
-            if len(self._said) > 1000:
-                self._said.clear()
-            is_due = now - self._said.get(key, -_SAY_AGAIN_S) >= _SAY_AGAIN_S
-            if is_due:
-                self._said[key] = now
-        if is_due:
+        if self._reminder.is_due(key):
             log.warning(message, *values)
 
 

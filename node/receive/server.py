@@ -1,12 +1,12 @@
 """The SCP: what is offered, who answers what, and the process it lives in."""
 
 import logging
-import signal
 import socket
 import threading
 import time
 from functools import partial
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from typing import Any
 
 from pynetdicom import _config, evt
@@ -129,9 +129,8 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
 
 def run(config: Config, listener: socket.socket, run_name: str, ready: Connection) -> None:
     """A receiver process: says over `ready` that it serves ("") or why it cannot, then does so until SIGTERM."""
-    be_child(config.log_level)
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    stopping: SimpleQueue[None] = SimpleQueue()  # an Event may not be set by a signal while it is waited for
+    be_child(config.log_level, on_sigterm=lambda *_: stopping.put(None))
     index = Index(config.data_dir, config.database)
     store = Store(config, index, run_name)
     try:
@@ -142,7 +141,7 @@ def run(config: Config, listener: socket.socket, run_name: str, ready: Connectio
     spare_the_collector()
     ready.send("")
     ready.close()
-    stopping.wait()
+    stopping.get()
     shut_down(server, grace_s=3.0)
     store.close()
     index.close()

@@ -21,6 +21,7 @@ from node.index import Index
 from node.process import describe_error, describe_listen_error
 from node.receive.reconcile import reconcile, reconcile_run
 from node.receive.server import run
+from node.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ class Receivers:
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[str, BaseProcess] = {}  # by the name of the run
         self._starting: dict[str, Connection] = {}  # of those, what says that a run serves, or why it cannot
+        self._not_started: set[str] = set()  # runs that are over and never served
+        self._restarts = Restarts("receiver")
         self._numbers = count()
         self._lock = threading.Lock()  # `watch` may still be at it, in another thread, when the node stops
         self._is_ending = False
@@ -106,20 +109,30 @@ class Receivers:
     def _replace_dead(self) -> list[str]:
         """Starts another for each that died, as far as one can be started now; the names of their runs."""
         for name, ready in list(self._starting.items()):
-            if ready.poll() and (problem := self._hear(name)):
-                log.error("action=receiver-not-started run=%s: %s", name, problem)
+            if not ready.poll():
+                continue
+            if problem := self._hear(name):
+                self._not_started.add(name)
+                self._restarts.note_failed(problem)
+            else:
+                self._restarts.note_started()
         died = []
         for name, process in list(self._processes.items()):
-            if not process.is_alive():
-                try:
-                    self._start()
-                except OSError as error:  # no memory, or too many processes
-                    log.error("action=receiver-not-started: %s; it is tried again", error.strerror)
-                    break
+            if process.is_alive() or name in self._starting:  # then how it died is heard at the next look
+                continue
+            if not self._restarts.may_start():
+                break
+            try:
+                self._start()
+            except OSError as error:  # no memory, or too many processes
+                self._restarts.note_failed(error.strerror or str(error))
+                break
+            if name not in self._not_started:
                 log.error("action=receiver-died run=%s exitcode=%s; another is started", name, process.exitcode)
-                del self._processes[name]
-                process.close()
-                died.append(name)
+            self._not_started.discard(name)
+            del self._processes[name]
+            process.close()
+            died.append(name)
         return died
 
     def _hear(self, name: str) -> str:

@@ -26,7 +26,7 @@ from node.receive.headers import Announced
 from node.receive.sender import Sender
 from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES, SUCCESS, RefusedError
 from node.receive.store import Store
-from node.send import SendError, associated
+from node.send import SendError, associated, num_instances_told
 
 _SYNTAXES = [ExplicitVRLittleEndian, ImplicitVRLittleEndian]
 _PENDING = (0xFF00, 0xFF01)
@@ -67,7 +67,7 @@ def find_series(peer: DicomPeer, keys: Mapping[str, str], *, calling_ae_title: s
                 study_instance_uid=str(study.StudyInstanceUID),
                 series_instance_uid=str(series.SeriesInstanceUID),
                 study_date=str(study.get("StudyDate") or ""),
-                num_instances=_count(series),
+                num_instances=num_instances_told(series),
             )
             for study in studies
             for series in _series_of(association, peer, str(study.StudyInstanceUID))
@@ -116,13 +116,6 @@ def _ask(association: Association, peer: DicomPeer, query: Dataset) -> list[Data
     except RuntimeError as error:  # it ended the association
         raise SendError(f"{peer.where} ended the association before it was asked") from error
     return found
-
-
-def _count(series: Dataset) -> int | None:
-    try:
-        return int(series.NumberOfSeriesRelatedInstances)
-    except (AttributeError, TypeError, ValueError):
-        return None
 
 
 def get_series(series: FoundSeries, peer: DicomPeer, store: Store, *, calling_ae_title: str) -> Fetched:

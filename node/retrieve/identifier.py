@@ -22,6 +22,7 @@ from node.web.qido import MATCHED, read_attributes, uid_of
 MAX_MATCHES = 10_000
 _LEVELS = {"PATIENT": Level.STUDY, "STUDY": Level.STUDY, "SERIES": Level.SERIES, "IMAGE": Level.INSTANCE}
 PATIENT_KEYS = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex")
+_COUNTS = {"00201202": "00201206", "00201204": "00201208"}  # of Series and Instances: of a patient, of a Study
 ABOUT_THE_QUERY = ("QueryRetrieveLevel", "SpecificCharacterSet", "TimezoneOffsetFromUTC", "QueryRetrieveView")
 
 
@@ -116,9 +117,20 @@ def answers(catalog: Catalog, query: Query, ae_title: str) -> Iterator[Dataset]:
     if len(found) > MAX_MATCHES:
         raise TooManyError(f"more than {MAX_MATCHES} match; ask for less")
     if query.name == "PATIENT":
-        found = list({_patient_id(answer): answer for answer in reversed(found)}.values())
+        found = list(_patients(found))
     for answer in found:
         yield _answer(catalog, query, answer, ae_title)
+
+
+def _patients(studies: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each patient once, as in the first of the Studies, with how much there is of the patient."""
+    of_patient: dict[str, list[dict[str, Any]]] = {}
+    for study in studies:
+        of_patient.setdefault(_patient_id(study), []).append(study)
+    for its in of_patient.values():
+        counts = {"00201200": len(its)}
+        counts |= {of_all: sum(study[of_one]["Value"][0] for study in its) for of_all, of_one in _COUNTS.items()}
+        yield its[0] | {tag: {"vr": "IS", "Value": [count]} for tag, count in counts.items()}
 
 
 def _patient_id(answer: dict[str, Any]) -> str:

@@ -55,9 +55,12 @@ LEVELS = {
 }
 """The information models that are answered, and the levels of each."""
 
+LABEL_MAP_STORAGE = UID("1.2.840.10008.5.1.4.1.1.66.7")
+"""Label Map Segmentation Storage, since 2024; pydicom's dictionary does not have it."""
+
 RESULT_SOP_CLASSES = (
     uids.SegmentationStorage,
-    UID("1.2.840.10008.5.1.4.1.1.66.7"),  # Label Map Segmentation Storage
+    LABEL_MAP_STORAGE,
     uids.ParametricMapStorage,
     uids.KeyObjectSelectionDocumentStorage,
     uids.SecondaryCaptureImageStorage,

@@ -9,11 +9,9 @@ import re
 from functools import cache
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from node.settings import Section, check_names, listed
 
 
 @cache
@@ -37,17 +35,12 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
         raise ValueError(f"not a regular expression: {error}") from error
 
 
-def listed(value: Any) -> Any:
-    """One value is a list of one."""
-    return value if isinstance(value, list | tuple | None) else (value,)
-
-
 def _check_pattern(value: str) -> str:
     compile_pattern(value)
     return value
 
 
-class Range(_Settings):
+class Range(Section):
     """Numbers from min to max, both included; either may be left out."""
 
     min: float | None = Field(default=None, allow_inf_nan=False)
@@ -82,7 +75,7 @@ Planes = Annotated[
 KernelTypes = Annotated[tuple[Literal["bone", "soft", "unknown"], ...] | None, BeforeValidator(listed)]
 
 
-class Conditions(_Settings):
+class Conditions(Section):
     """What must hold of a Series: every attribute that is named, and of the values listed for it any one.
 
     An attribute that a Series lacks fulfils no condition. The names are those of `Traits`.
@@ -120,7 +113,7 @@ class Conditions(_Settings):
         return {name: value for name, value in values if value is not None}
 
 
-class Rule(_Settings):
+class Rule(Section):
     """For a Series of which all of `when` and none of `unless` holds, the outcome."""
 
     name: str = Field(min_length=1)
@@ -197,7 +190,7 @@ _DEFAULT_PREFERENCES: tuple[Any, ...] = (
 )
 
 
-class RulesConfig(_Settings):
+class RulesConfig(Section):
     """Which Series are analysed, and which one of a Study where several fit."""
 
     series: tuple[Rule, ...] = tuple(Rule.model_validate(rule) for rule in _DEFAULT_RULES)
@@ -209,10 +202,7 @@ class RulesConfig(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        names = [rule.name for rule in self.series]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two rules share the name {', '.join(twice)}; give each its own")
+        check_names("rules", (rule.name for rule in self.series))
         return self
 
 

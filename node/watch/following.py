@@ -47,24 +47,38 @@ class BusyError(SendError):
         self.wait_s = wait_s
 
 
-def busy_error(message: str, status: int | None, retry_after: str) -> BusyError | None:
-    """The error of an answer of this status, if it asks for a pause. retry_after: its header, "" for none."""
+def busy_error(message: str, status: int | None, retry_after: str, said_at: str = "") -> BusyError | None:
+    """The error of an answer of this status, if it asks for a pause.
+
+    retry_after, said_at: its Retry-After and Date headers, "" for none.
+    """
     # A 503 that names no time may be about what was asked for alone: a proxy that gave up on a large Series.
     if status == HTTPStatus.TOO_MANY_REQUESTS or (status == HTTPStatus.SERVICE_UNAVAILABLE and retry_after):
-        return BusyError(message, _pause_s(retry_after))
+        return BusyError(message, _pause_s(retry_after, said_at))
     return None
 
 
-def _pause_s(retry_after: str) -> float:
-    """The pause that a Retry-After header asks for, in s or as a date (RFC 9110 10.2.3), up to an hour; 0 for none."""
+def _pause_s(retry_after: str, said_at: str) -> float:
+    """The pause that a Retry-After header asks for, in s or as a date (RFC 9110 10.2.3), up to an hour; 0 for none.
+
+    A date is by the archive's own clock, which may differ from ours.
+    """
     if retry_after.strip().isdecimal():
         wait_s = float(retry_after)
+    elif (until := _moment(retry_after)) is not None:
+        wait_s = (until - (_moment(said_at) or datetime.now(UTC))).total_seconds()
     else:
-        try:
-            wait_s = (parsedate_to_datetime(retry_after) - datetime.now(UTC)).total_seconds()
-        except (TypeError, ValueError):
-            return 0.0
+        return 0.0
     return min(max(wait_s, 0.0), _LONGEST_PAUSE_S)
+
+
+def _moment(text: str) -> datetime | None:
+    """That of an HTTP date, in GMT where it names no zone; None if it is none."""
+    try:
+        moment = parsedate_to_datetime(text)
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def day_of(position: int) -> date | None:

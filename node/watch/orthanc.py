@@ -49,7 +49,8 @@ class OrthancWatch(Watch):
         if position is None:
             position = last if self._source.begin == "now" else 0
             self._index.note_position(self.name, position)
-        if last < position:
+        # The latest change of which Orthanc still tells: those of a patient go when the patient is deleted.
+        if last < position and orthanc.changes(position, limit=1).last < position:
             log.warning(
                 "action=source-anew source=%r: its changes begin anew, so it is looked through again", self.name
             )

@@ -227,8 +227,8 @@ class WebArchive:
             return response
         refusal = self._peer.refusal(response)
         response.close()
-        retry_after = response.headers.get("Retry-After", "")
-        if busy := busy_error(str(refusal), response.status_code, retry_after):
+        retry_after, said_at = (response.headers.get(name, "") for name in ("Retry-After", "Date"))
+        if busy := busy_error(str(refusal), response.status_code, retry_after, said_at):
             raise busy
         if response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             raise refusal

@@ -9,6 +9,7 @@ A token comes as `Authorization: Bearer TOKEN`, or as the password of HTTP Basic
 import base64
 import binascii
 import logging
+import re
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -57,9 +58,7 @@ class AccessMiddleware:
             log.warning("action=http-refused peer=%s status=%d", _peer(scope), refusal.status_code)
             await refusal(scope, receive, send_more)
             return
-        # Health checks ask by HEAD. It is answered as GET is; the server leaves out the body (RFC 9110 9.3.2).
-        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-        await self._app(asked, receive, send_more)
+        await self._app(_as_served(scope), receive, send_more)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         """The answer to a request that is not allowed; None if it is."""
@@ -108,6 +107,18 @@ class AccessMiddleware:
                 ("Vary", "Origin"),
             ]
         return [(name.lower().encode(), value.encode("latin-1")) for name, value in extra]
+
+
+def _as_served(scope: Scope) -> Scope:
+    """The request as it is answered.
+
+    Health checks ask by HEAD: it is answered as GET is, and the server leaves out the body (RFC 9110 9.3.2). Clients
+    put a slash too many before a path, or behind it; but what removes something has to name it to the letter.
+    """
+    method, path = scope["method"], scope["path"]
+    if path.startswith("/dicom-web/") and method != "DELETE":
+        path = re.sub("/+", "/", path).rstrip("/")
+    return {**scope, "method": "GET" if method == "HEAD" else method, "path": path}
 
 
 def _is_our_name(host: str, config: WebConfig) -> bool:

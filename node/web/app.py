@@ -7,7 +7,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from io import FileIO
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from pydicom.uid import ExplicitVRLittleEndian
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from node.case import CaseState
@@ -40,8 +41,7 @@ from node.web.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-DICOM_JSON = "application/dicom+json"
-_IN_JSON = [Offer(media_type=DICOM_JSON), Offer(media_type="application/json")]
+_IN_JSON = [Offer(media_type="application/dicom+json"), Offer(media_type="application/json")]
 _TOO_SLOW = "nothing, or too little, has come for web.body_timeout_s"
 _STATUSES: dict[type[Exception], int] = {  # of HTTP, of what a request may be at fault with
     QueryError: 400,
@@ -54,6 +54,11 @@ _STATUSES: dict[type[Exception], int] = {  # of HTTP, of what a request may be a
     wado.CannotGiveError: 406,
     TimeoutError: 408,
 }
+_STUDY = "/studies/{study}"
+_SERIES = _STUDY + "/series/{series}"
+_INSTANCE = _SERIES + "/instances/{instance}"
+_LEVELS = {"studies": Level.STUDY, "series": Level.SERIES, "instances": Level.INSTANCE}
+_reading = APIRouter()  # searching and retrieving
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _HEADERS_OF_PROXIES = ("via", "forwarded", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto")
 
@@ -63,9 +68,8 @@ def make_app(config: Config, catalog: Catalog, store: Store, tokens: Tokens) -> 
     app = FastAPI(title="C-Spine Node", docs_url=None, redoc_url=None)
     app.state.catalog = catalog
     app.state.web = config.web
-    app.include_router(_search_router(), prefix="/dicom-web")
-    app.include_router(_retrieve_router(), prefix="/dicom-web")
-    app.include_router(_store_router(config.web, catalog, store), prefix="/dicom-web")
+    app.include_router(_reading, prefix="/dicom-web")
+    app.include_router(_store_router(config.web, store), prefix="/dicom-web")
     app.include_router(case_list.make_router(store.index, catalog))
     app.include_router(viewer.make_router())
     app.add_middleware(AccessMiddleware, config=config.web, tokens=tokens)
@@ -83,9 +87,22 @@ def _say(status: int, text: str = "") -> Callable[[Request, Exception], Response
     return lambda _request, error: JSONResponse({"error": text or str(error)}, status)
 
 
-def _say_http(_request: Request, error: Exception) -> Response:
+def _say_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    if error.status_code != 405:
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    allow = {"Allow": ", ".join(("OPTIONS", *_methods(request)))}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=allow)
+    return JSONResponse({"error": f"this cannot be done here, but {allow['Allow']}"}, 405, allow)
+
+
+def _methods(request: Request) -> Iterator[str]:
+    """What an address has, though routes of their own answer it (RFC 9110 10.2.1)."""
+    for method, also in (("GET", ("HEAD",)), ("POST", ()), ("DELETE", ())):
+        asked = {**request.scope, "method": method}
+        if any(route.matches(asked)[0] is Match.FULL for route in request.app.routes):
+            yield from (method, *also)
 
 
 def _say_broken(_request: Request, error: Exception) -> Response:
@@ -118,20 +135,32 @@ def _root(request: Request) -> str:
     return base + "/dicom-web"
 
 
-CatalogOf = Annotated[Catalog, Depends(_catalog)]
-RootOf = Annotated[str, Depends(_root)]
+def _uids(request: Request) -> list[str]:
+    """Of the Study, the Series and the Instance that the address names."""
+    return [request.path_params[name] for name in ("study", "series", "instance") if name in request.path_params]
 
 
-def _find(catalog: Catalog, *uids: str) -> list[StoredInstance]:
-    """The Instances of a Study, a Series of it, or one Instance of that.
+def _found(request: Request) -> list[StoredInstance]:
+    """The Instances of the Study or Series that the address names, or that one Instance.
 
     Raises:
         NotThereError: there is none.
     """
-    found = catalog.files(*uids) if all(map(is_uid, uids)) else []
+    uids = _uids(request)
+    found = _catalog(request).files(*uids) if all(map(is_uid, uids)) else []
     if not found:
         raise wado.NotThereError(f"{('Study', 'Series', 'Instance')[len(uids) - 1]} {uids[-1]:.64} is not here")
     return found
+
+
+def _found_one(request: Request) -> StoredInstance:
+    return _found(request)[0]
+
+
+CatalogOf = Annotated[Catalog, Depends(_catalog)]
+RootOf = Annotated[str, Depends(_root)]
+FoundOf = Annotated[list[StoredInstance], Depends(_found)]
+InstanceOf = Annotated[StoredInstance, Depends(_found_one)]
 
 
 def _choose(request: Request, offers: list[Offer]) -> Choice:
@@ -140,7 +169,7 @@ def _choose(request: Request, offers: list[Offer]) -> Choice:
     Raises:
         HTTPException: 406, none of them.
     """
-    accept = request.query_params.get("accept") or request.headers.get("accept", "")
+    accept = request.query_params.get("accept") or ", ".join(request.headers.getlist("accept"))
     choice = choose(accept, offers, default_syntax=ExplicitVRLittleEndian)
     if choice is None:
         can = ", ".join(
@@ -197,6 +226,13 @@ def _related(part_type: str, boundary: str) -> str:
     return f'multipart/related; type="{part_type}"; boundary={boundary}'
 
 
+def _warn(answer: Response, *warnings: str) -> Response:
+    """The answer, with what was not done as it was asked for (PS3.18 8.3)."""
+    for said in warnings:
+        answer.headers.append("Warning", f'299 cspine: "{said}"')
+    return answer
+
+
 def _boundary() -> str:
     return secrets.token_hex(16)
 
@@ -204,181 +240,120 @@ def _boundary() -> str:
 # ---- QIDO-RS ----
 
 
-def _search_router() -> APIRouter:
-    router = APIRouter()
-
-    def search(request: Request, catalog: Catalog, root: str, level: Level, **scope: str) -> Response:
-        _choose(request, _IN_JSON)
-        query = qido.parse_query(level, request.query_params.multi_items(), scope)
-        found = qido.search(catalog, level, query, root)
-        answer = Response(json.dumps(found), media_type=DICOM_JSON)
-        if query.is_fuzzy:
-            answer.headers.append(
-                "Warning", '299 cspine: "The fuzzymatching parameter is not supported. Only literal matching."'
-            )
-        # Who names no limit would take the first thousand for all (PS3.18 8.3.4.4).
-        is_full = len(found) == query.limit
-        num_left = catalog.num_matches(level, query.conditions) - query.offset - len(found) if is_full else 0
-        if num_left > 0:
-            answer.headers.append(
-                "Warning", f'299 cspine: "There are {num_left} additional results that can be requested"'
-            )
-        return answer
-
-    @router.get("/studies")
-    def studies(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
-        return search(request, catalog, root, Level.STUDY)
-
-    @router.get("/series")
-    def series(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
-        return search(request, catalog, root, Level.SERIES)
-
-    @router.get("/instances")
-    def instances(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
-        return search(request, catalog, root, Level.INSTANCE)
-
-    @router.get("/studies/{study}/series")
-    def series_of_study(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
-        return search(request, catalog, root, Level.SERIES, StudyInstanceUID=study)
-
-    @router.get("/studies/{study}/instances")
-    def instances_of_study(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
-        return search(request, catalog, root, Level.INSTANCE, StudyInstanceUID=study)
-
-    @router.get("/studies/{study}/series/{series}/instances")
-    def instances_of_series(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
-        scope = {"StudyInstanceUID": study, "SeriesInstanceUID": series}
-        return search(request, catalog, root, Level.INSTANCE, **scope)
-
-    return router
+@_reading.get("/studies")
+@_reading.get("/series")
+@_reading.get("/instances")
+@_reading.get(f"{_STUDY}/series")
+@_reading.get(f"{_STUDY}/instances")
+@_reading.get(f"{_SERIES}/instances")
+def _search(request: Request, catalog: CatalogOf, root: RootOf) -> Response:
+    form = _choose(request, _IN_JSON).offer.media_type
+    level = _LEVELS[request.scope["path"].rpartition("/")[2]]
+    scope = {upper.uid_keyword: uid for upper, uid in zip(Level, _uids(request), strict=False)}
+    query = qido.parse_query(level, request.query_params.multi_items(), scope)
+    found = qido.search(catalog, level, query, root)
+    answer = Response(json.dumps(found), media_type=form) if found else Response(status_code=204)
+    _warn(answer, *query.warnings)
+    # Who names no limit would take the first thousand for all (PS3.18 8.3.4.4).
+    is_full = len(found) == query.limit
+    num_left = catalog.num_matches(level, query.conditions) - query.offset - len(found) if is_full else 0
+    if num_left > 0:
+        _warn(answer, f"There are {num_left} additional results that can be requested")
+    return answer
 
 
 # ---- WADO-RS ----
 
 
-def _retrieve_router() -> APIRouter:
-    router = APIRouter()
+def _parts(found: list[bytes], choice: Choice) -> Response:
+    boundary = _boundary()
+    body = wado.multipart_of(found, wado.typed(choice.offer.part, choice.transfer_syntax), boundary)
+    return Response(body, media_type=_related(choice.offer.part, boundary))
 
-    def retrieve(request: Request, instances: list[StoredInstance]) -> Response:
-        choice = _choose(request, wado.instance_offers(instances))
-        if not choice.offer.part:
-            return Response(wado.instance_bytes(instances[0], choice.transfer_syntax), media_type=wado.DICOM)
+
+def _show(request: Request, one: rendered.Wanted | None, several: rendered.Wanted | None = None) -> Response:
+    """Pictures: one, or several where the client accepts multipart/related; None where there is no such thing."""
+    choice = _choose(request, rendered.offers(one=one is not None, several=several is not None))
+    view = rendered.parse_view(request.query_params)
+    media_type = choice.offer.part or choice.offer.media_type
+    if several is not None and choice.offer.part:
         boundary = _boundary()
-        send_pieces = send_pieces_of(request.scope)
-        pieces, length = wado.multipart_of_instances(
-            instances, choice.transfer_syntax, boundary, as_files=send_pieces is not None
-        )
-        return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
+        pieces = rendered.multipart_of_pictures(several, media_type, view, boundary)
+        return _warn(_Pieces(pieces, _related(media_type, boundary), None, None), *view.warnings)
+    assert one is not None
+    view = view if several is not None else view.as_thumbnail()
+    picture = next(rendered.pictures(one, media_type, view))
+    return _warn(Response(picture, media_type=media_type), *view.warnings)
 
-    def tell(request: Request, instances: Iterable[StoredInstance], root: str) -> Response:
-        _choose(request, _IN_JSON)
-        told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
-        return Response("[" + ",".join(told) + "]", media_type=DICOM_JSON)
 
-    def parts(found: list[bytes], choice: Choice) -> Response:
-        boundary = _boundary()
-        body = wado.multipart_of(found, wado.typed(choice.offer.part, choice.transfer_syntax), boundary)
-        return Response(body, media_type=_related(choice.offer.part, boundary))
+@_reading.get(_STUDY)
+@_reading.get(_SERIES)
+@_reading.get(_INSTANCE)
+def _retrieve(request: Request, instances: FoundOf) -> Response:
+    choice = _choose(request, wado.instance_offers(instances))
+    if not choice.offer.part:
+        return Response(wado.instance_bytes(instances[0], choice.transfer_syntax), media_type=wado.DICOM)
+    boundary = _boundary()
+    send_pieces = send_pieces_of(request.scope)
+    pieces, length = wado.multipart_of_instances(
+        instances, choice.transfer_syntax, boundary, as_files=send_pieces is not None
+    )
+    return _Pieces(pieces, _related(wado.DICOM, boundary), length, send_pieces if length is not None else None)
 
-    def show(request: Request, one: rendered.Wanted | None, several: rendered.Wanted | None = None) -> Response:
-        """Pictures: one, or several where the client accepts multipart/related; None where there is no such thing."""
-        choice = _choose(request, rendered.offers(one=one is not None, several=several is not None))
-        view = rendered.parse_view(request.query_params)
-        media_type = choice.offer.part or choice.offer.media_type
-        if several is not None and choice.offer.part:
-            boundary = _boundary()
-            pieces = rendered.multipart_of_pictures(several, media_type, view, boundary)
-            return _Pieces(pieces, _related(media_type, boundary), None, None)
-        assert one is not None
-        view = view if several is not None else view.as_thumbnail()
-        return Response(next(rendered.pictures(one, media_type, view)), media_type=media_type)
 
-    def show_all(request: Request, instances: list[StoredInstance]) -> Response:
-        return show(request, rendered.middle_of(instances), rendered.all_of(instances))
+@_reading.get(f"{_STUDY}/metadata")
+@_reading.get(f"{_SERIES}/metadata")
+@_reading.get(f"{_INSTANCE}/metadata")
+def _metadata(request: Request, instances: FoundOf, root: RootOf) -> Response:
+    form = _choose(request, _IN_JSON).offer.media_type
+    told = (json.dumps(wado.metadata(instance, root)) for instance in instances)
+    return Response("[" + ",".join(told) + "]", media_type=form)
 
-    def show_small(request: Request, instances: list[StoredInstance]) -> Response:
-        return show(request, rendered.middle_of(instances))
 
-    @router.get("/studies/{study}")
-    def study(request: Request, catalog: CatalogOf, study: str) -> Response:
-        return retrieve(request, _find(catalog, study))
+@_reading.get(f"{_STUDY}/rendered")
+@_reading.get(f"{_SERIES}/rendered")
+def _pictures(request: Request, found: FoundOf) -> Response:
+    return _show(request, rendered.middle_of(found), rendered.all_of(found))
 
-    @router.get("/studies/{study}/metadata")
-    def study_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str) -> Response:
-        return tell(request, _find(catalog, study), root)
 
-    @router.get("/studies/{study}/rendered")
-    def study_rendered(request: Request, catalog: CatalogOf, study: str) -> Response:
-        return show_all(request, _find(catalog, study))
+@_reading.get(f"{_INSTANCE}/rendered")
+def _picture(request: Request, instance: InstanceOf) -> Response:
+    return _show(request, [(instance, [1])], rendered.all_of([instance]))
 
-    @router.get("/studies/{study}/thumbnail")
-    def study_thumbnail(request: Request, catalog: CatalogOf, study: str) -> Response:
-        return show_small(request, _find(catalog, study))
 
-    @router.get("/studies/{study}/series/{series}")
-    def series(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
-        return retrieve(request, _find(catalog, study, series))
+@_reading.get(f"{_STUDY}/thumbnail")
+@_reading.get(f"{_SERIES}/thumbnail")
+@_reading.get(f"{_INSTANCE}/thumbnail")
+def _thumbnail(request: Request, found: FoundOf) -> Response:
+    return _show(request, rendered.middle_of(found))
 
-    @router.get("/studies/{study}/series/{series}/metadata")
-    def series_metadata(request: Request, catalog: CatalogOf, root: RootOf, study: str, series: str) -> Response:
-        return tell(request, _find(catalog, study, series), root)
 
-    @router.get("/studies/{study}/series/{series}/rendered")
-    def series_rendered(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
-        return show_all(request, _find(catalog, study, series))
+@_reading.get(_INSTANCE + "/bulkdata/{tag}")
+def _bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
+    if len(tag) != 8 or not all(digit in "0123456789abcdefABCDEF" for digit in tag):
+        raise wado.NotThereError("bulk data is named by a tag of eight hex digits, such as 7FE00010")
+    choice = _choose(request, wado.bulk_offers(instance, tag))
+    found = wado.bulk_data(instance, tag, choice.transfer_syntax)
+    if not choice.offer.part:
+        return Response(found[0], media_type=wado.typed(wado.OCTETS, choice.transfer_syntax))
+    return _parts(found, choice)
 
-    @router.get("/studies/{study}/series/{series}/thumbnail")
-    def series_thumbnail(request: Request, catalog: CatalogOf, study: str, series: str) -> Response:
-        return show_small(request, _find(catalog, study, series))
 
-    of_instance = "/studies/{study}/series/{series}/instances/{instance}"
+@_reading.get(_INSTANCE + "/frames/{numbers}")
+def _frames(request: Request, instance: InstanceOf, numbers: str) -> Response:
+    choice = _choose(request, wado.frame_offers(instance))
+    return _parts(wado.frames(instance, _numbers(numbers), choice.transfer_syntax), choice)
 
-    def find_one(catalog: CatalogOf, study: str, series: str, instance: str) -> StoredInstance:
-        return _find(catalog, study, series, instance)[0]
 
-    InstanceOf = Annotated[StoredInstance, Depends(find_one)]  # noqa: N806 - a type
+@_reading.get(_INSTANCE + "/frames/{numbers}/rendered")
+def _frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
+    wanted = [(instance, _numbers(numbers))]
+    return _show(request, wanted if len(wanted[0][1]) == 1 else None, wanted)
 
-    @router.get(of_instance)
-    def instance(request: Request, instance: InstanceOf) -> Response:
-        return retrieve(request, [instance])
 
-    @router.get(of_instance + "/metadata")
-    def instance_metadata(request: Request, instance: InstanceOf, root: RootOf) -> Response:
-        return tell(request, [instance], root)
-
-    @router.get(of_instance + "/rendered")
-    def instance_rendered(request: Request, instance: InstanceOf) -> Response:
-        return show(request, [(instance, [1])], rendered.all_of([instance]))
-
-    @router.get(of_instance + "/thumbnail")
-    def instance_thumbnail(request: Request, instance: InstanceOf) -> Response:
-        return show_small(request, [instance])
-
-    @router.get(of_instance + "/bulkdata/{tag}")
-    def bulk_data(request: Request, instance: InstanceOf, tag: str) -> Response:
-        if len(tag) != 8 or not all(digit in "0123456789abcdefABCDEF" for digit in tag):
-            raise wado.NotThereError("bulk data is named by a tag of eight hex digits, such as 7FE00010")
-        choice = _choose(request, wado.bulk_offers(instance, tag))
-        found = wado.bulk_data(instance, tag, choice.transfer_syntax)
-        if not choice.offer.part:
-            return Response(found[0], media_type=wado.typed(wado.OCTETS, choice.transfer_syntax))
-        return parts(found, choice)
-
-    @router.get(of_instance + "/frames/{numbers}")
-    def frames(request: Request, instance: InstanceOf, numbers: str) -> Response:
-        choice = _choose(request, wado.frame_offers(instance))
-        return parts(wado.frames(instance, _numbers(numbers), choice.transfer_syntax), choice)
-
-    @router.get(of_instance + "/frames/{numbers}/rendered")
-    def frame_rendered(request: Request, instance: InstanceOf, numbers: str) -> Response:
-        wanted = [(instance, _numbers(numbers))]
-        return show(request, wanted if len(wanted[0][1]) == 1 else None, wanted)
-
-    @router.get(of_instance + "/frames/{numbers}/thumbnail")
-    def frame_thumbnail(request: Request, instance: InstanceOf, numbers: str) -> Response:
-        return show(request, [(instance, _numbers(numbers)[:1])])
-
-    return router
+@_reading.get(_INSTANCE + "/frames/{numbers}/thumbnail")
+def _frame_thumbnail(request: Request, instance: InstanceOf, numbers: str) -> Response:
+    return _show(request, [(instance, _numbers(numbers)[:1])])
 
 
 def _numbers(text: str) -> list[int]:
@@ -399,11 +374,13 @@ def _numbers(text: str) -> list[int]:
 # ---- STOW-RS, and what administrators may remove ----
 
 
-def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRouter:
+def _store_router(config: WebConfig, store: Store) -> APIRouter:
     router = APIRouter()
 
-    async def keep(request: Request, study: str) -> Response:
-        _choose(request, _IN_JSON)
+    @router.post("/studies")
+    @router.post(_STUDY)
+    async def keep(request: Request) -> Response:
+        form = _choose(request, _IN_JSON).offer.media_type
         reader = MultipartReader(boundary_of_request(request.headers), config.max_parts)
         length = request.headers.get("content-length", "0")
         if int(length) > config.max_body_mb << 20:  # the server has seen to it that it is a number
@@ -417,7 +394,7 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
                 store,
                 source,
                 stored,
-                study_instance_uid=study,
+                study_instance_uid=request.path_params.get("study", ""),
                 max_bytes=config.max_body_mb << 20,
             )
             is_whole = True
@@ -428,28 +405,20 @@ def _store_router(config: WebConfig, catalog: Catalog, store: Store) -> APIRoute
             why = str(error) or _TOO_SLOW
         finally:
             await asyncio.to_thread(source.end, released=is_whole)
-        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=DICOM_JSON)
+        answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=form)
         if not is_whole:  # what has been stored all the same is named
             answer.status_code = status
-            answer.headers["Warning"] = f'299 cspine: "{why}"'
+            _warn(answer, why)
         return answer
 
-    @router.post("/studies")
-    async def keep_any(request: Request) -> Response:
-        return await keep(request, "")
+    @router.delete(_STUDY)
+    def delete_study(found: FoundOf) -> Response:
+        return delete({instance.case_series for instance in found})
 
-    @router.post("/studies/{study}")
-    async def keep_of_study(request: Request, study: str) -> Response:
-        return await keep(request, study)
-
-    @router.delete("/studies/{study}")
-    def delete_study(catalog: CatalogOf, study: str) -> Response:
-        return delete({found.case_series for found in _find(catalog, study)})
-
-    @router.delete("/studies/{study}/series/{series}")
-    def delete_series(catalog: CatalogOf, study: str, series: str) -> Response:
+    @router.delete(_SERIES)
+    def delete_series(found: FoundOf, series: str) -> Response:
         """Of a received Series; with it goes what was made of it."""
-        if all(found.case_series != series for found in _find(catalog, study, series)):
+        if all(instance.case_series != series for instance in found):
             raise HTTPException(409, "this Series was made from another one; delete that, and it goes too")
         return delete({series})
 

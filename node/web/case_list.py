@@ -19,6 +19,7 @@ from fastapi import APIRouter, Request, Response
 from node.case import Case
 from node.index import Index
 from node.notify.notice import NOTICE, suspected_levels
+from node.profiles import FINDINGS_FILE
 from node.web.catalog import Catalog
 from node.web.matching import Condition, QueryError
 from node.web.viewer import find_viewer
@@ -98,7 +99,7 @@ def _findings(result_dir: Path | None) -> dict[str, Any] | None:
     if result_dir is None:
         return None
     try:
-        read = json.loads((result_dir / "findings.json").read_bytes())
+        read = json.loads((result_dir / FINDINGS_FILE).read_bytes())
     except (OSError, ValueError):
         return None
     return read if isinstance(read, dict) else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import Dataset, dcmread
+from pydicom.datadict import dictionary_VR
 from pydicom.multival import MultiValue
 from pydicom.tag import Tag
 from pydicom.valuerep import PersonName
@@ -48,9 +49,9 @@ from node.index import Index
 from node.person_name import shortest_name
 from node.web.attributes import attribute_json, completed
 from node.web.levels import IN_REQUEST, Level
-from node.web.matching import Condition, QueryError
+from node.web.matching import TIMES, Condition, QueryError
 
-_VERSION = 7  # of the tables below; a file of another version is made anew
+_VERSION = 8  # of the tables below; a file of another version is made anew
 
 
 _metadata = MetaData()
@@ -88,6 +89,7 @@ _STATE = ("changed_at", "num_instances", "originals_purged_at", "results_purged_
 _TABLES = {Level.STUDY: _studies, Level.SERIES: _series, Level.INSTANCE: _instances}
 _READ_TAGS = [Tag(keyword) for level in Level for keyword in (*level.keywords, *level.only_returned)]
 _READ_TAGS.append(Tag("SpecificCharacterSet"))
+_SEPARATORS = {"DA": (".", ""), "TM": (":", "")}
 _PATHS = {keyword: f'$."{Tag(keyword.rpartition(".")[2]):08X}".Value[0]' for keyword in IN_REQUEST}
 
 # What an Instance of a Series has for itself: keyword, tag, VR, and what the index calls it.
@@ -403,13 +405,14 @@ def _holds(condition: Condition) -> ColumnElement[bool]:
         return _studies.c.StudyInstanceUID.in_(select(_series.c.StudyInstanceUID).where(modality))
     for level, table in _TABLES.items():
         if condition.keyword in level.keywords:
-            return condition.of(table.c[condition.keyword])
+            column = table.c[condition.keyword]
+            return condition.of(column.concat(table.c[TIMES[column.name]]) if condition.is_moment else column)
     raise KeyError(condition.keyword)
 
 
 def _merged(row: Any) -> dict[str, Any]:
-    """DICOM JSON of one match: the attributes of its level and of those above."""
-    answer: dict[str, Any] = {}
+    """DICOM JSON of one match: the attributes of its level and of those above. All that is here is on a disk here."""
+    answer: dict[str, Any] = {"00080056": {"vr": "CS", "Value": ["ONLINE"]}}
     for attributes in row.values():
         answer |= attributes
     return answer
@@ -449,7 +452,10 @@ def _json(ds: Dataset, keywords: Iterable[str]) -> dict[str, Any]:
 
 
 def _text(ds: Dataset, keyword: str) -> str:
-    """A value as it is matched: several are joined as in DICOM, names are as short as they can be."""
+    """A value as it is matched: several are joined as in DICOM, names and numbers are as short as they can be.
+
+    Dates and times lose the separators that were written into them before 1993 (PS3.5 table 6.2-1).
+    """
     try:
         value = ds.get(keyword)
     except PARSE_ERRORS:
@@ -458,7 +464,10 @@ def _text(ds: Dataset, keyword: str) -> str:
         return ""
     if isinstance(value, PersonName):
         return shortest_name(str(value).strip())
-    return "\\".join(map(str, value)) if isinstance(value, MultiValue) else str(value).strip()
+    if isinstance(value, MultiValue):
+        return "\\".join(map(str, value))
+    text = str(int(value) if isinstance(value, int) else value).strip()  # an IS is written as it came
+    return text.replace(*_SEPARATORS[vr]) if (vr := dictionary_VR(keyword)) in _SEPARATORS else text
 
 
 def _whole(text: str) -> int:

@@ -4,6 +4,7 @@ Reference: PS3.4 C.2.2.2 (matching), PS3.18 8.3.4.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,11 @@ from node.person_name import shortest_name
 
 _ALL_DELIMITERS = "^^^^"  # of the five components of a name
 _RANGES = ("DA", "TM", "DT")
+TIMES = {"StudyDate": "StudyTime", "PerformedProcedureStepStartDate": "PerformedProcedureStepStartTime"}
+"""The time that tells more of a date, by its keyword."""
+
+_TAG = "[0-9A-Fa-f]{8}"
+_WHOLE = ("IS", "US", "UL")
 _NO_WILDCARDS = ("DA", "TM", "DT", "UI", "IS", "DS", "US", "UL")
 
 
@@ -26,13 +32,15 @@ class Condition:
     """One attribute and what is asked of it; an empty value asks nothing.
 
     keyword: with that of its sequence and a dot before it, where it stands in one. is_empty: it must have no value.
-    is_list: the value may be several, joined as DICOM joins values; of UIDs and codes it always may.
+    is_list: the value may be several, joined as DICOM joins values; of UIDs and codes it always may. is_moment: it is
+    a range of a date with its time after it, and so is what it is asked of.
     """
 
     keyword: str
     value: str
     is_empty: bool = False
     is_list: bool = False
+    is_moment: bool = False
 
     def of(self, column: ColumnElement[Any]) -> ColumnElement[bool]:
         """SQL for a column that holds the attribute as text."""
@@ -44,9 +52,11 @@ class Condition:
             )
         vr = "CS" if self.keyword == "ModalitiesInStudy" else dictionary_VR(self.keyword.rpartition(".")[2])
         if vr in _RANGES and "-" in self.value:
-            return _in_range(column, self.value, vr)
+            return _in_range(column, self.value, "DT" if self.is_moment else vr)
         if vr == "UI":
             return column.in_([uid for uid in re.split(r"[,\\]", self.value) if uid])
+        if vr in _WHOLE and re.fullmatch("[+-]?[0-9]{1,12}", self.value):
+            return column == str(int(self.value))
         if vr in _NO_WILDCARDS:
             return column == self.value
         if vr == "PN":
@@ -84,17 +94,52 @@ def _as_like(pattern: str) -> str:
     return escaped.replace("*", "%").replace("?", "_")
 
 
+def with_moments(conditions: Sequence[Condition]) -> tuple[Condition, ...]:
+    """Ranges of a date and of its time, of the same form, made one of moments (PS3.4 C.2.2.2.5, combined matching)."""
+    asked = {condition.keyword: condition for condition in conditions}
+    made: list[Condition] = []
+    for condition in conditions:
+        time = asked.get(TIMES.get(condition.keyword, ""))
+        if time is not None and (moments := _moments(condition.value, time.value)):
+            made.append(Condition(condition.keyword, moments, is_moment=True))
+            asked.pop(condition.keyword)
+        else:
+            made.append(condition)
+    used = {TIMES[condition.keyword] for condition in made if condition.is_moment}
+    return tuple(condition for condition in made if condition.keyword not in used)
+
+
+def _moments(dates: str, times: str) -> str:
+    """The range from the first date at the first time to the last at the last; "" if not both are such a range."""
+    if dates.count("-") != 1 or times.count("-") != 1 or "\\" in dates + times:
+        return ""
+    ends = list(zip(dates.split("-"), times.split("-"), strict=True))
+    is_of_both = all(bool(day) == bool(time) and len(day) in (0, 8) for day, time in ends)
+    return "-".join(day + time for day, time in ends) if is_of_both else ""
+
+
 def _in_range(column: ColumnElement[Any], value: str, vr: str) -> ColumnElement[bool]:
     first, _, last = value.partition("-")
     if not re.fullmatch(r"[0-9.]*", first + last) or not first + last:
         raise QueryError(f"{value!r} is no range; a range is FIRST-LAST, FIRST- or -LAST, without spaces")
     limits = [column != ""]
     if first:
-        limits.append(column >= first)
+        # A time may be stored less precisely than it is given: 12 is 120000, too.
+        limits.append(column >= (first if vr == "DA" else first.rstrip("0.")))
     if last:
-        # A time may be given less precisely than it is stored: 12 includes 1230.
+        # Or given less precisely than it is stored: 12 includes 1230.
         limits.append(column <= (last if vr == "DA" else last + "~"))
     return and_(*limits)
+
+
+def is_attribute(name: str) -> bool:
+    """Whether it is meant as one: a keyword, or a tag or a path, whichever these name."""
+    return "." in name or re.fullmatch(_TAG, name) is not None or tag_for_keyword(name) is not None
+
+
+def is_private(name: str) -> bool:
+    """Whether it is the tag of a private attribute."""
+    return re.fullmatch(_TAG, name) is not None and int(name[:4], 16) % 2 == 1
 
 
 def keyword_of(name: str) -> str:
@@ -105,7 +150,7 @@ def keyword_of(name: str) -> str:
     """
     if "." in name:
         return ".".join(map(keyword_of, name.split(".")))
-    if re.fullmatch(r"[0-9A-Fa-f]{8}", name):
+    if re.fullmatch(_TAG, name):
         keyword = keyword_for_tag(int(name, 16))
     else:
         keyword = name if tag_for_keyword(name) is not None else ""

@@ -54,16 +54,23 @@ class View:
     """How to show it. window: None takes the Instance's own. size: width and height to fill as far as they can be.
 
     region: of the pixels as they are stored: left, top, width and height; the edge where the last two are None, and
-    mirrored where they are negative.
+    mirrored where they are negative. warnings: what was asked for and is not done.
     """
 
     window: Window | None = None
     size: tuple[int, int] | None = None
     region: tuple[float, float, float | None, float | None] = (0, 0, None, None)
     quality: int = 90
+    warnings: tuple[str, ...] = ()
 
     def as_thumbnail(self) -> "View":
-        """The same, small unless a size is named."""
+        """The same, small unless a size is named.
+
+        Raises:
+            QueryError: it is of a region.
+        """
+        if self.region != View.region:
+            raise QueryError("of a thumbnail viewport is WIDTH,HEIGHT: it is small, and of the whole picture")
         return self if self.size else replace(self, size=_THUMBNAIL)
 
 
@@ -102,7 +109,17 @@ def parse_view(parameters: Mapping[str, str]) -> View:
         if not (1 <= quality <= 100 and quality.is_integer()):
             raise QueryError("quality is a whole number from 1 to 100")
         view = replace(view, quality=int(quality))
-    return view
+    return replace(view, warnings=tuple(_not_done(parameters)))
+
+
+def _not_done(parameters: Mapping[str, str]) -> Iterator[str]:
+    """What is not drawn: pictures bear no text and no profile, whatever is asked for (PS3.18 8.3.5.1.1, 8.3.5.1.5)."""
+    if (annotation := parameters.get("annotation")) is not None:
+        if not set(annotation.split(",")) <= {"patient", "technique"}:
+            raise QueryError("annotation is patient, technique, or both with a comma")
+        yield f"The following annotation values are not supported: {annotation}"
+    if parameters.get("iccprofile", "no") != "no":
+        yield "The iccprofile parameter is not supported: the picture has none"
 
 
 def _parse_window(text: str) -> Window:

@@ -1,6 +1,5 @@
 """The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
 
-import logging
 import signal
 import threading
 from multiprocessing.connection import Connection
@@ -20,8 +19,6 @@ from node.web.limits import LimitedProtocol
 from node.web.settings import WebConfig
 from node.web.tokens import Tokens
 
-log = logging.getLogger(__name__)
-
 _STOP_S = 3
 
 
@@ -30,9 +27,8 @@ def run(config: Config, run_name: str, ready: Connection) -> None:
 
     run_name: of this run of the process, for the files it stores.
     """
-    be_child(config.log_level)
     stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    be_child(config.log_level, on_sigterm=lambda *_: stopping.set())
     web = config.web
     try:
         if web.tls is not None:

@@ -4,22 +4,19 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from node.config_faults import written_like
+from node.settings import Port, Seconds, Section, is_loopback
 
 Right = Literal["read", "store", "delete"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _check_address(value: str) -> str:
     return str(ip_address(value))
 
 
-class TrustedProxy(_Section):
+class TrustedProxy(Section):
     """A reverse proxy that says who a user is. Whoever it names has the rights."""
 
     addresses: tuple[Annotated[str, AfterValidator(_check_address)], ...] = Field(min_length=1)
@@ -27,19 +24,19 @@ class TrustedProxy(_Section):
     rights: tuple[Right, ...] = ("read",)
 
 
-class WebTls(_Section):
+class WebTls(Section):
     """HTTPS."""
 
     certificate: Path
     key: Path
 
 
-class WebConfig(_Section):
+class WebConfig(Section):
     """The HTTP side: DICOMweb and the viewer."""
 
     enabled: bool = False
     host: str = Field(default="127.0.0.1", min_length=1)  # empty would be every interface
-    port: int = Field(default=8043, ge=1, le=65535)
+    port: Port = 8043
     allow: Literal["loopback", "tokens"] = "loopback"
     trusted_proxy: TrustedProxy | None = None
     tls: WebTls | None = None
@@ -47,11 +44,11 @@ class WebConfig(_Section):
     cors_origins: tuple[Annotated[str, written_like(r"https?://[^/\s*]+", "https://viewer.example.org")], ...] = ()
     max_body_mb: int = Field(default=4096, ge=1)
     max_parts: int = Field(default=5000, ge=1)
-    body_timeout_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    body_timeout_s: Seconds = 60.0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.allow == "loopback" and not self.is_loopback and self.trusted_proxy is None:
+        if self.allow == "loopback" and not is_loopback(self.host) and self.trusted_proxy is None:
             raise ValueError(
                 f"host {self.host} is for other machines, and allow is loopback, which lets none of them in; write "
                 "allow: tokens and make one with cspine token make NAME, or name a trusted_proxy"
@@ -59,14 +56,6 @@ class WebConfig(_Section):
         return self
 
     @property
-    def is_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
-
-    @property
     def open_to_all(self) -> bool:
         """Whether a client on this machine need not say who it is."""
-        return self.allow == "loopback" and self.is_loopback and self.trusted_proxy is None
+        return self.allow == "loopback" and is_loopback(self.host) and self.trusted_proxy is None

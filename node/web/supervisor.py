@@ -14,6 +14,7 @@ from multiprocessing.process import BaseProcess
 from node.config import Config
 from node.index import Index
 from node.receive.reconcile import reconcile_run
+from node.restarts import Restarts
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ class WebProcess:
         self._numbers = count()
         self._process: BaseProcess | None = None
         self._run_name = ""
+        self._is_serving = False  # as far as it is known: until its end is seen
+        self._restarts = Restarts("web")
         self._lock = threading.Lock()  # `watch` may still be at it, in another thread, when the node stops
         self._is_ending = False
 
@@ -39,10 +42,13 @@ class WebProcess:
         Raises:
             WebError: it does not.
         """
-        with self._lock:
-            if self._is_ending:
-                return
-            ready = self._start()
+        try:
+            with self._lock:
+                if self._is_ending:
+                    return
+                ready = self._start()
+        except OSError as error:  # no memory, or too many processes
+            raise WebError(f"the HTTP side cannot be started: {error.strerror}") from error
         with ready:
             try:
                 problem: str = ready.recv()
@@ -50,19 +56,23 @@ class WebProcess:
                 problem = "the HTTP side died while starting"
         if problem:
             raise WebError(problem)
+        self._is_serving = True
+        self._restarts.note_started()
 
     def watch(self) -> None:
         """Replaces it when it died; what it had not acknowledged is removed."""
         with self._lock:
-            if self._is_ending or self._process is None or self._process.is_alive():
+            if self._is_ending or self._process is None or self._process.is_alive() or not self._restarts.may_start():
                 return
             exitcode = self._process.exitcode
-        log.error("action=web-died run=%s exitcode=%s; starting it again", self._run_name, exitcode)
+        if self._is_serving:
+            log.error("action=web-died run=%s exitcode=%s; starting it again", self._run_name, exitcode)
+        self._is_serving = False
         reconcile_run(self._index, self._run_name)
         try:
             self.start()
         except WebError as error:
-            log.error("action=web-not-started: %s; trying again", error)
+            self._restarts.note_failed(str(error))
 
     def terminate(self) -> None:
         """Has it end: it takes no more requests, and is not replaced."""
@@ -83,8 +93,9 @@ class WebProcess:
         context = multiprocessing.get_context("spawn")
         ready, far_end = context.Pipe(duplex=False)
         self._run_name = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-web{next(self._numbers)}"
-        self._process = context.Process(target=_run, args=(self._config, self._run_name, far_end), name="cspine-web")
-        self._process.start()
+        process = context.Process(target=_run, args=(self._config, self._run_name, far_end), name="cspine-web")
+        process.start()
+        self._process = process
         far_end.close()
         return ready
 

@@ -7,7 +7,7 @@ import json
 import mimetypes
 from pathlib import Path
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 
 PLACES = (Path(__file__).parents[2] / ".viewer", Path("/opt/cspine/viewer"))  # a checkout, the container
@@ -44,6 +44,25 @@ CONFIG = {
 """What OHIF is told. Its tour of the viewer, its notice of investigational use and its question whether to show a
 Segmentation would stand between the case list and the first picture."""
 
+_EXTENSION = """
+window.config.extensions.push({
+  id: "cspine.report",
+  preRegistration: ({ servicesManager }) => {
+    const sets = servicesManager.services.displaySetService;
+    sets.subscribe(sets.EVENTS.DISPLAY_SETS_ADDED, ({ displaySetsAdded }) => {
+      for (const set of displaySetsAdded) if (set.Modality === "SR") set.isImagingMeasurementReport = false;
+    });
+  },
+});
+"""
+# OHIF shows of a TID 1500 report only its coordinates over the image, and an empty page where there are none, as in
+# every report here. Of any other report it shows the text.
+
+
+def config_script() -> str:
+    """What OHIF loads first."""
+    return f"window.config = {json.dumps(CONFIG)};{_EXTENSION}"
+
 
 def find_viewer() -> Path | None:
     """The folder of OHIF's files; None if they are not here."""
@@ -59,6 +78,15 @@ def _find_file(folder: Path, name: str) -> Path | None:
         return None
 
 
+def _unless_known(request: Request, path: Path) -> Response:
+    """A file, or 304 for a browser that has it as it is: OHIF is 17 MB to begin with."""
+    answer = FileResponse(path, media_type=mimetypes.guess_type(path.name)[0], stat_result=path.stat())
+    known = request.headers.get("if-none-match", "").split(",")
+    if answer.headers["etag"] not in (tag.strip().removeprefix("W/") for tag in known):
+        return answer
+    return Response(status_code=304, headers={"ETag": answer.headers["etag"]})
+
+
 def make_router() -> APIRouter:
     """Every address that nobody else has: OHIF, as it is built, asks for its files at the root.
 
@@ -68,10 +96,10 @@ def make_router() -> APIRouter:
 
     @router.get("/app-config.js")
     def config() -> Response:
-        return Response(f"window.config = {json.dumps(CONFIG)};", media_type="text/javascript")
+        return Response(config_script(), media_type="text/javascript")
 
     @router.get("/{path:path}")
-    def file(path: str) -> Response:
+    def file(request: Request, path: str) -> Response:
         folder = find_viewer()
         is_page = path.split("/")[0] == "viewer"
         if folder is None:
@@ -82,6 +110,6 @@ def make_router() -> APIRouter:
             if not is_page:
                 return JSONResponse({"error": "there is nothing here; the viewer is at /viewer"}, 404)
             wanted = folder / "index.html"
-        return FileResponse(wanted, media_type=mimetypes.guess_type(wanted.name)[0])
+        return _unless_known(request, wanted)
 
     return router

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from model.bundle import (
@@ -144,6 +145,31 @@ def test_networks_that_the_description_does_not_name_are_not_written(tmp_path: P
         write_bundle(replace(SMALL, folder=tmp_path), FULL.new_networks())
 
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bundle_that_is_not_written_to_its_end_is_none_and_spoils_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill, which undoes nothing either."""
+    before, _ = make_bundle(tmp_path / "old")
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    save = safetensors.torch.save_file
+
+    def save_once(content: dict[str, torch.Tensor], path: Path) -> None:
+        if path.name != VERTEBRA_WEIGHTS:
+            raise KeyboardInterrupt
+        save(content, path)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(safetensors.torch, "save_file", save_once)
+        for name in ("old", "new"):
+            with pytest.raises(KeyboardInterrupt):
+                make_bundle(tmp_path / name)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".unfinished"]
+    read_bundle(tmp_path / "old").load_networks()
+    make_bundle(tmp_path / "old", replace(before, metrics={}))
+    read_bundle(tmp_path / "old").load_networks()
+    assert {"notes.txt", *before.file_names, "bundle.json"} == {path.name for path in (tmp_path / "old").iterdir()}
 
 
 def test_the_shipped_bundle_is_whole_small_and_honest_about_its_training() -> None:

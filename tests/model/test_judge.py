@@ -26,7 +26,8 @@ from model.networks import FractureAnswer
 from model.pipeline import Pipeline, load_pipeline
 from model.pose import middle_of_box
 from model.segment import Vertebra
-from model.volume import SliceSource, Volume
+from model.volume import Volume
+from tests import factories
 
 CPU = torch.device("cpu")
 GRID = Grid.axial(shape=(30, 24, 24), spacing_mm=(1.0, 1.0, 1.0))
@@ -51,13 +52,7 @@ def make_networks(bundle: Bundle, seed: int = 0) -> Networks:
 
 def make_volume() -> Volume:
     rng = np.random.default_rng(0)
-    return Volume(
-        study_instance_uid="1.1",
-        series_instance_uid="1.2",
-        voxels_hu=rng.normal(300, 300, GRID.shape).astype(np.int16),
-        grid=GRID,
-        slices=tuple(SliceSource(sop_instance_uid=f"1.2.{z}", path=Path(f"{z}.dcm")) for z in range(GRID.shape[0])),
-    )
+    return factories.make_volume(rng.normal(300, 300, GRID.shape).astype(np.int16), GRID)
 
 
 def make_vertebrae() -> tuple[np.ndarray, list[Vertebra]]:

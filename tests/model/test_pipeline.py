@@ -1,7 +1,6 @@
 """The pipeline with the shipped weights: phantoms in, findings and masks out, compared with the truth."""
 
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
 from model.phantom import Anatomy, Fracture, Phantom, default_grid, render
 from model.pipeline import Pipeline, load_pipeline
-from model.volume import SliceSource, Volume
+from tests import factories
 
 BROKEN = Fracture(level="C5", kind="body", width_mm=2.5)
 
@@ -24,16 +23,7 @@ def pipeline() -> Pipeline:
     return load_pipeline(PHANTOM_BUNDLE, device="cpu", num_threads=2)
 
 
-def make_volume(voxels_hu: np.ndarray, grid: Grid) -> Volume:
-    slices = tuple(SliceSource(sop_instance_uid=f"1.2.{z}", path=Path(f"{z}.dcm")) for z in range(grid.shape[0]))
-    return Volume(
-        study_instance_uid="1.1",
-        series_instance_uid="1.2",
-        voxels_hu=voxels_hu,
-        grid=grid,
-        slices=slices,
-        warnings=("A localizer was left out.",),
-    )
+make_volume = partial(factories.make_volume, warnings=("A localizer was left out.",))
 
 
 def turned(grid: Grid, turn: FloatArray) -> Grid:

@@ -20,16 +20,11 @@ from model.pose import middle_of_box
 from model.quality import check_values, reasons_not_to_judge
 from model.segment import Vertebra
 from model.series import SeriesError, read_series
-from model.volume import SliceSource, Volume
-from tests.factories import make_ct_series
+from model.volume import Volume
+from tests.factories import make_ct_series, make_volume
 
 Labels = np.ndarray
 ALL = set(range(1, 8))
-
-
-def volume_of(voxels_hu: np.ndarray, grid: Grid) -> Volume:
-    slices = tuple(SliceSource(sop_instance_uid=f"1.2.{z}", path=Path(f"{z}.dcm")) for z in range(grid.shape[0]))
-    return Volume(study_instance_uid="1.1", series_instance_uid="1.2", voxels_hu=voxels_hu, grid=grid, slices=slices)
 
 
 @cache
@@ -37,7 +32,7 @@ def neck(seed: int = 4) -> tuple[Volume, Labels]:
     """A phantom that is all right, and its vertebrae C1..C7; not to be written to."""
     anatomy = Anatomy.random(seed)
     made = render(anatomy, default_grid(anatomy, (2.0, 1.2, 1.2)))
-    return volume_of(made.voxels_hu, made.grid), np.where(made.vertebrae > 7, 0, made.vertebrae).astype(np.uint8)
+    return make_volume(made.voxels_hu, made.grid), np.where(made.vertebrae > 7, 0, made.vertebrae).astype(np.uint8)
 
 
 def vertebrae_of(labels: Labels, grid: Grid) -> list[Vertebra]:
@@ -106,7 +101,7 @@ def test_the_values_of_a_small_field_of_view_without_air_are_not_refused() -> No
     z, y, x = index_of(labels, 4)
     part = np.ascontiguousarray(volume.voxels_hu[z - 20 : z + 20, y - 15 : y + 30, x - 25 : x + 25])
 
-    check_values(volume_of(part, Grid.axial(shape=part.shape, spacing_mm=volume.grid.spacing_mm)))
+    check_values(make_volume(part, Grid.axial(shape=part.shape, spacing_mm=volume.grid.spacing_mm)))
 
 
 def test_voxels_that_are_not_numbers_never_become_a_volume(tmp_path: Path) -> None:
@@ -214,7 +209,7 @@ def test_half_a_vertebra_at_the_end_of_the_slices_is_cut(is_padded: bool) -> Non
         affine[:3, 3] = volume.grid.to_lps_mm(np.array([first, 0, 0], float))
         z, y, x = volume.grid.shape
         kept = kept[first:]
-        cut = volume_of(voxels_hu[first:], Grid(shape=(z - first, y, x), affine=affine))
+        cut = make_volume(voxels_hu[first:], Grid(shape=(z - first, y, x), affine=affine))
 
     found = reasons(cut, kept)
 
@@ -338,7 +333,7 @@ NO_NECKS = {
 @pytest.mark.parametrize("voxels_hu", NO_NECKS.values(), ids=NO_NECKS.keys())
 def test_what_is_no_neck_gets_no_answer(voxels_hu: np.ndarray) -> None:
     z, y, x = voxels_hu.shape
-    volume = volume_of(voxels_hu, Grid.axial(shape=(z, y, x), spacing_mm=(3.0, 2.0, 2.0)))
+    volume = make_volume(voxels_hu, Grid.axial(shape=(z, y, x), spacing_mm=(3.0, 2.0, 2.0)))
 
     found = pipeline().analyse(volume).findings
 
@@ -365,7 +360,7 @@ def test_of_a_whole_body_the_upper_700_mm_are_looked_at(monkeypatch: pytest.Monk
         return np.ones(volume.grid.shape, np.uint8), []
 
     monkeypatch.setattr("model.pipeline.find_vertebrae", find)
-    labels, _ = pipeline().segment(volume_of(voxels_hu, grid))
+    labels, _ = pipeline().segment(make_volume(voxels_hu, grid))
 
     planes = np.flatnonzero(labels.any(axis=(1, 2)))
     assert labels.shape == (500, 8, 8)

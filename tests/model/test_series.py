@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset
+from pydicom.dataset import Dataset, FileMetaDataset
 
 from model.geometry import Grid
 from model.series import (
@@ -364,11 +364,13 @@ def test_a_few_slices_of_another_size_are_left_out_only_if_the_rules_say_so(chan
         check_series(headers, replace(SMALL, max_odd_slices=1))
 
 
-def test_uids_told_by_the_c_store_request_stand_in_for_missing_ones() -> None:
+def test_uids_of_the_file_meta_information_stand_in_for_missing_ones() -> None:
     ds = Dataset()
     ds.Rows = 3
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.CTImageStorage, "1.2.3"
 
-    (header,) = slice_headers(ds, sop_class_uid=pydicom.uid.CTImageStorage, sop_instance_uid="1.2.3")
+    (header,) = slice_headers(ds)
 
     assert (header.sop_class_uid, header.sop_instance_uid, header.rows) == (pydicom.uid.CTImageStorage, "1.2.3", 3)
     assert header.position_lps_mm is None

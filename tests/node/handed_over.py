@@ -8,6 +8,7 @@ from node.case import Case, Delivery
 from node.config import Config, Destination
 from node.deliver import deliver_due
 from node.index import Index
+from tests import stored
 from tests.factories import make_ct_series, make_report
 
 SERIES, STUDY = "1.2.3", "1.2"
@@ -42,7 +43,8 @@ def uids_of(results: Path) -> dict[str, str]:
 def add_instance(index: Index, number: int, series_uid: str = SERIES) -> None:
     """An Instance arrives."""
     uid = f"{series_uid}.{number}"
-    index.add_instance(
+    stored.add_instance(
+        index,
         association_id=index.open_association("SCANNER"),
         calling_ae_title="SCANNER",
         path=index.data_dir / "instances" / series_uid / f"{uid}.dcm",

@@ -22,6 +22,7 @@ from node.case import CaseState
 from node.config import Config
 from node.index import Index
 from tests.factories import make_ct_series
+from tests.stored import add_instance
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -203,7 +204,8 @@ def some_cases(index: Index) -> None:
     """A case that waits, and one that was refused for a reason with brackets, from a sender with a rude AE title."""
     for number in (1, 2):
         uid = f"1.2.{number}"
-        index.add_instance(
+        add_instance(
+            index,
             association_id=index.open_association("[/RUDE]"),
             calling_ae_title="[/RUDE]",
             path=index.data_dir / "instances" / uid / f"{uid}.9.dcm",
@@ -222,7 +224,8 @@ def test_cases_are_a_line_each_and_below_it_what_may_be_long(
     monkeypatch.setenv("COLUMNS", str(columns))
     some_cases(index)
     uid = "1.2.826.0.1.3680043.8.498." + "7" * 38  # the longest that there is
-    index.add_instance(
+    add_instance(
+        index,
         association_id=index.open_association("SIXTEEN_LETTERS_"),
         calling_ae_title="SIXTEEN_LETTERS_",
         path=index.data_dir / "instances" / "long.dcm",
@@ -362,7 +365,8 @@ def test_serve_stops_within_10_s_while_a_destination_hangs(
     folder.mkdir(parents=True)
     (image,) = make_ct_series(folder, num_slices=1)
     image.rename(folder / "vertebrae.seg.dcm")
-    index.add_instance(
+    add_instance(
+        index,
         association_id=index.open_association("SCANNER"),
         calling_ae_title="SCANNER",
         path=index.data_dir / "instances" / "1.2.3" / "1.2.3.1.dcm",

@@ -164,7 +164,7 @@ def test_delete_leaves_nothing_of_a_case_and_all_of_the_others(cspine: Cspine, i
     assert index.case("1.1") is None
     assert index.next_delivery("pacs") is None
     assert not index.is_result("9.1.1")
-    assert index.find_instance("1.1.1") is None
+    assert index.stored_file("1.1.1") is None
     files = {path for path in index.data_dir.rglob("*") if path.is_file() and "sqlite" not in path.name}
     assert files == {kept}
     assert not (index.data_dir / "instances" / "1.1").exists()

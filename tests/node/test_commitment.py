@@ -33,6 +33,7 @@ from tests.factories import make_ct_series
 from tests.orthanc_server import OrthancServer
 from tests.raw_scu import ON_OPEN
 from tests.receiver import listening
+from tests.stored import path_of
 from tests.waiting import WAIT_S, wait_until
 
 # pynetdicom leaves the socket of a refused connection open.
@@ -187,8 +188,7 @@ def test_what_is_not_held_fails_with_its_reason(start: Callable[..., Config], in
     config, requester = start(), Requester()
     first, second, third, fourth = store(config, tmp_path, 4)
     for (_, uid), damage in ((third, Path.unlink), (fourth, lambda path: os.truncate(path, 500))):  # purged, cut off
-        stored = index.find_instance(uid)
-        assert stored is not None
+        stored = path_of(index, uid)
         damage(stored)
     unknown = generate_uid()
     association = requester.associate(config)

@@ -326,10 +326,14 @@ def test_every_error_is_a_config_error(load: Load) -> None:
             continue
 
 
+def example(after: str, before: str) -> str:
+    """The list that stands as a comment between these texts of config.yaml."""
+    text = CONFIG_YAML.read_text(encoding="utf-8").partition(after)[2].partition(before)[0]
+    return "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+
+
 def test_the_examples_of_destinations_in_config_yaml_are_valid_and_whole(load: Load) -> None:
-    text = CONFIG_YAML.read_text(encoding="utf-8")
-    text = text.partition("Any number of destinations.")[2].partition("# The settings of a profile;")[0]
-    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    listed = example("Any number of destinations.", "# The settings of a profile;")
     config = load(f"deliver:\n  destinations:\n{listed}\n")
     shown = yaml.safe_load(listed)
     assert [type(destination) for destination in config.deliver.destinations] == list(get_args(Destination))
@@ -375,18 +379,14 @@ def test_the_files_that_destinations_name_start_at_the_folder_of_the_file_too(lo
 
 
 def test_the_example_of_a_source_in_config_yaml_is_valid(load: Load) -> None:
-    text = CONFIG_YAML.read_text(encoding="utf-8")
-    text = text.partition("  # Senders that can be asked")[2].partition("  sources: []")[0]
-    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    listed = example("  # Senders that can be asked", "  sources: []")
     (source,) = load(f"complete:\n  sources:\n{listed}\n").complete.sources
     assert source.sends_as == ("PACS", "PACS2")
     assert set(Source.model_fields) == set(yaml.safe_load(listed)[0])
 
 
 def test_the_example_of_a_watched_orthanc_in_config_yaml_holds_the_defaults(load: Load) -> None:
-    text = CONFIG_YAML.read_text(encoding="utf-8")
-    text = text.partition("  # Orthancs, whose changes")[2].partition("  orthanc: []")[0]
-    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    listed = example("  # Orthancs, whose changes", "  orthanc: []")
     (source,) = load(f"sources:\n  orthanc:\n{listed}\n").sources.orthanc
     assert source == OrthancSource(name="orthanc", url="http://127.0.0.1:8042")
     assert set(OrthancSource.model_fields) == set(yaml.safe_load(listed)[0])
@@ -395,9 +395,7 @@ def test_the_example_of_a_watched_orthanc_in_config_yaml_holds_the_defaults(load
 
 
 def test_the_example_of_a_watched_dicomweb_archive_in_config_yaml_holds_the_defaults(load: Load) -> None:
-    text = CONFIG_YAML.read_text(encoding="utf-8")
-    text = text.partition("  # DICOMweb archives, which")[2].partition("  dicomweb: []")[0]
-    listed = "\n".join(f"    {line}" for line in re.findall(r"^ +#   ((?:- | +)\w+:.*)$", text, re.MULTILINE))
+    listed = example("  # DICOMweb archives, which", "  dicomweb: []")
     (source,) = load(f"sources:\n  dicomweb:\n{listed}\n").sources.dicomweb
     assert source == DicomWebSource(name="pacs", url="https://pacs.example.org/dicom-web")
     assert set(DicomWebSource.model_fields) == set(yaml.safe_load(listed)[0])
@@ -490,9 +488,8 @@ def test_loopback_needs_no_list(load: Load, host: str) -> None:
 
 def test_the_configurations_of_the_containers_are_valid(load: Load) -> None:
     """A container listens on all of its interfaces, so they must say who may talk."""
-    dockerfile = (ROOT / "Dockerfile").read_text()
-    text = dockerfile.partition("<<CONFIG /config.yaml\n")[2].partition("\nCONFIG\n")[0]
-    assert load(text).receive.allow == "any"
+    image = load((ROOT / "container.yaml").read_text())
+    assert (image.receive.allow, image.data_dir) == ("any", Path("/data"))
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     allow = load(compose["configs"]["node"]["content"]).receive.allow
     assert [peer.ae_title for peer in allow if isinstance(peer, Peer)] == ["ORTHANC", "HEALTHCHECK"]

@@ -290,7 +290,7 @@ class _NoWorkers:
     def __init__(self, _config: Config) -> None:
         pass
 
-    def wait_until_loaded(self) -> str:
+    def wait_until_loaded(self, _stopping: threading.Event) -> str:
         return ""
 
     def stop(self) -> None:

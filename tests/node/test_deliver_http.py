@@ -20,6 +20,7 @@ from node.case import CaseState, DeliveryState
 from node.config import Config, DicomWebDestination, OrthancDestination
 from node.index import Index
 from tests.node.handed_over import Clock, deliver, hand_over, the_case, the_delivery, uids_of
+from tests.serving import Quiet, serving
 
 MakeConfig = Callable[..., Config]
 
@@ -46,7 +47,7 @@ class DicomWebServer(ThreadingHTTPServer):
         """Says nothing: some of these connections are meant to break."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Quiet, BaseHTTPRequestHandler):
     server: DicomWebServer
     protocol_version = "HTTP/1.1"
 
@@ -82,9 +83,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
 
 
 def store_answer(*, stored: dict[str, int | None] | None = None, failed: dict[str, int] | None = None) -> Any:
@@ -377,21 +375,16 @@ def test_a_reason_that_is_no_number_does_not_hold_up_what_waits_behind_it(
 def test_an_answer_that_is_not_orthancs_is_told_as_such(
     index: Index, make_config: MakeConfig, results: Path, content: str
 ) -> None:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(200)
             self.end_headers()
             self.wfile.write(content.encode())
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
     hand_over(index, results, "orthanc")
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serving(Handler) as port:
+        url = f"http://127.0.0.1:{port}"
         case = deliver(index, make_config(), OrthancDestination(type="orthanc", name="orthanc", url=url))
-        server.shutdown()
     assert case.state is CaseState.FAILED
     assert "does not answer like an Orthanc; check url" in case.reason

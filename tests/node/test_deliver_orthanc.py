@@ -1,10 +1,9 @@
 """Delivery to a real Orthanc over its REST API and by STOW-RS."""
 
 import json
-import threading
 from collections.abc import Callable
 from contextlib import closing
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,20 @@ from tests.node.handed_over import (
     uids_of,
 )
 from tests.orthanc_server import OrthancServer
+from tests.serving import Quiet, serving
 
 MakeConfig = Callable[..., Config]
 
 
+@pytest.mark.parametrize("checks", [False, True])
 def test_orthanc_gets_finds_and_links_the_results_and_new_ones_replace_them(
-    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int]
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int], checks: bool
 ) -> None:
+    """checks: it refuses to change metadata for whoever does not say which revision he knows."""
     hand_over(index, results, "orthanc")
-    orthanc = OrthancServer(tmp_path / "orthanc", port=free_port(), node_port=free_port())
+    orthanc = OrthancServer(
+        tmp_path / "orthanc", port=free_port(), node_port=free_port(), settings={"CheckRevisions": checks}
+    )
     settings: dict[str, Any] = {"type": "orthanc", "name": "orthanc", "url": orthanc.url, "source_metadata": 4100}
     kept = OrthancDestination(**settings)
     # Debian's Orthanc knows no labels, and takes the results all the same.
@@ -70,7 +74,7 @@ def test_studies_with_results_are_labelled_where_orthanc_can(results: Path, stat
     """As Orthanc 1.12 answers; 404 is an older one, 403 a user who may not."""
     put: list[str] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Quiet, BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
             self.answer(200, b'{"ID": "i", "ParentSeries": "r", "ParentStudy": "s", "Status": "Success"}')
@@ -85,18 +89,13 @@ def test_studies_with_results_are_labelled_where_orthanc_can(results: Path, stat
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
     (file, *_) = (ResultFile(path=results / name, key=uid) for name, uid in uids_of(results).items())
     noted: list[ObjectProgress] = []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with serving(Handler) as port:
+        url = f"http://127.0.0.1:{port}"
         courier = OrthancCourier(OrthancDestination(type="orthanc", name="o", url=url, label="cspine"), SERIES)
         with closing(courier):
             courier.send([file], lambda _file, progress: noted.append(progress))
-        server.shutdown()
     assert put == ["/studies/s/labels/cspine"]
     assert [progress.state for progress in noted] == [ObjectState.TAKEN]
     assert ("label cspine, which needs Orthanc 1.12, was not set" in noted[0].reason) == (status != 200)

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 
 from node.case import Case, CaseState, Delivery, DeliveryState
 from node.index import Index, NewInstance, WatchedSource, tables
+from tests.stored import add_instance, path_of
 
 SERIES, STUDY = "1.2.3", "1.2"
 
@@ -36,7 +37,8 @@ def add(
     index: Index, number: int, *, association_id: int | None = None, series_uid: str = SERIES, quiet_time_s: float = 0.0
 ) -> None:
     """Notes Instance `number`; over an association of its own unless one is named."""
-    index.add_instance(
+    add_instance(
+        index,
         association_id=association_id or index.open_association("SCANNER"),
         calling_ae_title="SCANNER",
         path=index.data_dir / "instances" / series_uid / f"{series_uid}.{number}.dcm",
@@ -142,8 +144,8 @@ def test_paths_are_kept_relative_so_the_data_folder_can_move(index: Index) -> No
     with index._engine.connect() as connection:
         path = connection.scalar(select(tables.instances.c.path))
     assert path == f"instances/{SERIES}/{SERIES}.1.dcm"
-    assert index.find_instance(f"{SERIES}.1") == index.data_dir / path
-    assert index.find_instance("1.2.3.4.5.6") is None
+    assert path_of(index, f"{SERIES}.1") == index.data_dir / path
+    assert index.stored_file("1.2.3.4.5.6") is None
 
 
 def test_a_change_decided_on_an_old_snapshot_is_dropped(index: Index) -> None:
@@ -341,9 +343,9 @@ def test_an_attempt_that_broke_is_repeated_until_they_are_used_up(index: Index) 
 
 def test_put_back_queues_what_was_held_and_costs_no_attempt(index: Index) -> None:
     claimed(index)
-    assert index.put_back(held=()) == 1
+    assert index.put_back() == 1
     assert (the_case(index).state, the_case(index).attempts) == (CaseState.QUEUED, 0)
-    assert index.put_back(held=()) == 0
+    assert index.put_back() == 0
 
 
 def test_a_case_that_takes_the_node_with_it_is_not_tried_for_ever(index: Index) -> None:
@@ -399,8 +401,8 @@ def test_what_this_node_made_is_known(index: Index) -> None:
     assert index.is_result("9.8.7")
     headers = [header(2, "1.2.9") | {"sop_instance_uid": "9.8.7"}]
     path, association_id = index.data_dir / "instances" / "2.dcm", index.open_association("SCANNER")
-    assert not index.add_instance(
-        association_id=association_id, calling_ae_title="S", path=path, headers=headers, quiet_time_s=0.0
+    assert not add_instance(
+        index, association_id=association_id, calling_ae_title="S", path=path, headers=headers, quiet_time_s=0.0
     )
     assert index.case("1.2.9") is None
 

@@ -35,6 +35,7 @@ from node.receive.store import file_meta
 from tests.factories import make_ct_series
 from tests.ports import free_port
 from tests.receiver import listening
+from tests.stored import path_of
 from tests.waiting import wait_until
 from tests.wire import (
     A_ABORT,
@@ -75,8 +76,7 @@ def instance(tmp_path: Path) -> tuple[str, bytes]:
 
 
 def stored(index: Index, uid: str) -> bytes:
-    path = index.find_instance(uid)
-    assert path is not None
+    path = path_of(index, uid)
     return dataset_of(path)
 
 
@@ -112,8 +112,7 @@ def test_file_meta_information_and_dataset_are_what_pynetdicom_gives_but_for_who
             assert peer.status() == SUCCESS
             peer.release()
     server.shutdown()
-    path = index.find_instance(uid)
-    assert path is not None
+    path = path_of(index, uid)
     theirs, ours = dcmread(BytesIO(given[0])), dcmread(path)
     assert ours == theirs
     for ds in (theirs, ours):

@@ -13,31 +13,16 @@ from node.index import Index, NewInstance
 from node.notify.clock import notify_due
 from node.targets import Rule, WebhookTarget
 from tests.factories import make_ct_series
+from tests.node.handed_over import Clock
 from tests.node.test_notify_messages import WebServer, findings
 
 SERIES, STUDY = "1.2.3", "1.2"
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1_000_000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock(index: Index, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(index, "now", clock)
-    return clock
-
-
 @pytest.fixture
 def web() -> Iterator[WebServer]:
-    server = WebServer()
-    yield server
-    server.stop()
+    with WebServer().serving() as server:
+        yield server
 
 
 @pytest.fixture

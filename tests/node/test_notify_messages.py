@@ -3,13 +3,13 @@
 import asyncio
 import json
 import socketserver
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from email import message_from_bytes
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from node.notify import fhir, hl7_oru, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient
 from node.targets import FhirTarget, Hl7Target, MailTarget, Rule, WebhookTarget
+from tests.serving import Quiet, serving
 
 PATIENT = Patient(
     patient_id="P-4711", issuer="HOSP", name="Doe^Jane", birth_date="19700131", sex="F", accession_number="ACC-9"
@@ -222,11 +223,14 @@ class WebServer:
     """Keeps what is posted and answers with `status`."""
 
     def __init__(self) -> None:
-        self.status = 200
+        self.status, self.url = 200, ""
         self.got: list[tuple[dict[str, str], bytes]] = []
+
+    @contextmanager
+    def serving(self) -> Iterator["WebServer"]:
         outer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet, BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 outer.got.append((dict(self.headers), body))
@@ -235,23 +239,15 @@ class WebServer:
                 self.send_header("Location", "http://127.0.0.1:1/")
                 self.end_headers()
 
-            def log_message(self, *_args: object) -> None:
-                """Says nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        with serving(Handler) as port:
+            self.url = f"http://127.0.0.1:{port}/hook"
+            yield self
 
 
 @pytest.fixture
 def web() -> Iterator[WebServer]:
-    server = WebServer()
-    yield server
-    server.stop()
+    with WebServer().serving() as server:
+        yield server
 
 
 def test_a_webhook_carries_the_findings_and_a_signature_that_can_be_checked(
@@ -351,7 +347,7 @@ def test_what_a_mail_servers_answer_means(mailbox: tuple[Mailbox, int], answer: 
 @pytest.fixture
 def mllp() -> Iterator[Callable[[str], tuple[int, list[bytes]]]]:
     """Starts an MLLP server that answers with this acknowledgement code, "" for rubbish; its port, what it got."""
-    servers = []
+    servers = ExitStack()
 
     def start(code: str) -> tuple[int, list[bytes]]:
         got: list[bytes] = []
@@ -365,15 +361,10 @@ def mllp() -> Iterator[Callable[[str], tuple[int, list[bytes]]]]:
                 ack = hl7.parse(frame.strip(b"\x0b\x1c\r").decode()).create_ack(code) if code else "?"
                 self.wfile.write(b"\x0b" + str(ack).encode() + b"\x1c\r")
 
-        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return int(server.server_address[1]), got
+        return servers.enter_context(serving(Handler)), got
 
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
 
 
 def test_an_acknowledged_message_is_sent(mllp: Callable[[str], tuple[int, list[bytes]]]) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socketserver
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from node.targets import Hl7Target, MailTarget, Rule, WebhookTarget
 from tests.factories import make_ct_series
 from tests.node.test_notify import analysing
 from tests.node.test_notify_messages import POSITIVE
+from tests.serving import serving
 from tests.waiting import WAIT_S
 
 
@@ -124,8 +126,7 @@ def test_a_secret_that_is_no_text_is_told_and_holds_up_nothing_else(
 @pytest.fixture
 def answering() -> Iterator[Callable[[bytes], int]]:
     """Starts an MLLP server that answers with these bytes and keeps the connection; its port."""
-    servers = []
-    leave = threading.Event()
+    servers, leave = ExitStack(), threading.Event()
 
     def start(answer: bytes) -> int:
         class Handler(socketserver.StreamRequestHandler):
@@ -135,16 +136,11 @@ def answering() -> Iterator[Callable[[bytes], int]]:
                 self.wfile.write(answer)
                 leave.wait(10)
 
-        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        return int(server.server_address[1])
+        return servers.enter_context(serving(Handler))
 
-    yield start
-    leave.set()
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with servers:
+        yield start
+        leave.set()
 
 
 @pytest.mark.parametrize(

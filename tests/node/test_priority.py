@@ -88,7 +88,7 @@ def test_a_case_that_was_put_back_keeps_its_place_and_one_that_broke_goes_behind
     for uid in ("1.1", "1.2"):
         queue(index, uid, "A", NOW)
     assert claim(index, RULES, NOW) == "1.1"
-    index.put_back(held=())
+    index.put_back()
     assert claim(index, RULES, NOW) == "1.1"
     held = index.case("1.1")
     assert held is not None

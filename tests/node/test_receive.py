@@ -41,6 +41,7 @@ from tests.node.sending import (
     make_instance,
     store_one,
 )
+from tests.stored import path_of
 from tests.waiting import WAIT_S, wait_until
 
 
@@ -57,8 +58,7 @@ def test_c_store_keeps_the_dataset_as_it_came(receiver: Config, index: Index, tm
     sent = make_instance(tmp_path / "sent", transfer_syntax_uid=syntax, rows=64, columns=64)
     assert store_one(receiver, sent) == SUCCESS
     uid = pydicom.dcmread(sent).SOPInstanceUID
-    stored = index.find_instance(uid)
-    assert stored is not None
+    stored = path_of(index, uid)
     assert encoded_dataset(stored) == encoded_dataset(sent)
     assert pydicom.dcmread(stored).file_meta.TransferSyntaxUID == syntax
     assert (pydicom.dcmread(stored).pixel_array == pydicom.dcmread(sent).pixel_array).all()
@@ -86,8 +86,7 @@ def test_success_is_answered_only_when_file_name_and_row_are_safe(
     monkeypatch.setattr(lane, "c_store_response", lambda *a: (happened.append("status"), response(*a))[1])
     sent = make_instance(tmp_path / "sent")
     assert store_one(receiver, sent) == SUCCESS
-    stored = index.find_instance(pydicom.dcmread(sent).SOPInstanceUID)
-    assert stored is not None
+    stored = path_of(index, pydicom.dcmread(sent).SOPInstanceUID)
     folder, run = stored.parent, stored.parent.parent
     # The folder is synced with the names of a batch of files in it, before any of them is used.
     assert happened == [run.name, folder.name, "row", stored.name, "status"]
@@ -180,8 +179,7 @@ def test_another_instance_with_the_same_uid_is_refused_and_the_first_kept(
         make_instance(tmp_path / str(number), lambda ds: setattr(ds, "SOPInstanceUID", uid)) for number in range(2)
     )
     assert [store_one(receiver, first), store_one(receiver, second)] == [SUCCESS, CONFLICT]
-    stored = index.find_instance(uid)
-    assert stored is not None
+    stored = path_of(index, uid)
     assert encoded_dataset(stored) == encoded_dataset(first)
     assert len(index.cases()) == 1
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import socket
 import threading
 import time
@@ -12,9 +13,10 @@ from typing import Any
 import pydicom
 import pytest
 
-from node.config import Config
+from node.config import Config, ReceiveTls
 from node.index import Index
-from node.receive import ReceiverError, Receivers, supervisor
+from node.receive import ReceiverError, Receivers, server, supervisor
+from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.node.sending import (
     SUCCESS,
@@ -139,6 +141,34 @@ def test_the_processes_stop_cleanly_while_an_association_is_open(
     assert [path for path in (index.data_dir / "instances").rglob("*.dcm") if not path.stat().st_size] == []
 
 
+def _terminated_at_once(*arguments: Any) -> None:
+    """A receiver process that gets its SIGTERM as soon as it does not die of it."""
+
+    be_child = server.be_child
+
+    def be_stopped_child(*given: Any, **named: Any) -> None:
+        be_child(*given, **named)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server, "be_child", be_stopped_child)
+        server.run(*arguments)
+
+
+def test_a_process_that_has_only_begun_hears_that_it_is_to_stop(
+    make_config: MakeConfig, index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "run", _terminated_at_once)
+    running = Receivers(make_config(receive={"processes": 1}), index)
+    running.start()
+    (begun,) = running._processes.values()
+    begun.join(WAIT_S)
+    exitcode = begun.exitcode
+    running.terminate()
+    running.join(0)
+    assert exitcode == 0
+
+
 def test_a_watch_that_runs_on_while_the_processes_end_replaces_none(receivers: tuple[Config, Receivers]) -> None:
     """The scheduler of the service does not wait for its jobs when the node stops."""
     _, running = receivers
@@ -197,10 +227,61 @@ def test_of_two_that_died_the_one_that_can_be_replaced_is_done_with_and_the_othe
         short.setattr(running, "_start", start_one)
         running.watch()
     assert reconciled == names[:1]
-    assert "action=receiver-not-started: Cannot allocate memory; it is tried again" in caplog.text
-    running.watch()
-    assert reconciled == names
+    assert "action=receiver-not-started: Cannot allocate memory. It is tried again" in caplog.text
+    wait_until(lambda: running.watch() or reconciled == names)  # after a pause
     assert len(running._processes) == 2
+
+
+def test_what_cannot_be_started_is_tried_less_and_less_often_and_told_of_once_a_minute(
+    receivers: tuple[Config, Receivers], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, running = receivers
+    for process in running._processes.values():
+        process.kill()
+        process.join()
+    tried_at: list[float] = []
+    now_s = [1000.0]
+
+    def start_none() -> None:
+        tried_at.append(now_s[0])
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    with monkeypatch.context() as short:
+        short.setattr(running, "_start", start_none)
+        short.setattr(time, "monotonic", lambda: now_s[0])
+        while now_s[0] < 1119:
+            running.watch()
+            now_s[0] += 0.25
+    assert caplog.text.count("action=receiver-not-started") == 2
+    assert "receiver-died" not in caplog.text
+    assert 10 < len(tried_at) < 20
+    running.watch()
+    assert len(running._processes) == 2
+    assert all(process.is_alive() for process in running._processes.values())
+
+
+def test_a_receiver_whose_key_is_gone_is_not_started_again_without_a_pause(
+    make_config: MakeConfig, index: Index, authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = authority.sign("server")
+    tls = ReceiveTls(certificate=files.certificate, key=files.key, verify="none")
+    running = Receivers(make_config(receive={"processes": 1, "tls": tls}), index)
+    running.start()
+    key = files.key.read_bytes()
+    try:
+        files.key.unlink()
+        (served,) = running._processes.values()
+        served.kill()
+        served.join()
+        wait_until(lambda: running.watch() or running._restarts._num_failed == 2)
+        assert caplog.text.count("action=receiver-died") == 1
+        assert caplog.text.count("action=receiver-not-started: receive.tls: ") == 1
+        files.key.write_bytes(key)
+        wait_until(lambda: running.watch() or (not running._starting and not running._restarts._num_failed))
+        assert [process.is_alive() for process in running._processes.values()] == [True]
+    finally:
+        running.terminate()
+        running.join(5)
 
 
 def test_a_port_in_use_is_named(make_config: MakeConfig, receiver: Config, index: Index) -> None:

@@ -26,6 +26,7 @@ from tests.node.sending import (
     store_one,
 )
 from tests.receiver import listening
+from tests.stored import path_of
 
 
 @pytest.fixture
@@ -91,20 +92,18 @@ def test_an_instance_whose_file_was_lost_is_taken_again_and_its_case_waits_for_i
     sent, case = received(make_config(), index, tmp_path)
     index.queue(case)
     uid = pydicom.dcmread(sent[1]).SOPInstanceUID
-    stored = index.find_instance(uid)
-    assert stored is not None
+    stored = path_of(index, uid)
     damage(stored)
     reconcile(index)
     (case,) = index.cases()
     assert (case.state, case.num_instances) == (CaseState.RECEIVING, 2)
     assert case.reason == "1 Instance was lost from the disk; send the Series again"
     assert case.series_instance_uid in caplog.text
-    assert index.find_instance(uid) is None
+    assert index.stored_file(uid) is None
     with listening(make_config(), index) as config:
         assert store_one(config, sent[1]) == SUCCESS
     assert [case.num_instances for case in index.cases()] == [3]
-    stored = index.find_instance(uid)
-    assert stored is not None
+    stored = path_of(index, uid)
     assert encoded_dataset(stored) == encoded_dataset(sent[1])
 
 
@@ -162,12 +161,11 @@ def test_of_an_open_association_a_file_with_its_length_but_not_its_bytes_is_take
     with listening(make_config(), index) as config:
         association = associate(config)
         assert [association.send_c_store(path).Status for path in sent] == [SUCCESS] * 2
-        torn = index.find_instance(uids[1])
-        assert torn is not None
+        torn = path_of(index, uids[1])
         torn.write_bytes(bytes(torn.stat().st_size))
         reconcile(index)
         association.abort()
-    assert [index.find_instance(uid) is None for uid in uids] == [False, True]
+    assert [index.stored_file(uid) is None for uid in uids] == [False, True]
     assert not torn.exists()
     with listening(make_config(), index) as config:
         assert store_one(config, sent[1]) == SUCCESS
@@ -189,10 +187,8 @@ def test_a_file_that_cannot_be_looked_at_is_named_and_keeps_no_node_from_startin
     with listening(make_config(), index) as config:
         association = associate(config)
         assert [association.send_c_store(path).Status for path in sent] == [SUCCESS] * 3
-        files = [index.find_instance(uid) for uid in uids]
-        bad, lost, sound = files
-        assert bad is not None
-        assert lost is not None
+        files = [path_of(index, uid) for uid in uids]
+        bad, lost, _ = files
         lost.write_bytes(bytes(lost.stat().st_size))
         strays = [bad.with_name("stray1.dcm"), bad.with_name("stray2.dcm")]
         for stray in strays:
@@ -215,7 +211,8 @@ def test_a_file_that_cannot_be_looked_at_is_named_and_keeps_no_node_from_startin
                 patch.setattr(Path, "unlink", lambda path, **values: (fail_at(path), unlink(path, **values))[1])
             reconcile(index)
         association.abort()
-    assert [index.find_instance(uid) for uid in uids] == [files[0], None, sound]
+    assert index.stored_file(uids[1]) is None
+    assert [path_of(index, uid) for uid in (uids[0], uids[2])] == [files[0], files[2]]
     assert [stray for stray in strays if stray.exists()] == [strays[0]] * (call == "unlink")
     assert caplog.text.count(f"path={bad}: Input/output error") == 1
 

@@ -22,20 +22,14 @@ from node.config import Config, RetentionConfig
 from node.index import Index, tables
 from node.priority import Priority
 from node.receive.reconcile import reconcile
-from node.retention import (
-    Kept,
-    What,
-    finish_interrupted,
-    plan,
-    plan_now,
-    purge,
-    relieve_disk,
-    run_retention,
-)
+from node.reminder import Reminder
+from node.retention import Kept, What, finish_interrupted, plan, plan_now, purge, relieve_disk, run_retention
+from tests.stored import add_instance
 
 DAY_S = 86400.0
 RESULT_UID = "1.2.826.99"
 MakeConfig = Callable[..., Config]
+UNSAID = Reminder(0)
 AT_ONCE = RetentionConfig(originals_days=0, results_days=0, failed_days=0)
 
 
@@ -117,8 +111,8 @@ def receive(index: Index, series: str, num_instances: int = 3) -> list[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(1000))
         header = {"sop_instance_uid": f"{series}.{number}", "series_instance_uid": series, "study_instance_uid": "1.2"}
-        assert index.add_instance(
-            association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
+        assert add_instance(
+            index, association_id=association, calling_ae_title="SCANNER", path=path, headers=[header], quiet_time_s=1
         )
         paths.append(path)
     index.end_association(association, released=True)
@@ -161,6 +155,15 @@ def bring_to(index: Index, series: str, state: CaseState) -> None:
     assert case_of(index, series).state is state
 
 
+def undelivered(index: Index, series: str) -> None:
+    """A case that its destination refused for good."""
+    receive(index, series)
+    analyse(index, series, "pacs")
+    delivery = index.next_delivery("pacs")
+    assert delivery is not None
+    index.settle_delivery(delivery, DeliveryState.FAILED, "refused for good")
+
+
 def files_of(index: Index) -> list[Path]:
     """Of what was received and made; may be asked while they go."""
     return [
@@ -191,7 +194,7 @@ def test_what_is_received_queued_analysed_or_delivered_never_goes(index: Index, 
     index.now = lambda: time.time() + 9999 * DAY_S
     full = config.model_copy(update={"retention": AT_ONCE.model_copy(update={"max_disk_gb": 1e-9})})
 
-    run_retention(index, full)
+    run_retention(index, full, UNSAID)
 
     assert sorted(files_of(index)) == before
     assert plan_now(index, full) == []
@@ -201,24 +204,20 @@ def test_results_wait_for_the_last_destination_or_for_its_being_given_up(index: 
     receive(index, "1.2.3")
     folder = analyse(index, "1.2.3", "pacs", "archive")
     for destination, end in (("pacs", DeliveryState.DONE), ("archive", DeliveryState.FAILED)):
-        run_retention(index, config)
+        run_retention(index, config, UNSAID)
         assert folder.exists()
         delivery = index.next_delivery(destination)
         assert delivery is not None
         index.settle_delivery(delivery, end, "" if end is DeliveryState.DONE else "given up")
-    run_retention(index, config)
+    run_retention(index, config, UNSAID)
 
     assert not folder.exists()
     assert case_of(index, "1.2.3").state is CaseState.FAILED
 
 
 def test_what_could_not_be_delivered_goes_by_age_and_never_for_room(index: Index, make_config: MakeConfig) -> None:
-    receive(index, "1.2.3")
-    analyse(index, "1.2.3", "pacs")
+    undelivered(index, "1.2.3")
     bring_to(index, "1.2.4", CaseState.DONE)
-    delivery = index.next_delivery("pacs")
-    assert delivery is not None
-    index.settle_delivery(delivery, DeliveryState.FAILED, "refused for good")
     full = make_config().model_copy(update={"retention": RetentionConfig(max_disk_gb=1e-9)})
 
     assert {item.kept.case.series_instance_uid for item in plan_now(index, full)} == {"1.2.4"}
@@ -260,7 +259,7 @@ def test_what_was_purged_is_known(
         bring_to(index, series, state)
     caplog.set_level(logging.INFO)
 
-    run_retention(index, config)
+    run_retention(index, config, UNSAID)
 
     assert files_of(index) == []
     done, refused = case_of(index, "1.2.3"), case_of(index, "1.2.4")
@@ -269,7 +268,7 @@ def test_what_was_purged_is_known(
     assert (refused.reason, refused.results_purged_at) == ("no stack", None)
     assert (done.num_instances, index.instance_paths("1.2.3")) == (3, [])
     assert index.is_result(f"{RESULT_UID}.1.2.3"), "what this node made is never analysed, purged or not"
-    assert index.find_instance("1.2.3.0") is None
+    assert index.stored_file("1.2.3.0") is None
     assert "series=1.2.3 what=originals bytes=3000: done 0.0 days ago, originals_days is 0" in caplog.text
     assert "action=retention purged=3 freed_mb=0.0" in caplog.text
     print_table([done], lambda _: Priority.ROUTINE)
@@ -282,7 +281,7 @@ def test_originals_may_go_and_results_stay(index: Index, make_config: MakeConfig
     bring_to(index, "1.2.3", CaseState.DONE)
     config = make_config().model_copy(update={"retention": RetentionConfig(originals_days=0, results_days=None)})
 
-    run_retention(index, config)
+    run_retention(index, config, UNSAID)
 
     case = case_of(index, "1.2.3")
     assert case.originals_purged_at is not None
@@ -292,11 +291,13 @@ def test_originals_may_go_and_results_stay(index: Index, make_config: MakeConfig
 
 def test_a_purged_series_that_comes_again_is_new(index: Index, config: Config) -> None:
     bring_to(index, "1.2.3", CaseState.DONE)
-    run_retention(index, config)
+    index.note_conflict("1.2.3", "SCANNER")
+    run_retention(index, config, UNSAID)
 
     paths = receive(index, "1.2.3", 2)
 
     case = case_of(index, "1.2.3")
+    assert (case.num_conflicts, case.conflicts) == (0, "")  # with Instances that are no more
     assert (case.state, case.num_instances, case.originals_purged_at) == (CaseState.RECEIVING, 2, None)
     assert len(index.stored_series("1.2.3").headers) == 2
     assert case.results_purged_at is not None
@@ -323,7 +324,8 @@ def test_a_case_that_a_late_instance_reopens_keeps_everything(index: Index, conf
     path = index.data_dir / "instances" / "1.2.3" / "late.dcm"
     path.write_bytes(b"late")
     header = {"sop_instance_uid": "1.2.3.99", "series_instance_uid": "1.2.3", "study_instance_uid": "1.2"}
-    index.add_instance(
+    add_instance(
+        index,
         association_id=index.open_association("X"),
         calling_ae_title="X",
         path=path,
@@ -346,9 +348,26 @@ def test_a_disk_that_is_nearly_full_is_relieved(
     usage = SimpleNamespace(total=10**12, used=0, free=free_mb * 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
-    relieve_disk(index, make_config(receive={"min_free_disk_mb": 100}))
+    relieve_disk(index, make_config(receive={"min_free_disk_mb": 100}), UNSAID)
 
     assert bool(files_of(index)) == (free_mb > 200)
+
+
+def test_a_disk_that_is_full_of_what_was_not_delivered_is_told_of_once_an_hour(
+    index: Index, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    undelivered(index, "1.2.3")
+    bring_to(index, "1.2.4", CaseState.DONE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**12, used=0, free=150 * 2**20))
+    config, reminder, now_s = make_config(receive={"min_free_disk_mb": 100}), Reminder(3600), [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    for _ in range(121):
+        relieve_disk(index, config, reminder)
+        now_s[0] += 30
+    first, second = [message for message in caplog.messages if "action=nothing-to-purge" in message]
+    assert "missing_mb=52.4 undelivered_cases=1 undelivered_mb=0.0: the disk is nearly full, and retention" in first
+    assert "`cspine deliveries list`" in second
+    assert {path.parent.name for path in files_of(index) if path.parent.parent.name == "instances"} == {"1.2.3"}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +391,7 @@ def test_the_share_of_the_disk_is_kept(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     config = make_config().model_copy(update={"retention": RetentionConfig(**limits)})  # type: ignore[arg-type]
 
-    run_retention(index, config)
+    run_retention(index, config, UNSAID)
 
     assert sorted({path.parent.name for path in files_of(index) if path.suffix == ".dcm"} - {"abc"}) == left
 
@@ -424,7 +443,7 @@ def test_kill_dash_nine_in_the_middle_and_again_converges(tmp_path: Path, seed: 
         "def remove_slowly(path):\n"
         "    global num_left; remove(path); num_left -= 1; time.sleep(0.5 if num_left < 10 else 0)\n"
         "retention._remove = remove_slowly; config = load_config(Path(sys.argv[1])); index = Index(config.data_dir)\n"
-        "print('go', flush=True); retention.run_retention(index, config)"
+        "print('go', flush=True); retention.run_retention(index, config, None)"
     )
     num_files = len(files_of(index))
     process = subprocess.Popen(
@@ -451,7 +470,7 @@ def test_kill_dash_nine_in_the_middle_and_again_converges(tmp_path: Path, seed: 
         assert case.result_dir is not None
         assert case.result_dir.is_dir() == (case.results_purged_at is None)
     assert reconcile(index) == 0
-    run_retention(index, Config(data_dir=tmp_path / "data", retention=AT_ONCE))
+    run_retention(index, Config(data_dir=tmp_path / "data", retention=AT_ONCE), UNSAID)
     assert files_of(index) == []
     index.close()
 

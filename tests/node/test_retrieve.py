@@ -257,6 +257,28 @@ def test_nothing_to_move_is_no_failure_of_the_destination(held: Held, caplog: py
     assert "action=move-failed" not in caplog.text
 
 
+def test_c_move_counts_and_names_what_the_destination_did_not_take(held: Held) -> None:
+    statuses = iter([0x0000, 0xB007, 0xA700, 0x0000])
+    ae = AE("WORKSTATION")
+    ae.add_supported_context(CTImageStorage, [ExplicitVRLittleEndian])  # and not for the report
+    answering = [(evt.EVT_C_STORE, lambda _: next(statuses))]
+    server = ae.start_server(("127.0.0.1", held.store_port), block=False, evt_handlers=answering)
+    names = Dataset()
+    names.QueryRetrieveLevel, names.StudyInstanceUID = "STUDY", held.studies[0]
+    model = StudyRootQueryRetrieveInformationModelMove
+    try:
+        with associated(held.peer, [(model, [ExplicitVRLittleEndian])], calling_ae_title="WS") as association:
+            *_, (last, failed) = association.send_c_move(names, "WORKSTATION", model)
+    finally:
+        server.shutdown()
+    counts = [last[f"NumberOf{what}Suboperations"].value for what in ("Completed", "Warning", "Failed", "Remaining")]
+    assert (last.Status, counts) == (0xB000, [2, 1, 2, 0])
+    taken = {dcmread(path).SOPInstanceUID for path in held.paths[0]}
+    assert failed is not None
+    assert len(taken.intersection(failed.FailedSOPInstanceUIDList)) == 1
+    assert len(failed.FailedSOPInstanceUIDList) == 2
+
+
 def test_a_move_of_what_is_not_named_is_refused(held: Held, tmp_path: Path) -> None:
     with workstation(held, tmp_path / "got"):
         said = movescu(

@@ -104,6 +104,20 @@ def test_patients_are_found_once_each(held: Held) -> None:
     ]
 
 
+def test_what_there_is_of_a_patient_is_counted(held: Held) -> None:
+    keys = [f"NumberOfPatientRelated{what}" for what in ("Studies", "Series", "Instances")]
+    found, statuses = ask(held.peer, "PATIENT", PATIENT_FIND, PatientID="", **dict.fromkeys(keys, ""))
+    counts = {str(answer.PatientID): [int(answer[key].value) for key in keys] for answer in found}
+    assert counts == {"P-0": [2, 3, 2 * NUM_SLICES + 1], "P-1": [1, 1, NUM_SLICES]}
+    assert statuses == {0xFF00, 0x0000}
+
+
+def test_what_is_here_is_said_to_be_online(held: Held) -> None:
+    for level in ("STUDY", "SERIES", "IMAGE"):
+        found, _ = ask(held.peer, level, InstanceAvailability="", SOPInstanceUID="")
+        assert {answer.InstanceAvailability for answer in found} == {"ONLINE"}
+
+
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DA:UserWarning")
 @pytest.mark.parametrize(
     ("level", "keys"), [("PATIENT", {}), ("NONE", {}), ("STUDY", {"StudyDate": "yesterday-today"})]

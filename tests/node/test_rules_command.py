@@ -3,16 +3,16 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from pydicom import Dataset
 from pydicom.uid import generate_uid
 
-from node.cli import main
 from node.config import Config, load_config
 from node.rules.settings import RulesConfig
 from tests.factories import SAGITTAL, make_ct_series, make_localizer, make_screen_save
@@ -23,17 +23,10 @@ REAL_CT = sorted((ROOT.parent / "shared" / "data" / "ct").glob("*"))
 Cspine = Callable[..., Result]
 
 
-@pytest.fixture
-def cspine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cspine:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("node.process.set_up_logging", lambda level: None)  # pytest's own stays
-
-    def run(*arguments: str | Path) -> Result:
-        result = CliRunner().invoke(main, ["rules", *map(str, arguments)])
-        assert result.exception is None or isinstance(result.exception, SystemExit), repr(result.exception)
-        return result
-
-    return run
+@pytest.fixture(name="cspine")
+def cspine_rules(cspine: Cspine) -> Cspine:
+    """Runs `cspine rules` with arguments."""
+    return partial(cspine, "rules")
 
 
 def make_study(folder: Path) -> dict[str, str]:

@@ -23,8 +23,9 @@ from pynetdicom import AE, evt
 from pynetdicom.sop_class import Verification
 
 from node.config import DicomDestination
-from node.send import Answer, SendError, echo, find_dicom_files, send_files
+from node.send import Answer, SendError, find_dicom_files, send_files
 from tests.factories import make_ct_series, make_report
+from tests.raw_scu import echo
 from tests.waiting import WAIT_S
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.

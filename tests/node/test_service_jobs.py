@@ -98,8 +98,8 @@ def test_a_job_that_runs_on_while_the_node_stops_costs_a_case_no_attempt(
     service._pool = workers
     put_back = service._index.put_back
 
-    def put_back_before_the_job(held: Any) -> int:
-        num = put_back(held)
+    def put_back_before_the_job() -> int:
+        num = put_back()
         job()
         return num
 
@@ -153,7 +153,7 @@ def test_a_node_stops_in_order_though_its_database_is_away(
 ) -> None:
     service = Service(make_config())
 
-    def away(held: Any) -> None:
+    def away() -> None:
         raise OperationalError("UPDATE cases", {}, Exception("the server closed the connection"))
 
     monkeypatch.setattr(service._index, "put_back", away)
@@ -180,6 +180,28 @@ def test_a_node_whose_database_another_one_took_ends_with_the_reason_and_leaves_
     assert the_case(index).state is CaseState.ANALYSING  # the other's, now
 
 
+def test_a_node_that_is_stopped_while_its_model_is_loaded_does_not_wait_for_that(
+    make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine that takes a minute, after which a service manager would kill it."""
+    stopping = threading.Event()
+
+    def load(_: Any, stopping_pool: threading.Event) -> None:
+        stopping.set()  # as by SIGTERM
+        stopping_pool.wait()
+
+    monkeypatch.setattr("node.workers._Worker.load", load)
+    started: list[bool] = []
+    config = make_config()
+    serving = threading.Thread(
+        target=service_module.serve, args=(config, stopping, lambda: started.append(True)), daemon=True
+    )
+    serving.start()
+    serving.join(WAIT_S)
+    assert not serving.is_alive()
+    assert not started
+
+
 @pytest.mark.parametrize("with_web", [True, False])
 def test_there_is_a_thread_for_each_job(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, with_web: bool
@@ -193,7 +215,7 @@ def test_there_is_a_thread_for_each_job(
     service = Service(make_config().model_copy(update={"web": web}))
     try:
         monkeypatch.setattr(service._scheduler, "start", lambda: None)
-        service.start()
+        service.start(threading.Event())
         jobs, executor = service._scheduler._pending_jobs, service._scheduler._executors["default"]
         assert executor._pool._max_workers == len(jobs) > 0
     finally:

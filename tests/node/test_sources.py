@@ -226,6 +226,33 @@ def test_what_the_source_holds_and_does_not_send_is_awaited_no_longer_than_the_q
     assert "its source holds 40" in caplog.text
 
 
+def test_a_series_that_is_started_again_has_its_source_asked_again(
+    archive: Callable[[Respond], Source], node: Node
+) -> None:
+    """It may have deleted what it did not send, or hold more of what seemed whole."""
+    counts = [40, 35, 40]
+
+    def respond(event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        yield from tells(counts[0])(event)
+
+    source = archive(respond)
+    with_source(node, source)
+    node.send(WHOLE[:35])
+    ask(node, source)
+    told = []
+    while counts:
+        node.check(86400)
+        told.append(node.case().num_at_source)
+        del counts[0]
+        claimed = node.index.claim_next()
+        assert claimed is not None
+        assert node.index.fail_attempt(claimed, "broke", 1) is CaseState.FAILED
+        assert node.index.retry(node.case())
+        if counts:
+            ask(node, source)
+    assert told == [40, 35, 40]
+
+
 def test_a_gap_stays_a_gap_whatever_the_source_says(archive: Callable[[Respond], Source], node: Node) -> None:
     source = archive(tells(len(GAP)))
     with_source(node, source)

@@ -11,11 +11,12 @@ import pytest
 from node.check import check_certificates
 from node.config import Config, DeliverConfig, DicomDestination, ReceiveConfig, ReceiveTls
 from node.peers import ClientTls
-from node.send import SendError, echo, send_files
+from node.send import SendError, send_files
 from node.tls import ServerTls, TlsError, check_dates, client_context, server_context
 from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.ports import free_port
+from tests.raw_scu import echo
 from tests.waiting import wait_until
 
 # pynetdicom leaves the socket of a refused connection open.

@@ -21,7 +21,7 @@ from node.index import Index
 from node.web import case_list
 from node.web.settings import WebConfig
 from tests.factories import make_ct_series, make_report
-from tests.web_server import WebServer, hold
+from tests.web_server import WebServer, found_in, hold
 
 LEVELS = ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
 Receive = Callable[[], Case]
@@ -149,7 +149,7 @@ def test_results_of_before_a_case_was_refused_or_skipped_are_shown_to_nobody(
     analyse(index, receive(), 0.934, ["C5"])
 
     def shown() -> tuple[list[str], int]:
-        found = server.get("/series?Modality=SEG").json()
+        found = found_in(server.get("/series?Modality=SEG"))
         return Read(get(server).text).rows[1][3:6], len(found)
 
     assert shown() == (["done", "0.93", "C5"], 1)

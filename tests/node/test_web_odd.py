@@ -21,7 +21,7 @@ from node.web import viewer
 from tests.factories import make_ct_series, make_enhanced_ct, make_report
 from tests.node.test_web import OCTETS, parts, path_of, uids_of, values
 from tests.transfer_syntaxes import convert
-from tests.web_server import WebServer, hold
+from tests.web_server import WebServer, found_in, hold
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ from tests.web_server import WebServer, hold
 def test_a_name_is_found_by_each_of_its_groups_and_a_text_by_all_of_it(
     japanese: WebServer, query: str, is_found: bool
 ) -> None:
-    assert len(japanese.get(f"/studies?{query}").json()) == is_found
+    assert len(found_in(japanese.get(f"/studies?{query}"))) == is_found
 
 
 NAMES = {
@@ -85,7 +85,7 @@ NAMES = {
     ],
 )
 def test_delimiters_at_the_end_of_a_name_do_not_count(named: WebServer, name: str, patients: str) -> None:
-    found = named.get(f"/studies?PatientName={name}").json()
+    found = found_in(named.get(f"/studies?PatientName={name}"))
     assert "".join(sorted(values(found, "00100020"))) == patients
 
 
@@ -121,6 +121,27 @@ def test_what_can_be_no_file_of_the_viewer_is_not_there(
     monkeypatch.setattr(viewer, "PLACES", (tmp_path / "viewer",))
     assert requests.get(japanese.root + path, timeout=20).status_code == 404
     assert requests.get(f"{japanese.root}/viewer{path}", timeout=20).text == "OHIF"
+
+
+def test_a_browser_that_has_a_file_of_the_viewer_is_not_sent_it_again(
+    japanese: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "app.js"
+    script.write_text("old")
+    (tmp_path / "index.html").write_text("OHIF")
+    monkeypatch.setattr(viewer, "PLACES", (tmp_path,))
+
+    def ask(known: str = "") -> requests.Response:
+        return requests.get(f"{japanese.root}/app.js", headers={"If-None-Match": known}, timeout=20)
+
+    tag = ask().headers["ETag"]
+    for known in (tag, f'"other", W/{tag}'):
+        answer = ask(known)
+        assert (answer.status_code, answer.content, answer.headers["ETag"]) == (304, b"", tag)
+    assert ask('"other"').text == "old"
+    script.write_text("newer")
+    answer = ask(tag)
+    assert (answer.status_code, answer.text) == (200, "newer")
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +218,31 @@ def test_a_number_of_frames_that_is_none_counts_as_one(index: Index, number: str
         assert server.get(path_of(paths[0]) + "/thumbnail").status_code == shown
         pngs = 'multipart/related; type="image/png"'
         assert server.get(path_of(paths[0], 2) + "/rendered", pngs).status_code == shown
+    finally:
+        server.stop()
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR:UserWarning")
+def test_numbers_dates_and_times_are_found_however_they_are_written(index: Index) -> None:
+    def edit(i: int, ds: Dataset) -> None:
+        ds.SeriesNumber, ds.InstanceNumber = "03", f"{i + 1:04d}"
+        ds.StudyDate, ds.StudyTime = "1992.01.02", "10:30:00"
+
+    hold(index, make_ct_series(index.data_dir / "instances" / "old", num_slices=3, edit=edit))
+    server = WebServer(Config(), index)
+    try:
+        for query, count in (
+            ("SeriesNumber=3", 3),
+            ("SeriesNumber=003", 3),
+            ("SeriesNumber=30", 0),
+            ("InstanceNumber=1", 1),
+            ("InstanceNumber=0002", 1),
+            ("StudyDate=19920102&StudyTime=103000", 3),
+            ("StudyDate=19920101-19920103&StudyTime=11-12", 3),
+            ("StudyDate=19920102-19920103&StudyTime=11-12", 0),
+            ("StudyTime=1000-1030", 3),
+        ):
+            assert len(found_in(server.get(f"/instances?{query}"))) == count, query
     finally:
         server.stop()
 

@@ -1,13 +1,16 @@
 """The process of the HTTP side as the service sees it."""
 
+import socket
 from collections.abc import Callable
+
+import pytest
 
 from node.config import Config
 from node.index import Index
 from node.web.settings import WebConfig
 from node.web.supervisor import WebProcess
 from tests.ports import free_port
-from tests.waiting import WAIT_S
+from tests.waiting import WAIT_S, wait_until
 
 
 def test_a_watch_that_runs_on_while_the_process_ends_starts_no_other(
@@ -26,3 +29,27 @@ def test_a_watch_that_runs_on_while_the_process_ends_starts_no_other(
         assert web._process is process
     finally:
         web.join(0)
+
+
+def test_where_it_cannot_be_started_again_it_is_tried_with_pauses_and_told_of_once_a_minute(
+    make_config: Callable[..., Config], index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = free_port()
+    web = WebProcess(make_config().model_copy(update={"web": WebConfig(enabled=True, port=port)}), index)
+    web.start()
+    process = web._process
+    try:
+        assert process is not None
+        process.kill()
+        process.join()
+        with socket.create_server(("127.0.0.1", port)):
+            wait_until(lambda: web.watch() or web._restarts._num_failed == 2)
+            started = web._process
+            web.watch()
+            assert web._process is started  # it waits
+        assert caplog.text.count("action=web-died") == 1
+        assert caplog.text.count("action=web-not-started") == 1
+        wait_until(lambda: web.watch() or web._is_serving)
+    finally:
+        web.terminate()
+        web.join(5)

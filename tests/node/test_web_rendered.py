@@ -161,6 +161,18 @@ def test_a_region_is_cut_out_and_mirrored_where_its_size_is_negative(web: WebSer
     assert (shown(web, paths[0], "?window=300,600&viewport=20,17,4,3") == whole[3:, 4:]).all()
 
 
+def test_what_is_not_drawn_is_said(web: WebServer, paths: list[Path]) -> None:
+    plain = web.get(path_of(paths[0]) + "/rendered?iccprofile=no")
+    assert "Warning" not in plain.headers
+    for url, accept in ((path_of(paths[0]) + "/rendered", ""), (path_of(paths[0], 2) + "/rendered", PNGS)):
+        answer = web.get(f"{url}?annotation=technique,patient&iccprofile=srgb", accept)
+        assert answer.headers["Warning"] == (
+            '299 cspine: "The following annotation values are not supported: technique,patient", '
+            '299 cspine: "The iccprofile parameter is not supported: the picture has none"'
+        )
+    assert web.get(path_of(paths[0]) + "/rendered?annotation=patient").content == plain.content
+
+
 @pytest.mark.parametrize(
     "query",
     [

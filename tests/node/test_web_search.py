@@ -10,7 +10,10 @@ from node.index import Index
 from node.web import qido
 from tests.factories import make_ct_series
 from tests.node.test_web import values
-from tests.web_server import WebServer, hold
+from tests.web_server import WebServer, found_in, hold
+
+# Date and time of each Study, and of the step that its Series are of.
+MOMENTS = {"A": ("20260101", "1530"), "B": ("20260102", "093000.25"), "C": ("20260103", "")}
 
 
 def _request(step: str, procedure: str) -> Dataset:
@@ -29,7 +32,10 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
 
         def edit(_i: int, ds: Dataset, name: str = name, items: list[Dataset] = items) -> None:
             ds.PatientID, ds.SeriesNumber, ds.TimezoneOffsetFromUTC = name, ord(name), "+0100"
+            ds.PatientAge = "050Y"
             ds.StudyDescription = "" if name == "C" else f"Neck {name}"
+            ds.StudyDate, ds.StudyTime = MOMENTS[name]
+            ds.PerformedProcedureStepStartDate, ds.PerformedProcedureStepStartTime = MOMENTS[name]
             if items:
                 ds.RequestAttributesSequence = items
 
@@ -51,17 +57,78 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WebServer]:
         ("00400275.00401001=rp1", ""),
         ("00400275.00401001=", "ABC"),
         ("00400275.00401001=RP1&PatientID=B", "B"),
-        ("TimezoneOffsetFromUTC=%2B0100", "ABC"),
-        ("TimezoneOffsetFromUTC=-0500", ""),
     ],
 )
 @pytest.mark.parametrize(("level", "num_each"), [("series", 1), ("instances", 2)])
 def test_a_series_is_found_by_what_was_requested(
     web: WebServer, level: str, num_each: int, query: str, patients: str
 ) -> None:
-    answer = web.get(f"/{level}?{query}")
-    assert answer.status_code == 200, answer.text
-    assert sorted(values(answer.json(), "00100020")) == sorted(list(patients) * num_each)
+    found = found_in(web.get(f"/{level}?{query}"))
+    assert sorted(values(found, "00100020")) == sorted(list(patients) * num_each)
+
+
+@pytest.mark.parametrize(
+    ("date", "time", "patients"),
+    [
+        ("20260101-20260102", "1500-1000", "AB"),  # from the first day at 15:00 to the second at 10:00
+        ("20260101-20260102", "1531-1000", "B"),
+        ("20260101-20260102", "153000.000-093000", "AB"),
+        ("20260101-20260102", "1500-0929", "A"),
+        ("20260101-20260103", "1600-0000", "BC"),  # of C only the day is known
+        ("20260101-", "1600-", "BC"),
+        ("-20260102", "-0900", "A"),
+        ("-20260102", "-0930", "AB"),
+        ("20260101-20260102", "1500-", "A"),  # not of the same form: of each day from 15:00 on
+        ("20260101-20260102", "1530", "A"),
+        ("20260101", "1500-1600", "A"),
+        ("", "0900-1000", "B"),
+        ("", "1530", "A"),
+        ("", "153000-", "A"),
+    ],
+)
+@pytest.mark.parametrize("of", ["Study", "PerformedProcedureStepStart"])
+def test_ranges_of_date_and_time_are_one_of_moments(
+    web: WebServer, of: str, date: str, time: str, patients: str
+) -> None:
+    found = found_in(web.get(f"/series?{of}Date={date}&{of}Time={time}"))
+    assert sorted(values(found, "00100020")) == list(patients)
+    assert found_in(web.get(f"/series?{of}Time={time}&{of}Date={date}")) == found
+
+
+def test_a_range_of_moments_that_is_none_is_refused(web: WebServer) -> None:
+    assert web.get("/series?StudyDate=-&StudyTime=-").status_code == 400
+    assert web.get("/series?StudyDate=2026-01-01&StudyTime=10-11").status_code == 400
+    assert web.get("/series?StudyDate=yesterday-yesterda2&StudyTime=10-11").status_code == 400
+
+
+@pytest.mark.parametrize("zone", ["TimezoneOffsetFromUTC=-0500", "00080201=%2B0100"])
+def test_a_timezone_is_that_of_the_query_and_no_key(web: WebServer, zone: str) -> None:
+    answer = web.get(f"/studies?{zone}")
+    assert len(found_in(answer)) == 3
+    assert "Warning" not in answer.headers
+    answer = web.get(f"/studies?{zone}&StudyDate=20260102")
+    assert values(found_in(answer), "00100020") == ["B"]
+    assert "TimezoneOffsetFromUTC is not taken into account" in answer.headers["Warning"]
+
+
+def test_what_is_no_attribute_is_ignored_and_said(web: WebServer) -> None:
+    answer = web.get('/studies?orderby=PatientID&PatientID=A&_=1&a"%0D%0AX: y=1&00090010=ACME')
+    assert values(found_in(answer), "00100020") == ["A"]
+    assert answer.headers["Warning"] == (
+        '299 cspine: "These parameters are not supported and were ignored: orderby, _, a%22%0D%0AX%3A%20y, 00090010"'
+    )
+    for query in ("accept=application/dicom%2Bjson", "charset=utf-8", "includefield=00091001,KVP&PatientName="):
+        answer = web.get(f"/studies?{query}")
+        assert len(found_in(answer)) == 3
+        assert "Warning" not in answer.headers
+
+
+def test_json_is_called_as_it_is_asked_for(web: WebServer) -> None:
+    (found,) = web.get("/instances?limit=1").json()
+    for path in ("/studies", found["00081190"]["Value"][0].removeprefix(web.url) + "/metadata"):
+        for accept in ("application/json", "application/dicom+json"):
+            assert web.get(path, accept).headers["Content-Type"] == accept
+            assert web.get(f"{path}?accept={accept.replace('+', '%2B')}").headers["Content-Type"] == accept
 
 
 def test_a_series_says_what_was_requested_and_in_which_timezone(web: WebServer) -> None:
@@ -92,17 +159,19 @@ def test_all_fields_are_those_of_the_file_without_bulk_data(web: WebServer) -> N
     ds = dcmread(web.catalog.files(*(found[tag]["Value"][0] for tag in ("0020000D", "0020000E", "00080018")))[0].path)
     del ds.PixelData
     assert found.pop("00081190")["Value"][0].endswith(ds.SOPInstanceUID)
+    assert found.pop("00080056")["Value"] == ["ONLINE"]
     assert Dataset.from_json(found) == Dataset.from_json(ds.to_json_dict())
 
 
-def test_all_fields_of_a_series_or_study_are_none_of_the_levels_below(web: WebServer) -> None:
+def test_all_fields_of_a_series_or_study_are_those_of_its_level(web: WebServer) -> None:
+    """Not what its first Instance has for itself, such as KVP and where it lies (PS3.18 10.6.3.3)."""
     (series,) = web.get("/series?includefield=all&PatientID=A").json()
-    assert series["00180060"] == {"vr": "DS"}
     assert series["00080070"]["Value"] == ["Factory"]
-    assert not series.keys() & {"00080018", "00200013"}
+    assert series["00101010"]["Value"] == ["050Y"]
+    assert not series.keys() & {"00080018", "00200013", "00180060", "00200032", "00280030"}
     (study,) = web.get("/studies?includefield=all&PatientID=A").json()
-    assert study["00080070"]["Value"] == ["Factory"]
-    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011"}
+    assert study["00101010"]["Value"] == ["050Y"]
+    assert not study.keys() & {"00080018", "00200013", "0020000E", "00200011", "00080070", "00200052"}
 
 
 def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,9 +197,7 @@ def test_a_page_of_all_fields_is_bounded(web: WebServer, monkeypatch: pytest.Mon
     ],
 )
 def test_empty_values_and_lists_are_matched_where_that_is_asked_for(web: WebServer, query: str, patients: str) -> None:
-    answer = web.get(f"/studies?{query}")
-    assert answer.status_code == 200, answer.text
-    assert sorted(values(answer.json(), "00100020")) == sorted(patients)
+    assert sorted(values(found_in(web.get(f"/studies?{query}")), "00100020")) == sorted(patients)
 
 
 @pytest.mark.parametrize(

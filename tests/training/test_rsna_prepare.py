@@ -22,9 +22,9 @@ from model import LEVELS, Grid
 from model.phantom import Phantom, write_series
 from tests.training.rsna_data import NUM_STUDIES, SPACING_MM, make_cache, uid
 from training.cli import main
+from training.drawn_boxes import DrawnBox
 from training.rsna import Cache, CacheError, Settings, SourceStudy, labels_on, prepare, read_source
 from training.rsna.demo import SMALL, draw_study, traits
-from training.rsna.source import DrawnBox
 from training.rsna.study import prepare_study
 
 USABLE = [number for number in range(NUM_STUDIES) if not traits(number).is_sagittal]

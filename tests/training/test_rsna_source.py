@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from model import LEVELS
+from training.evaluation import InputError
+from training.evaluation.froc import read_boxes
 from training.rsna import SourceError, read_source
 from training.rsna.folds import Member, assign_folds
 
@@ -79,10 +81,27 @@ def test_tables_that_a_spreadsheet_saved_with_blanks_and_empty_rows_are_read(tmp
     assert not source.problems
 
 
-@pytest.mark.parametrize("box", ["1,2,3,4,inf", "nan,2,3,4,5", "1,2,3,4,5.7", "1,2,3,,5", "1,2,0,4,5", "1,2,3,-4,5"])
-def test_a_box_that_is_nowhere_is_refused_with_its_line(tmp_path: Path, box: str) -> None:
-    with pytest.raises(SourceError, match="in line 2"):
-        read_source(write_tables(tmp_path, boxes=f"1.2,{box}\n"))
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ("1,2,3,4,inf", "slice_number is 'inf', which is no number. Correct the line."),
+        ("nan,2,3,4,5", "x is 'nan', which is no number. Correct the line."),
+        ("1,2,3,,5", "height is '', which is no number. Correct the line."),
+        ("1,2,3,4,5.7", "slice_number is 5.7; it is the n of n.dcm, a whole number."),
+        ("1,2,0,4,5", "a box of 0 x 4 pixels has no area. Remove the line."),
+        ("1,2,3,-4,5", "a box of 3 x -4 pixels has no area. Remove the line."),
+    ],
+)
+def test_a_box_that_is_nowhere_is_refused_with_its_line_by_preparation_and_evaluation_alike(
+    tmp_path: Path, box: str, reason: str
+) -> None:
+    write_tables(tmp_path, boxes=f"1.2,{box}\n")
+    path = tmp_path / "train_bounding_boxes.csv"
+    with pytest.raises(SourceError) as prepared:
+        read_source(tmp_path)
+    with pytest.raises(InputError) as evaluated:
+        read_boxes(path, scored=False)
+    assert str(prepared.value) == str(evaluated.value) == f"{path}, line 2: {reason}"
 
 
 def test_a_table_that_is_no_utf_8_is_refused(tmp_path: Path) -> None:

@@ -44,31 +44,9 @@ from training.steps.run import Run
     show_default=True,
     help="Ask about each vertebra and its mirror image, here and in the bundle.",
 )
-def classify(
-    run: Run,
-    cut: str,
-    encoder: str,
-    num_hidden: int,
-    num_layers: int,
-    num_heads: str,
-    dropout: float,
-    mixup: float,
-    start: str,
-    mirrored: bool,
-) -> dict[str, Any]:
+def classify(run: Run, num_heads: str, **plan: Any) -> dict[str, Any]:
     """Train the fracture network of one fold: CNN, BiGRU and attention over each vertebra's slices."""
     from training.steps.classify import ClassifyPlan
     from training.steps.classify import classify as train
 
-    plan = ClassifyPlan(
-        cut=cut,
-        encoder=encoder,
-        num_hidden=num_hidden,
-        num_heads=int(num_heads),
-        num_layers=num_layers,
-        dropout=dropout,
-        mixup=mixup,
-        start=start,
-        mirrored=mirrored,
-    )
-    return train(run, plan)
+    return train(run, ClassifyPlan(num_heads=int(num_heads), **plan))

@@ -15,8 +15,8 @@ RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
 @CACHE_AND_WORK[1]
 @click.option("--out", type=FOLDER, required=True, help="Folder for the bundle.")
 @click.option("--name", default="cspine-rsna", show_default=True, help="Of the model.")
-@click.option("--model-version", default="0.1.0", show_default=True)
-@click.option("--data", default=RSNA, show_default=True, help="What it was trained on.")
+@click.option("--model-version", "version", default="0.1.0", show_default=True)
+@click.option("--data", "data_name", default=RSNA, show_default=True, help="What it was trained on.")
 @click.option(
     "--licence", default="non-commercial research", show_default=True, help="Of that data, and so of the model."
 )
@@ -26,30 +26,13 @@ RSNA = "RSNA 2022 Cervical Spine Fracture Detection"
     show_default=True,
     help="A sentence that is shown wherever the model's numbers are.",
 )
-def export(
-    cache: Path,
-    work: Path,
-    out: Path,
-    name: str,
-    model_version: str,
-    data: str,
-    licence: str,
-    trained_on: str,
-) -> None:
+def export(cache: Path, work: Path, out: Path, **plan: Any) -> None:
     """Write one bundle: all finished folds together, calibrated, with their metrics."""
     from training.steps.export import ExportPlan
     from training.steps.export import export as write
 
-    plan = ExportPlan(
-        name=name,
-        version=model_version,
-        data_name=data,
-        licence=licence,
-        trained_on=trained_on,
-    )
-
     def metrics() -> dict[str, Any]:
-        held_out: dict[str, Any] = write(cache, work, out, plan).metrics["held_out"]
+        held_out: dict[str, Any] = write(cache, work, out, ExportPlan(**plan)).metrics["held_out"]
         return held_out
 
     echo(metrics)

@@ -15,6 +15,7 @@ from training.steps.run import Run
 @click.option("--patch", default=64, show_default=True, help="Side of a sample, in pixels of the cut; four a vertebra.")
 @click.option(
     "--pseudo-label-rounds",
+    "num_rounds",
     type=click.IntRange(0),
     default=2,
     show_default=True,
@@ -23,10 +24,9 @@ from training.steps.run import Run
 @click.option(
     "--threshold", type=SHARE, default=0.5, show_default=True, help="Probability from which a pixel is drawn."
 )
-def regions(run: Run, cut: str, encoder: str, patch: int, pseudo_label_rounds: int, threshold: float) -> dict[str, Any]:
+def regions(run: Run, **plan: Any) -> dict[str, Any]:
     """Train the fracture-region U-Net of one fold: from boxes at the bone, and from intact vertebrae."""
     from training.steps.regions import RegionsPlan
     from training.steps.regions import regions as train
 
-    plan = RegionsPlan(cut=cut, encoder=encoder, patch=patch, num_rounds=pseudo_label_rounds, threshold=threshold)
-    return train(run, plan)
+    return train(run, RegionsPlan(**plan))

@@ -29,26 +29,17 @@ from training.steps.run import Run, StepError
     "--crop", default="96,80,80", show_default=True, callback=counts, help="Voxels of unet3d's samples, Z,Y,X."
 )
 @click.option("--encoder", default="efficientnet-b0", show_default=True, help="Of unet2d.")
-@click.option("--pixels", default=256, show_default=True, help="Side of unet2d's samples.")
+@click.option("--pixels", "num_pixels", default=256, show_default=True, help="Side of unet2d's samples.")
 @click.option(
     "--pseudo-label-rounds",
+    "num_rounds",
     type=click.IntRange(0),
     default=2,
     show_default=True,
     help="With studies that have no mask.",
 )
 @click.option("--label-all", is_flag=True, help="Label all studies, not the held-out fold only: for a single fold.")
-def segment(
-    run: Run,
-    network: str,
-    channels: tuple[int, ...],
-    spacing_mm: float,
-    crop: tuple[int, ...],
-    encoder: str,
-    pixels: int,
-    pseudo_label_rounds: int,
-    label_all: bool,
-) -> dict[str, Any]:
+def segment(run: Run, channels: tuple[int, ...], crop: tuple[int, ...], label_all: bool, **plan: Any) -> dict[str, Any]:
     """Train the vertebra U-Net of one fold and label the studies held out.
 
     A run that was killed goes on when the same command is given again.
@@ -59,13 +50,4 @@ def segment(
     stride = 2 ** (len(channels) - 1)
     if len(crop) != 3 or any(side % stride for side in crop):
         raise StepError(f"--crop is {crop}; with {len(channels)} channels it must be three multiples of {stride}.")
-    plan = SegmentPlan(
-        network=network,
-        channels=channels,
-        spacing_mm=spacing_mm,
-        crop=crop,
-        encoder=encoder,
-        num_pixels=pixels,
-        num_rounds=pseudo_label_rounds,
-    )
-    return train(run, plan, label_all=label_all)
+    return train(run, SegmentPlan(channels=channels, crop=crop, **plan), label_all=label_all)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from model.levels import LEVELS, OUTPUTS
+from training.drawn_boxes import BOX_COLUMNS
 from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
 from training.evaluation.evaluate import Inputs, evaluate
-from training.evaluation.froc import BOX_COLUMNS, read_boxes
+from training.evaluation.froc import read_boxes
 from training.evaluation.loss import weighted_log_loss
 from training.evaluation.metrics import Settings
 from training.evaluation.run import Run, run_model

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from training.drawn_boxes import BOX_COLUMNS, DrawnBox, parse_box, parse_number
 from training.evaluation.bootstrap import percentile_interval
 from training.evaluation.tables import STUDY, InputError, read_rows
 
@@ -26,18 +27,11 @@ Array = NDArray[np.float64]
 MIN_IOU = 0.2
 FALSE_POSITIVES_PER_STUDY = (0.5, 1, 2)
 
-BOX_COLUMNS = ("x", "y", "width", "height", "slice_number")
-
 
 @dataclass(frozen=True, kw_only=True)
-class Box:
-    """A rectangle in one slice, in its pixels: `x`, `y` is the upper left corner. score: 1 for a true box."""
+class Box(DrawnBox):
+    """A drawn box, or a predicted one. score: 1 for a true box."""
 
-    x: float
-    y: float
-    width: float
-    height: float
-    slice_number: int
     score: float = 1.0
 
 
@@ -57,23 +51,10 @@ def read_boxes(path: Path, *, scored: bool) -> Boxes:
     found: Boxes = {}
     names = (*BOX_COLUMNS, "score") if scored else BOX_COLUMNS
     for line, row in read_rows(path, (STUDY, *names), may_be_empty=scored):
-        numbers = {}
-        for name in names:
-            try:
-                numbers[name] = float(row[name])
-            except ValueError:
-                numbers[name] = math.nan
-            if not math.isfinite(numbers[name]):
-                raise InputError(f"{path}, line {line}, column {name}: {row[name]!r} is no number. Correct the line.")
-        if numbers["width"] <= 0 or numbers["height"] <= 0:
-            raise InputError(
-                f"{path}, line {line}: a box of {row['width']} x {row['height']} pixels has no area. Remove the line."
-            )
-        if numbers["slice_number"] != int(numbers["slice_number"]):
-            raise InputError(
-                f"{path}, line {line}: slice_number is {row['slice_number']}; it is the n of n.dcm, a whole number."
-            )
-        box = Box(**(numbers | {"slice_number": int(numbers["slice_number"])}))  # type: ignore[arg-type]
+        try:
+            box = Box(**vars(parse_box(row)), score=parse_number(row, "score") if scored else 1.0)
+        except ValueError as error:
+            raise InputError(f"{path}, line {line}: {error}") from None
         found.setdefault(row[STUDY], []).append(box)
     return found
 

@@ -67,7 +67,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.8.0"
+VERSION = "0.9.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -121,6 +121,7 @@ class Plan:
         (8000, 2700),
         (1500, 3000),
         (1800, 1700),
+        (1000, 3000),
     )
     batch_size: int = 4
     num_workers: int = 2
@@ -250,7 +251,7 @@ def train_fractures(
     stacks += _all(write_stacks, work / "phantom-stacks", phantom_seeds, workers, SEGMENT, CLASSIFY, unet)
     for path in patients[: plan.num_patients]:
         write_patient_stacks(work / "patients" / path.name, path, find, CLASSIFY)
-    stacks += sorted((work / "patients").glob("*.npz"))
+    stacks += sorted((work / "patients").glob("[!.]*.npz"))
     network = FractureNet(CLASSIFY.encoder, CLASSIFY.num_hidden, num_heads=CLASSIFY.num_heads, dropout=0.3)
     torch.set_num_threads(plan.num_workers)
     for number, (num_patch_steps, num_stack_steps) in enumerate(plan.fracture_steps):
@@ -261,6 +262,7 @@ def train_fractures(
             num_stack_steps=num_stack_steps,
             batch_size=plan.batch_size,
             seed=2 + number,
+            is_for_patients=True,
         )
         _follow(f"fracture network, cycle {number}", steps, num_patch_steps + num_stack_steps)
         _keep(network, work / f"fractures-{number}.pt")

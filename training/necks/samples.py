@@ -4,11 +4,9 @@ Every file is an npz with `hu`, `share`, `level` and `aux` as of `synthetic.Neck
 `certainty` (`openkbp.RealNeck`), and of real ones `spine`, points along the canal in voxels `(n, 3)`.
 """
 
-import os
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +17,13 @@ from model.geometry import Grid
 from model.phantom import render
 from model.resample import average_pool
 from model.volume import Volume
+from training.files import write_npz
 from training.inserted import insert, inserted_stacks
 from training.necks.atlas import Atlas, load_atlas
 from training.necks.openkbp import OUTLINE_KNOWN, OUTLINE_UNKNOWN, RealNeck, read_contours, weak_labels
 from training.necks.stacks import FindVertebrae, write_neck_stacks
 from training.necks.synthetic import AUX_UNKNOWN, draw_neck
-from training.samples import random_patient, whole_neck_grid
+from training.samples import pooled_truth, random_patient, whole_neck_grid
 
 COARSE_MM, FINE_MM = 3.0, 1.0
 PATIENT_COPIES, PATIENT_BOOST, PATIENT_NEGATIVES = 3, 6.0, 0.3
@@ -46,7 +45,7 @@ def write_drawn(path: Path, seed: int, atlas: Path, fine: bool) -> None:
     rng = np.random.default_rng([seed, 43 if fine else 41])
     spacing_mm, shape = (FINE_MM, FINE_SHAPE) if fine else (COARSE_MM, COARSE_SHAPE)
     neck = draw_neck(_atlas(atlas), rng, spacing_mm=spacing_mm, shape=shape, oversample=1 if fine else 2)
-    _write(path, {"hu": neck.hu, "share": neck.share, "level": neck.level, "aux": neck.aux})
+    write_npz(path, hu=neck.hu, share=neck.share, level=neck.level, aux=neck.aux)
 
 
 def write_stacks_of_drawn(path: Path, seed: int, atlas: Path, classify: ClassifySettings, find: FindVertebrae) -> None:
@@ -80,7 +79,7 @@ def write_patient_stacks(path: Path, patient: Path, find: FindVertebrae, classif
         if eligible:
             copies.append(inserted_stacks(replace(inserted, eligible=eligible), labels, contours.grid, classify))
     if copies:
-        _write(path, {name: np.concatenate([copy[name] for copy in copies]) for name in copies[0]})
+        write_npz(path, **{name: np.concatenate([copy[name] for copy in copies]) for name in copies[0]})
 
 
 def write_phantom(path: Path, seed: int, fine: bool) -> None:
@@ -98,22 +97,18 @@ def write_phantom(path: Path, seed: int, fine: bool) -> None:
         grid, factor = whole_neck_grid(anatomy, rng, COARSE_MM / 2), 2
     noise_hu, blur_mm = rng.uniform(5, 50), rng.uniform(0.4, 2.0)
     phantom = render(anatomy, grid, noise_hu=noise_hu, blur_mm=blur_mm, seed=int(rng.integers(1 << 31)))
-    factors = (factor, factor, factor)
-    share = average_pool((phantom.vertebrae > 0).astype(np.int16), factors)
-    sums = average_pool(phantom.vertebrae.astype(np.int16), factors)
-    level = torch.where(share > 0, sums / share.clamp(min=1e-6), 0).round().to(torch.uint8).numpy()
+    share, mean_level = pooled_truth(phantom, factor)
+    level = mean_level.round().to(torch.uint8).numpy()
     certainty = np.full(level.shape, OUTLINE_KNOWN, np.uint8)
     thoracic = np.flatnonzero((level == 8).any(axis=(1, 2)))
     certainty[: thoracic[0] + 1 if len(thoracic) else 0] = OUTLINE_UNKNOWN
-    _write(
+    write_npz(
         path,
-        {
-            "hu": average_pool(phantom.voxels_hu, factors).round().to(torch.int16).numpy(),
-            "share": (share * 255).round().to(torch.uint8).numpy(),
-            "level": level,
-            "aux": np.full(level.shape, AUX_UNKNOWN, np.uint8),
-            "certainty": certainty,
-        },
+        hu=average_pool(phantom.voxels_hu, (factor,) * 3).round().to(torch.int16).numpy(),
+        share=(share * 255).round().to(torch.uint8).numpy(),
+        level=level,
+        aux=np.full(level.shape, AUX_UNKNOWN, np.uint8),
+        certainty=certainty,
     )
 
 
@@ -124,22 +119,12 @@ def read_real(path: Path, multiple: int) -> RealNeck:
 
 def write_real(path: Path, neck: RealNeck, spine_lps_mm: NDArray[np.float64]) -> None:
     """A real neck with weak or pseudo-labels. spine_lps_mm: points of the canal around which crops are cut."""
-    _write(
+    write_npz(
         path,
-        {
-            "hu": neck.hu,
-            "share": neck.share,
-            "level": neck.level,
-            "aux": neck.aux,
-            "certainty": neck.certainty,
-            "spine": neck.grid.to_index(spine_lps_mm),
-        },
+        hu=neck.hu,
+        share=neck.share,
+        level=neck.level,
+        aux=neck.aux,
+        certainty=neck.certainty,
+        spine=neck.grid.to_index(spine_lps_mm),
     )
-
-
-def _write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    unfinished.replace(path)

@@ -5,13 +5,13 @@ or `<UID>/` beside `train.csv`. Masks may be `.nii` or `.nii.gz`; tables and mas
 """
 
 import csv
-import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from model import LEVELS
+from training.drawn_boxes import BOX_COLUMNS, DrawnBox, parse_box
 
 TARGETS = ("patient_overall", *LEVELS)
 
@@ -20,17 +20,6 @@ _UID = re.compile(r"[0-9]+(\.[0-9]+)*")  # folders are named by it: ".." would l
 
 class SourceError(Exception):
     """This folder is not the data set, or its tables cannot be read; the message says what is expected."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DrawnBox:
-    """One row of `train_bounding_boxes.csv`: slice_number is the number of the file."""
-
-    slice_number: int
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,22 +93,15 @@ def _read_boxes(path: Path, labels: dict[str, dict[str, bool]]) -> tuple[dict[st
     num_foreign = 0
     if not path.exists():
         return boxes, [f"There is no {path.name}: no fracture has a box."]
-    for number, row in _rows(path, ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")):
+    for number, row in _rows(path, ("StudyInstanceUID", *BOX_COLUMNS)):
         try:
-            x, y, width, height, place = (float(row[name]) for name in ("x", "y", "width", "height", "slice_number"))
+            box = parse_box(row)
         except ValueError as error:
-            raise SourceError(f"{path} has a value in line {number} that is no number ({error}).") from error
-        is_box = all(map(math.isfinite, (x, y, width, height))) and width > 0 and height > 0
-        if not is_box or not place.is_integer():
-            raise SourceError(
-                f"{path} has a box ({x:g}, {y:g}, {width:g}, {height:g}) in slice {place:g} in line {number}; finite "
-                "numbers are expected, of width and height above 0, and the n of n.dcm."
-            )
-        if row["StudyInstanceUID"] not in labels:
+            raise SourceError(f"{path}, line {number}: {error}") from None
+        if row["StudyInstanceUID"] in labels:
+            boxes[row["StudyInstanceUID"]].append(box)
+        else:
             num_foreign += 1
-            continue
-        box = DrawnBox(slice_number=int(place), x=x, y=y, width=width, height=height)
-        boxes[row["StudyInstanceUID"]].append(box)
     return boxes, [f"{num_foreign} boxes belong to no study of train.csv."] if num_foreign else []
 
 

@@ -25,7 +25,7 @@ from model.levels import LEVELS
 from model.networks import FractureNet
 from training import fractures
 from training.evaluation import average_precision, roc_auc
-from training.files import replacing_file, write_json
+from training.files import write_json, write_npz
 from training.rsna import NUM_FOLDS, Cache, Study, cut_settings
 from training.steps import regions as regions_step
 from training.steps.augment import MAX_SHIFT, Sample, augmented, mixed, plain
@@ -216,8 +216,7 @@ def write_answers(study: Study, plan: ClassifyPlan, network: FractureNet, folder
         places = [vertebra.level for vertebra in vertebrae]
         logits[places] = said.logits.numpy()
         contexts[places] = said.context.numpy()
-    with replacing_file(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(file, logits=logits, contexts=contexts)
+    write_npz(path, logits=logits, contexts=contexts)
 
 
 def read_answers(folder: Path, study: Study) -> Answers:

@@ -9,9 +9,10 @@ import hashlib
 import logging
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import lightning
 import numpy as np
@@ -137,6 +138,46 @@ class StepSeed(Callback):
         torch.manual_seed(int(rng.integers(1 << 62)))
 
 
+def adamw(module: lightning.LightningModule, learning_rate: float) -> OptimizerLRSchedulerConfig:
+    """What `configure_optimizers` gives: AdamW, warmed up and then down to zero along a cosine, step by step."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
+    total = int(module.trainer.estimated_stepping_batches)
+
+    def share(step: int) -> float:
+        return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class StepModule(lightning.LightningModule, ABC, Generic[Network]):
+    """A network and its loss, `loss_of` a batch, shown under `loss_name` of training and of the held-out fold."""
+
+    loss_name = "loss"
+
+    def __init__(self, network: Network, learning_rate: float) -> None:
+        super().__init__()
+        self.network, self.learning_rate = network, learning_rate
+
+    @abstractmethod
+    def loss_of(self, batch: Any) -> Tensor:
+        """The loss of a batch."""
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        """The loss of a batch to learn from."""
+        loss = self.loss_of(batch)
+        self.log(f"train/{self.loss_name}", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        """The same of the held-out fold."""
+        self.log(f"held-out/{self.loss_name}", self.loss_of(batch), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, one cycle."""
+        return adamw(self, self.learning_rate)
+
+
 def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, folder: Path) -> lightning.Trainer:
     """Trains `network`, which is `module.network`, and leaves its averaged weights in it and in the folder.
 
@@ -162,18 +203,6 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
         save_weights(network, folder / WEIGHTS)
     trainer.strategy.barrier()
     return trainer
-
-
-def adamw(module: lightning.LightningModule, learning_rate: float) -> OptimizerLRSchedulerConfig:
-    """What `configure_optimizers` gives: AdamW, warmed up and then down to zero along a cosine, step by step."""
-    optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
-    total = int(module.trainer.estimated_stepping_batches)
-
-    def share(step: int) -> float:
-        return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(step, total) / total))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def save_weights(network: nn.Module, path: Path) -> None:

@@ -15,7 +15,6 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,7 +27,7 @@ from training.calibration import fit_platt
 from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, cut_settings
-from training.steps.fit import WEIGHTS, StepData, adamw, fit, load_weights, new_network, save_weights
+from training.steps.fit import WEIGHTS, StepData, StepModule, fit, load_weights, new_network, save_weights
 from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
 
@@ -212,32 +211,17 @@ class PatchSet(Dataset[tuple[Tensor, Tensor]]):
         return inputs[fractures.PATCH_MIDDLE], batch.regions[:, 0][fractures.PATCH_MIDDLE]
 
 
-class RegionTraining(lightning.LightningModule):
+class RegionTraining(StepModule[RegionUNet]):
     """Cross-entropy and Dice of fractured pixels, as `training.fractures` has them."""
 
     def __init__(self, network: RegionUNet, learning_rate: float) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.learning_rate = learning_rate
+        super().__init__(network.to(memory_format=torch.channels_last), learning_rate)  # type: ignore[call-overload]
         # Patches say nothing of the second opinion, which has two numbers of its own.
         network.scale.requires_grad_(False)
         network.offset.requires_grad_(False)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """The loss of a batch of patches."""
-        loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """The same of patches of the held-out fold."""
-        self.log("held-out/loss", self._loss(batch), prog_bar=True, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, one cycle."""
-        return adamw(self, self.learning_rate)
-
-    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss_of(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Of a batch of patches."""
         inputs, regions = (part.flatten(0, 1) for part in batch)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         return fractures.region_loss(self.network.unet(inputs).float(), regions)

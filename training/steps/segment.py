@@ -15,7 +15,6 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from monai.losses.dice import DiceCELoss
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,9 +27,9 @@ from model.resample import average_pool, body_volume, pool_factors, pooled_grid,
 from model.segment import LAST_LEVEL, network_input
 from training import vertebrae
 from training.evaluation.masks import dice
-from training.files import replacing_file, write_json
+from training.files import replacing_file, write_json, write_npz
 from training.rsna import NUM_FOLDS, Cache, Study
-from training.steps.fit import StepData, adamw, fit, load_weights, new_network, weights_digest
+from training.steps.fit import StepData, StepModule, fit, load_weights, new_network, weights_digest
 from training.steps.pseudo_labels import VertebraNetwork, predicted_labels, pseudo_label
 from training.steps.run import Run, StepError, fold_folder, is_first_process, mean, read_options, read_result, rounded
 from training.steps.slices import draw_slice
@@ -209,13 +208,12 @@ def write_neck(path: Path, study: Study, name: str, spacing_mm: float) -> None:
     pooled = torch.stack([average_pool(part, factors) for part in ((numbers > 0).astype(np.int16), numbers)])
     share, level_sum = sample(pooled, pooled_grid(study.neck_grid, factors), grid)
     level = torch.where(share > 0, level_sum / share.clamp(min=1e-6), torch.zeros_like(share))
-    with replacing_file(path) as unfinished, unfinished.open("wb") as file:
-        np.savez(
-            file,
-            hu=coarse_hu.round().to(torch.int16).numpy(),
-            share=(share * 255).round().to(torch.uint8).numpy(),
-            level=level.round().to(torch.uint8).numpy(),
-        )
+    write_npz(
+        path,
+        hu=coarse_hu.round().to(torch.int16).numpy(),
+        share=(share * 255).round().to(torch.uint8).numpy(),
+        level=level.round().to(torch.uint8).numpy(),
+    )
 
 
 class CropSet(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -254,58 +252,35 @@ class SliceSet(Dataset[tuple[Tensor, Tensor]]):
         )
 
 
-class VolumeSegmentation(lightning.LightningModule):
+class VolumeSegmentation(StepModule[VertebraUNet]):
     """Trains the 3D U-Net as `training.vertebrae` does: outline, and one number for the level, at every scale."""
 
     def __init__(self, network: VertebraUNet, learning_rate: float) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        self.learning_rate = learning_rate
+        super().__init__(network.to(memory_format=torch.channels_last_3d), learning_rate)  # type: ignore[call-overload]
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> Tensor:
         """The loss of a batch of crops."""
         if self.global_step >= vertebrae.NORM_SHARE * self.trainer.estimated_stepping_batches:
             vertebrae.freeze_norms(self.network)
-        loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        return super().training_step(batch, batch_index)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_index: int) -> None:
-        """The same of crops of the held-out fold."""
-        self.log("held-out/loss", self._loss(batch), prog_bar=True, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, one cycle."""
-        return adamw(self, self.learning_rate)
-
-    def _loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def loss_of(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Of a batch of crops."""
         inputs, share, level = batch
         return vertebrae.loss([scores.float() for scores in self.network(inputs)], share, level)
 
 
-class SliceSegmentation(lightning.LightningModule):
+class SliceSegmentation(StepModule[SliceVertebraUNet]):
     """Trains the 2.5D U-Net with Dice and cross-entropy over background, C1..C7 and the thoracic vertebrae."""
 
     def __init__(self, network: SliceVertebraUNet, learning_rate: float) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.learning_rate = learning_rate
+        super().__init__(network.to(memory_format=torch.channels_last), learning_rate)  # type: ignore[call-overload]
         self.loss = DiceCELoss(include_background=False, to_onehot_y=True, softmax=True, batch=True)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
-        """The loss of a batch of slices."""
+    def loss_of(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Of a batch of slices."""
         loss: Tensor = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
-        self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """The same of slices of the held-out fold."""
-        loss = self.loss(self.network.unet(batch[0]).float(), batch[1][:, None])
-        self.log("held-out/loss", loss, prog_bar=True, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, one cycle."""
-        return adamw(self, self.learning_rate)
 
 
 def label_round(

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name PyTorch's own documentation uses
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -20,10 +18,10 @@ from torch.utils.data import Dataset
 from model.networks import StudyNet
 from training.evaluation import roc_auc, weighted_log_loss
 from training.evaluation.loss import best_constants, weights
-from training.files import replacing_file, write_json
+from training.files import write_json, write_npz
 from training.rsna import NUM_FOLDS, Cache, Study
 from training.steps.classify import read_answers
-from training.steps.fit import StepData, adamw, fit, load_weights, new_network
+from training.steps.fit import StepData, StepModule, fit, load_weights, new_network
 from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 
 CONTEXT_NOISE, DROPPED_LEVELS = 0.1, 0.1
@@ -70,8 +68,7 @@ def study(run: Run, plan: StudyPlan) -> dict[str, Any]:
     }
     if trainer.is_global_zero:
         uids = np.array([item.study_instance_uid for item in watch.studies])
-        with replacing_file(folder / "held_out.npz") as unfinished, unfinished.open("wb") as file:
-            np.savez(file, study_instance_uids=uids, logits=logits, truths=watch.truth)
+        write_npz(folder / "held_out.npz", study_instance_uids=uids, logits=logits, truths=watch.truth)
         write_json(folder / "result.json", result)
     return result
 
@@ -132,28 +129,13 @@ class StudySet(Dataset[StudyBatch]):
         )
 
 
-class StudyTraining(lightning.LightningModule):
+class StudyTraining(StepModule[StudyNet]):
     """The weighted log loss."""
 
-    def __init__(self, network: StudyNet, learning_rate: float) -> None:
-        super().__init__()
-        self.network, self.learning_rate = network, learning_rate
+    loss_name = "weighted_log_loss"
 
-    def training_step(self, batch: StudyBatch, batch_index: int) -> Tensor:
-        """The loss of a batch of studies."""
-        loss = self._loss(batch)
-        self.log("train/weighted_log_loss", loss, prog_bar=True)
-        return loss
-
-    def validation_step(self, batch: StudyBatch, batch_index: int) -> None:
-        """The same of the held-out fold."""
-        self.log("held-out/weighted_log_loss", self._loss(batch), prog_bar=True, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, one cycle."""
-        return adamw(self, self.learning_rate)
-
-    def _loss(self, batch: StudyBatch) -> Tensor:
+    def loss_of(self, batch: StudyBatch) -> Tensor:
+        """Of a batch of studies."""
         logits = _outputs(self.network, batch)
         each = F.binary_cross_entropy_with_logits(logits, batch.truth, reduction="none")
         return (each * batch.weight).sum() / len(batch.weight)
