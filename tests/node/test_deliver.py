@@ -260,7 +260,7 @@ def test_many_destinations_that_hang_hold_up_no_other(
     monkeypatch.setattr(service, "WorkerPool", _NoWorkers)
     node = service.Service(make_config(deliver={"destinations": destinations}))
     try:
-        node.start()
+        node.start(threading.Event())
         assert reached.wait(60)
         for _ in range(3):
             assert checked.acquire(timeout=60)
