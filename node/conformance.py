@@ -281,8 +281,7 @@ def _as_origin_server() -> Iterator[str]:
         the JPEG encoder); annotation and iccprofile draw nothing and are answered with a Warning.""",
         """Store (10.5) takes `multipart/related; type="application/dicom"`, not encoded. A part of another type is
         among the Other Failures; Failure Reasons are the statuses of section 3.2, and 0x0122 for another SOP Class.
-        An
-        answer that is an error and has a Referenced SOP Sequence names what was stored before the request broke.""",
+        An answer that is an error and has a Referenced SOP Sequence names what was stored before the request broke.""",
         """DELETE, which the Standard does not have, removes a Study, or a received Series with what was made of it;
         what was made, and an Instance, goes only with its Series. Retrieve Capabilities (8.9) is not offered: OPTIONS
         tells the methods of an address.""",

@@ -1,7 +1,7 @@
 """Trains the fracture network: from cached stacks of slices, half of them fractured, changed anew at every step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -176,23 +176,14 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
         matrix = scale * np.array([[np.cos(angle) * mirror, -np.sin(angle)], [np.sin(angle) * mirror, np.cos(angle)]])
         theta[i, :, :2] = torch.from_numpy(matrix)
         theta[i, :, 2] = torch.from_numpy(rng.uniform(-0.1, 0.1, size=2))
-    num_planes, num_slices = batch.planes_hu.shape[1], batch.masks.shape[1]
-    stacked = torch.cat([batch.planes_hu, batch.masks, batch.regions], dim=1)
-    points = F.affine_grid(theta, list(stacked.shape), align_corners=False)
-    stacked = F.grid_sample(stacked, points, padding_mode="border", align_corners=False)
-    planes_hu, masks, regions = torch.split(stacked, [num_planes, num_slices, num_slices], dim=1)
+    batch = _sampled(batch, F.affine_grid(theta, [num_vertebrae, 1, *batch.masks.shape[2:]], align_corners=False))
+    planes_hu = batch.planes_hu
     sharpness = torch.from_numpy(rng.uniform(-0.8, 1.2, size=(num_vertebrae, 1, 1, 1))).float()
     planes_hu = planes_hu + sharpness * (planes_hu - F.avg_pool2d(planes_hu, 3, 1, 1, count_include_pad=False))
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, size=(num_vertebrae, 1, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-40, 40, size=(num_vertebrae, 1, 1, 1))).float()
     sigma = torch.from_numpy(rng.uniform(0, 25, size=(num_vertebrae, 1, 1, 1))).float()
-    planes_hu = planes_hu * gain + offset + torch.randn_like(planes_hu) * sigma
-    return Batch(
-        planes_hu=planes_hu,
-        masks=masks,
-        regions=(regions > 0.4).float(),
-        fractured=batch.fractured,
-    )
+    return replace(batch, planes_hu=planes_hu * gain + offset + torch.randn_like(planes_hu) * sigma)
 
 
 def uneven(batch: Batch, rng: np.random.Generator) -> Batch:
@@ -201,20 +192,26 @@ def uneven(batch: Batch, rng: np.random.Generator) -> Batch:
     Patients' bone is so. Bone drawn from one atlas is smooth and all alike, and whatever differs from it looked broken:
     of fractures put into real CT, AUC 0.81 without this and 0.84 with it (`LOG.md`).
     """
-    planes_hu = torch.stack([_uneven_bone(stack_hu, rng) for stack_hu in batch.planes_hu])
-    num_vertebrae, num_planes, *sides = planes_hu.shape
-    num_slices = batch.masks.shape[1]
+    batch = replace(batch, planes_hu=torch.stack([_uneven_bone(stack_hu, rng) for stack_hu in batch.planes_hu]))
+    num_vertebrae, _, *sides = batch.masks.shape
     num_nodes = max(3, int(sides[0] / rng.uniform(*BENT_OVER_PIXELS)))
     pixels = rng.standard_normal((num_vertebrae, 2, num_nodes, num_nodes)) * rng.uniform(
         0, BENT_PIXELS, size=(num_vertebrae, 1, 1, 1)
     )
     moved = F.interpolate(torch.from_numpy(pixels).float(), size=sides, mode="bicubic", align_corners=True)
-    stacked = torch.cat([planes_hu, batch.masks, batch.regions], dim=1)
-    points = F.affine_grid(torch.eye(2, 3).expand(num_vertebrae, 2, 3), list(stacked.shape), align_corners=False)
-    points = points + moved.permute(0, 2, 3, 1) * 2 / sides[0]
+    in_place = F.affine_grid(
+        torch.eye(2, 3).expand(num_vertebrae, 2, 3), [num_vertebrae, 1, *sides], align_corners=False
+    )
+    return _sampled(batch, in_place + moved.permute(0, 2, 3, 1) * 2 / sides[0])
+
+
+def _sampled(batch: Batch, points: Tensor) -> Batch:
+    """The stacks with planes, masks and regions taken from these points of their slices, `(B, Y, X, 2)`, -1..1."""
+    stacked = torch.cat([batch.planes_hu, batch.masks, batch.regions], dim=1)
     stacked = F.grid_sample(stacked, points, padding_mode="border", align_corners=False)
-    planes_hu, masks, regions = torch.split(stacked, [num_planes, num_slices, num_slices], dim=1)
-    return Batch(planes_hu=planes_hu, masks=masks, regions=(regions > 0.4).float(), fractured=batch.fractured)
+    num_slices = batch.masks.shape[1]
+    planes_hu, masks, regions = torch.split(stacked, [batch.planes_hu.shape[1], num_slices, num_slices], dim=1)
+    return replace(batch, planes_hu=planes_hu, masks=masks, regions=(regions > 0.4).float())
 
 
 def _uneven_bone(stack_hu: Tensor, rng: np.random.Generator) -> Tensor:

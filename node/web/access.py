@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from node.receive.access import parse_address
 from node.web.settings import Right, WebConfig
-from node.web.tokens import RIGHTS, Tokens
+from node.web.tokens import RIGHTS, Tokens, TokensError
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,11 @@ class AccessMiddleware:
             text = f"here this is localhost or {self._config.host}; for another name, set web.public_url to it"
             return JSONResponse({"error": text}, 421)
         right = _RIGHT_OF.get(scope["method"], "read")
-        rights = self._rights(scope, headers)
+        try:
+            rights = self._rights(scope, headers)
+        except (TokensError, OSError) as error:
+            log.error("action=tokens-unusable: %s", error)
+            return JSONResponse({"error": "tokens cannot be read here; the node's log says why"}, 503)
         if rights is None:
             answer = JSONResponse({"error": "a token is needed: cspine token make NAME"}, 401)
             for challenge in _CHALLENGES:

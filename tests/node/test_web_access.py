@@ -98,6 +98,19 @@ def test_a_removed_token_is_refused_at_once(serve: Serve) -> None:
     assert requests.get(f"{server.url}/studies", headers=headers).status_code == 401
 
 
+def test_a_damaged_file_of_tokens_lets_nobody_in_and_the_log_names_it(
+    serve: Serve, index: Index, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = Tokens(index.data_dir).make("viewer", ("read",))
+    server = serve(allow="tokens")
+    (index.data_dir / "web-tokens.json").write_text("[{", encoding="utf-8")
+    answer = requests.get(f"{server.url}/studies", headers={"Authorization": f"Bearer {secret}"})
+    assert answer.status_code == 503
+    assert str(index.data_dir) not in answer.text
+    assert f"{index.data_dir / 'web-tokens.json'} is damaged; remove it and make the tokens anew" in caplog.text
+    assert requests.get(f"{server.url}/studies").status_code == 401
+
+
 def test_only_a_hash_of_a_token_is_kept_and_only_we_can_read_it(tmp_path: Path) -> None:
     secret = Tokens(tmp_path).make("viewer", ("read",))
     file = tmp_path / "web-tokens.json"

@@ -32,7 +32,7 @@ import click
 def necks(data: Path, out: Path, work: Path, workers: int, quick: bool) -> None:
     """Train the shipped model without one labelled patient, and export a bundle.
 
-    About eleven hours on two idle cores, reckoned from its steps.
+    About twelve hours on two idle cores, reckoned from its steps.
     """
     # Imported here, so that --help does not wait for torch.
     from training.necks.recipe import Plan, train_necks_bundle

@@ -1,6 +1,5 @@
 """What the fracture network learns from: necks drawn from the atlas, broken, scanned, and cut vertebra by vertebra."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from model.levels import LEVELS
 from model.segment import Vertebra
 from model.volume import Volume
 from training.evaluation.masks import dice
+from training.files import write_npz
 from training.inserted import insert, inserted_stacks
 from training.inserted.insertion import Inserted
 from training.inserted.scanner import disturb
@@ -70,10 +70,7 @@ def write_neck_stacks(
         labels = drawn_by_a_network(labels, grid, rng)
     if not inserted.eligible:
         return
-    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **inserted_stacks(inserted, labels, grid, classify))  # type: ignore[arg-type]
-    unfinished.replace(path)
+    write_npz(path, **inserted_stacks(inserted, labels, grid, classify))
 
 
 @dataclass(frozen=True, kw_only=True)
