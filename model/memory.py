@@ -44,10 +44,15 @@ def _run(network: nn.Module, inputs: tuple[Tensor, ...], device: torch.device, s
     network.to(device)
     parts: list[Sequence[Tensor]] = []
     for part in zip(*(torch.split(tensor, size) for tensor in inputs), strict=True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device.type)):
+        with in_bfloat16(device.type):
             outputs = network(*(tensor.to(device) for tensor in part))
         parts.append([output.float().cpu() for output in outputs])
     return tuple(torch.cat(output) for output in zip(*parts, strict=True))
+
+
+def in_bfloat16(device_type: str) -> torch.autocast:
+    """A context, new for each step of a training, since it keeps the weights' casts: see `has_bfloat16`."""
+    return torch.autocast(device_type, torch.bfloat16, enabled=has_bfloat16(device_type))
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 
 import pynetdicom._config
 from pydicom import Dataset, dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRBigEndian
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
@@ -33,6 +34,10 @@ class SendError(Exception):
     def __init__(self, message: str, *, permanent: bool = False) -> None:
         super().__init__(message)
         self.permanent = permanent
+
+
+class _UnknownKindError(Exception):
+    """A file does not say what it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +61,20 @@ def send_files(
 
     on_answer is called for each as soon as it is answered, so it also knows of those before a broken association.
 
+    A file that cannot be read, or does not say what it is, counts as refused.
+
     Raises:
-        SendError: there is no association, or it breaks, or a file does not say what it is.
+        SendError: there is no association, or it breaks.
     """
-    kinds = {path: _kind(path) for path in paths}
-    refused = []
+    kinds, refused = {}, []
+    for path in paths:
+        try:
+            kinds[path] = _kind(path)
+        except (OSError, InvalidDicomError, _UnknownKindError) as error:
+            refused.append(Answer(path=path, taken=False, reason=_cannot_read(path, error)))
+            on_answer(refused[-1])
+    if not kinds:
+        return refused
     # The file's bytes go out in pieces as they are; pynetdicom has only this module-wide switch for it.
     pynetdicom._config.STORE_SEND_CHUNKED_DATASET = True
     with associated(peer, proposed_contexts(kinds.values()), calling_ae_title=calling_ae_title) as association:
@@ -175,15 +189,21 @@ def num_instances_told(series: Dataset) -> int | None:
 
 
 def find_dicom_files(folder: Path) -> tuple[list[Path], int]:
-    """The DICOM files under a folder, sorted, and the number of other files there. A DICOMDIR is neither."""
+    """The DICOM files under a folder, sorted, and the number of other files there. A DICOMDIR is neither.
+
+    A file that cannot be opened is among the former: it may be one, and whoever reads it says why it cannot be read.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "DICOMDIR")
     found = [path for path in files if _is_dicom(path)]
     return found, len(files) - len(found)
 
 
 def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return True
 
 
 def _kind(path: Path) -> tuple[str, str]:
@@ -191,8 +211,14 @@ def _kind(path: Path) -> tuple[str, str]:
     meta = dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
     kind = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
     if not all(kind):
-        raise SendError(f"{path} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
+        raise _UnknownKindError("lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
     return kind
+
+
+def _cannot_read(path: Path, error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{path} cannot be read: {error.strerror}"
+    return f"{path} {error}" if isinstance(error, _UnknownKindError) else f"{path} is no DICOM file, or a damaged one"
 
 
 def _associate(

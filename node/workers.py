@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from node.config import Config
 from node.process import be_child, describe_error
+from node.reminder import Reminder
 
 if TYPE_CHECKING:
     from model import DecodePool
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _START_TIMEOUT_S = 120.0
-_START_AGAIN_S = 5.0
+_START_AGAIN_S, _SAY_AGAIN_S = 5.0, 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +116,7 @@ class WorkerPool:
         self._jobs: queue.SimpleQueue[tuple[Job, Future[JobOutcome]] | None] = queue.SimpleQueue()
         self._loaded: queue.SimpleQueue[_Answer | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._reminder = Reminder(_SAY_AGAIN_S)
         self._slots = [
             threading.Thread(target=self._run_slot, name=f"worker-slot-{number}", daemon=True)
             for number in range(config.analyse.workers)
@@ -169,7 +171,10 @@ class WorkerPool:
             future.set_result(outcome)
             # Every job would break at once: what is short for a minute would take all attempts of all that is queued.
             while worker.not_started and not self._stopping.is_set():
-                log.error("action=worker-not-started: %s; nothing is analysed here until it can", worker.not_started)
+                if self._reminder.is_due(worker.not_started):
+                    log.error(
+                        "action=worker-not-started: %s; nothing is analysed here until it can", worker.not_started
+                    )
                 self._stopping.wait(_START_AGAIN_S)
                 worker = self._replace(worker)
         worker.kill()

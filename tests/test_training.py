@@ -15,10 +15,12 @@ from model.classify import network_input
 from model.networks import FractureNet, VertebraUNet
 from model.pipeline import load_pipeline
 from training.cli import main
-from training.fractures import changed, collate, patches, read_stack, train_fracture_net, uneven
+from training.fractures import train_fracture_net
 from training.phantom import CLASSIFY, SEGMENT
 from training.phantom_measures import auc, choose_operating_point
 from training.samples import write_neck, write_stacks
+from training.stack_changes import changed, uneven
+from training.vertebra_stacks import collate, patches, read_stack
 from training.vertebrae import draw_crop, train_unet
 
 

@@ -1,6 +1,7 @@
 """How the shipped model is made, from nothing but the phantom: the story, start to end.
 
-`cspine-train phantom` calls it. Every number that shapes the model is here or in `vertebrae.py` and `fractures.py`.
+`cspine-train phantom` calls it. Every number that shapes the model is here or in `vertebrae.py`, `fractures.py`
+and `stack_changes.py`.
 """
 
 import json

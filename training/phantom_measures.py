@@ -14,8 +14,8 @@ from model.levels import LEVELS
 from model.networks import FractureNet
 from model.phantom import Anatomy, default_grid, render
 from model.pipeline import Pipeline
-from training.fractures import collate, read_stack
 from training.samples import phantom_volume, random_fractures
+from training.vertebra_stacks import collate, read_stack
 
 MIN_SPECIFICITY = 0.95
 """Of a single vertebra. A neck has seven, and each false alarm is one too many."""

@@ -182,7 +182,7 @@ def _said(findings: Mapping[str, Any] | None) -> tuple[str, str]:
         return "–", "could not be judged"
     levels = suspected_levels(dict(findings))
     called = f'<span class="present">{escape(", ".join(levels))}</span>' if levels else "none"
-    return f"{overall['probability']:.2f}", called
+    return f"{100 * overall['probability']:.1f} %", called
 
 
 def _uid(uid: str) -> str:

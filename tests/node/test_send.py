@@ -210,14 +210,24 @@ def test_something_that_listens_but_does_not_speak_dicom_is_a_send_error_in_time
         connections[0].close()
 
 
-def test_a_file_that_does_not_say_what_it_is_stops_before_anything_is_sent(
+def test_a_file_that_does_not_say_what_it_is_or_cannot_be_read_keeps_back_no_other(
     peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
 ) -> None:
     paths = make_ct_series(tmp_path, num_slices=2)
-    paths[1].write_bytes(b"\0" * 128 + b"DICM")
-    with pytest.raises(SendError, match=r"0001\.dcm lacks SOP Class or transfer syntax"):
-        send_files(paths, peer, calling_ae_title="TEST")
-    assert stored == []
+    (nothing, damaged, gone) = bad = [tmp_path / name for name in ("nothing.dcm", "damaged.dcm", "gone.dcm")]
+    nothing.write_bytes(b"\0" * 128 + b"DICM")
+    damaged.write_bytes(paths[0].read_bytes()[128:])
+    told: list[Answer] = []
+    refused = send_files([*bad, *paths], peer, calling_ae_title="TEST", on_answer=told.append)
+    assert [item.reason for item in refused] == [
+        f"{nothing} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)",
+        f"{damaged} is no DICOM file, or a damaged one",
+        f"{gone} cannot be read: No such file or directory",
+    ]
+    assert not any(item.permanent for item in refused)
+    assert len(stored) == 2
+    assert len(told) == 5
+    assert send_files(bad, peer, calling_ae_title="TEST") == refused
 
 
 def test_dicom_files_are_found_in_all_folders_whatever_their_names(tmp_path: Path) -> None:

@@ -124,8 +124,8 @@ def test_cases_are_listed_the_newest_first_with_what_was_found(
     assert [row[3:] for row in page.rows[1:]] == [
         ["receiving", "–", "–", "CT"],
         ["done", "–", "could not be judged", "CT with vertebrae"],
-        ["done", "0.02", "none", "CT with vertebrae"],
-        ["done", "0.93", "C5, C6", "CT with vertebrae"],
+        ["done", "2.1 %", "none", "CT with vertebrae"],
+        ["done", "93.4 %", "C5, C6", "CT with vertebrae"],
     ]
     assert [row[2] for row in page.rows[1:]] == [
         "…" + case.series_instance_uid[-15:] for case in (fourth, third, second, first)
@@ -152,14 +152,14 @@ def test_results_of_before_a_case_was_refused_or_skipped_are_shown_to_nobody(
         found = found_in(server.get("/series?Modality=SEG"))
         return Read(get(server).text).rows[1][3:6], len(found)
 
-    assert shown() == (["done", "0.93", "C5"], 1)
+    assert shown() == (["done", "93.4 %", "C5"], 1)
 
     def now() -> Case:
         return index.cases()[0]
 
     before = now().result_dir
     assert index.retry(now())  # as if an Instance had come late
-    assert shown() == (["receiving", "0.93", "C5"], 1)
+    assert shown() == (["receiving", "93.4 %", "C5"], 1)
     assert index.refuse(now(), "gaps") if how == "refused" else index.skip(now(), "gaps")
     assert shown() == ([how + "gaps", "–", "–"], 0)
     assert now().result_dir == before  # a later report names the one that it replaces
@@ -174,7 +174,7 @@ def test_results_of_before_a_case_was_refused_or_skipped_are_shown_to_nobody(
     for name in ("findings.json", "vertebrae.seg.dcm"):
         shutil.copy((before or folder) / name, folder / name)
     assert index.finish(claimed, folder, summary="", sop_instance_uids=(), destinations=())
-    assert shown() == (["done", "0.93", "C5"], 1)
+    assert shown() == (["done", "93.4 %", "C5"], 1)
 
 
 def test_reasons_are_text_and_nothing_but_the_style_may_run(server: WebServer, index: Index, receive: Receive) -> None:

@@ -16,7 +16,6 @@ from model.phantom import Anatomy, default_grid, render
 from model.segment import Vertebra
 from model.volume import SliceSource, Volume
 from training.evaluation.loss import LEVEL_PREVALENCE
-from training.fractures import collate, read_stack
 from training.inserted import (
     Inserted,
     disturb,
@@ -35,6 +34,7 @@ from training.inserted.region import neighbourhood
 from training.inserted.show import contact_sheet
 from training.inserted.sites import local_rows
 from training.phantom import CLASSIFY
+from training.vertebra_stacks import collate, read_stack
 
 BONE_HU = 800
 

@@ -13,7 +13,6 @@ from scipy import ndimage
 from model.bundle import ClassifySettings
 from model.geometry import Grid
 from model.networks import VertebraUNet
-from training.fractures import vertebrae_by_level
 from training.inserted.insertion import Inserted
 from training.necks import atlas as body
 from training.necks import stacks, train
@@ -36,6 +35,7 @@ from training.necks.train import (
     train_necks,
     write_guess,
 )
+from training.vertebra_stacks import vertebrae_by_level
 from training.vertebrae import TURN_DEG, turned
 
 BODY_MM, DISC_MM = 12.0, 4.0

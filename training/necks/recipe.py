@@ -32,7 +32,7 @@ from model.networks import FractureNet, VertebraUNet
 from model.segment import find_vertebrae
 from training.calibration import fit_platt
 from training.evaluation.loss import LEVEL_PREVALENCE
-from training.fractures import collate, read_stack, train_fracture_net
+from training.fractures import train_fracture_net
 from training.necks.atlas import load_atlas
 from training.necks.measures import measure_drawn
 from training.necks.openkbp import RealNeck, holds_neck, read_contours
@@ -51,6 +51,7 @@ from training.necks.stacks import FindVertebrae
 from training.necks.train import AuxiliaryUNet, guess_path, train_necks, write_guess
 from training.phantom_measures import auc, choose_operating_point
 from training.samples import write_all, write_stacks
+from training.vertebra_stacks import collate, read_stack
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.geometry import FloatArray, Grid
 from model.levels import LEVELS
+from model.memory import in_bfloat16
 from model.networks import VertebraUNet
 from model.resample import AIR_HU
 from model.segment import network_input, refiner_input
@@ -336,7 +337,7 @@ def train_necks(
             if step + 1 < num_steps:
                 ahead[step + 1] = pool.submit(draw, step + 1)
             inputs = torch.stack([crop.inputs for crop in crops]).contiguous(memory_format=torch.channels_last_3d)
-            with torch.autocast("cpu", torch.bfloat16):
+            with in_bfloat16("cpu"):
                 scores, aux_logits = network(inputs)
             return necks_loss(scores, aux_logits, crops, level_weight)
 

@@ -1,4 +1,4 @@
-"""What is changed in a whole vertebra's stack for training, beyond `training.fractures.changed`."""
+"""What is changed in a whole vertebra's stack for training, beyond `training.stack_changes.changed`."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from model.classify import network_input
-from training import fractures
+from training.stack_changes import changed
+from training.vertebra_stacks import Batch, Stack, collate
 
 MAX_SHIFT = 1
 """Slices by which a stack is shifted along the spine."""
@@ -33,16 +34,16 @@ class Sample(NamedTuple):
     level: Tensor
 
 
-def plain(stack: fractures.Stack, *, fractured: bool, known: bool, level: int) -> Sample:
+def plain(stack: Stack, *, fractured: bool, known: bool, level: int) -> Sample:
     """A stack as analysis sees it."""
-    return _sample(fractures.collate([stack]), fractured=fractured, known=known, level=level)
+    return _sample(collate([stack]), fractured=fractured, known=known, level=level)
 
 
-def augmented(stack: fractures.Stack, rng: np.random.Generator, *, fractured: bool, known: bool, level: int) -> Sample:
+def augmented(stack: Stack, rng: np.random.Generator, *, fractured: bool, known: bool, level: int) -> Sample:
     """A stack turned, scaled, mirrored and degraded, with slices that changed places and boxes cut out."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(1 << 62)))  # the noise of `changed`
-        batch = fractures.changed(fractures.collate([stack]), rng)
+        batch = changed(collate([stack]), rng)
     sample = _sample(batch, fractured=fractured, known=known, level=level)
     inputs, regions = sample.inputs, sample.regions
     if rng.random() < SHUFFLE_SHARE:
@@ -67,7 +68,7 @@ def mixed(first: Sample, second: Sample, rng: np.random.Generator) -> Sample:
     )
 
 
-def _sample(batch: fractures.Batch, *, fractured: bool, known: bool, level: int) -> Sample:
+def _sample(batch: Batch, *, fractured: bool, known: bool, level: int) -> Sample:
     return Sample(
         inputs=network_input(batch.planes_hu, batch.masks)[0],
         regions=batch.regions[0],

@@ -27,9 +27,11 @@ from training.calibration import fit_platt
 from training.evaluation import average_precision, roc_auc
 from training.files import replacing_file, write_json
 from training.rsna import NUM_FOLDS, Cache, cut_settings
+from training.stack_changes import changed
 from training.steps.fit import WEIGHTS, StepData, StepModule, fit, load_weights, new_network, save_weights
 from training.steps.run import Run, StepError, fold_folder, read_options, read_result, rounded
 from training.steps.stacks import Vertebra, both_kinds, judged_vertebrae
+from training.vertebra_stacks import PATCH_MARGIN, PATCH_MIDDLE, collate, patches
 
 MAX_OPINIONS = 1000
 """Vertebrae that the two numbers of the second opinion are fitted to."""
@@ -103,8 +105,8 @@ def check_sides(plan: RegionsPlan, num_pixels: int, stride: int) -> None:
         StepError: what does not fit, and what does.
     """
     check_slices(plan.cut, plan.encoder, num_pixels, stride)
-    side = plan.patch + 2 * fractures.PATCH_MARGIN
-    most = (num_pixels - 2 * fractures.PATCH_MARGIN) // stride * stride
+    side = plan.patch + 2 * PATCH_MARGIN
+    most = (num_pixels - 2 * PATCH_MARGIN) // stride * stride
     if side > num_pixels:
         raise StepError(
             f"--patch {plan.patch} and its margins need slices of {side} pixels; those of the cut {plan.cut!r} have "
@@ -203,12 +205,12 @@ class PatchSet(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, drawn: tuple[int, int] | int) -> tuple[Tensor, Tensor]:
         index, seed = drawn if isinstance(drawn, tuple) else (drawn, drawn)
         rng = np.random.default_rng(seed)
-        cut = fractures.patches(self.vertebrae[index].read(), rng, self.num_pixels)
+        cut = patches(self.vertebrae[index].read(), rng, self.num_pixels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # the noise of `changed`
-            batch = fractures.changed(fractures.collate(cut), rng)
+            batch = changed(collate(cut), rng)
         inputs = network_input(batch.planes_hu, batch.masks)[:, 0]
-        return inputs[fractures.PATCH_MIDDLE], batch.regions[:, 0][fractures.PATCH_MIDDLE]
+        return inputs[PATCH_MIDDLE], batch.regions[:, 0][PATCH_MIDDLE]
 
 
 class RegionTraining(StepModule[RegionUNet]):
@@ -230,7 +232,7 @@ class RegionTraining(StepModule[RegionUNet]):
 @torch.inference_mode()
 def answer(network: RegionUNet, vertebra: Vertebra) -> Any:
     """The network's answer for one whole vertebra, on the CPU; regions are probabilities, 0 away from the bone."""
-    batch = fractures.collate([vertebra.read()])
+    batch = collate([vertebra.read()])
     inputs = network_input(batch.planes_hu, batch.masks)
     device = next(network.parameters()).device
     said = network(inputs.to(device))

@@ -8,9 +8,9 @@ import numpy as np
 
 from model.classify import NUM_NEIGHBOURS
 from model.levels import LEVELS
-from training.fractures import Stack
 from training.rsna import Study
 from training.steps.run import StepError
+from training.vertebra_stacks import Stack
 
 
 @dataclass(frozen=True, kw_only=True)
