@@ -68,7 +68,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.9.0"
+VERSION = "0.10.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -123,6 +123,7 @@ class Plan:
         (1500, 3000),
         (1800, 1700),
         (1000, 3000),
+        (800, 9500),
     )
     batch_size: int = 4
     num_workers: int = 2
