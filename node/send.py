@@ -18,6 +18,7 @@ from pydicom.uid import UID, ExplicitVRBigEndian
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
 
+from model import PARSE_ERRORS
 from node.implementation import make_ae
 from node.peers import DicomPeer
 from node.reactor import use_checkpoint
@@ -36,8 +37,8 @@ class SendError(Exception):
         self.permanent = permanent
 
 
-class _UnknownKindError(Exception):
-    """A file does not say what it is."""
+class _UnreadableError(Exception):
+    """A file cannot be read, or does not say what it is; the message says which and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +71,8 @@ def send_files(
     for path in paths:
         try:
             kinds[path] = _kind(path)
-        except (OSError, InvalidDicomError, _UnknownKindError) as error:
-            refused.append(Answer(path=path, taken=False, reason=_cannot_read(path, error)))
+        except _UnreadableError as error:
+            refused.append(Answer(path=path, taken=False, reason=str(error)))
             on_answer(refused[-1])
     if not kinds:
         return refused
@@ -207,18 +208,21 @@ def _is_dicom(path: Path) -> bool:
 
 
 def _kind(path: Path) -> tuple[str, str]:
-    """SOP Class UID and Transfer Syntax UID of a file, from its File Meta Information."""
-    meta = dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
+    """SOP Class UID and Transfer Syntax UID of a file, from its File Meta Information.
+
+    Raises:
+        _UnreadableError: there is none, or it cannot be read.
+    """
+    try:
+        meta = dcmread(path, stop_before_pixels=True, specific_tags=[]).file_meta
+    except OSError as error:
+        raise _UnreadableError(f"{path} cannot be read: {error.strerror}") from error
+    except (InvalidDicomError, *PARSE_ERRORS) as error:
+        raise _UnreadableError(f"{path} is no DICOM file, or a damaged one") from error
     kind = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
     if not all(kind):
-        raise _UnknownKindError("lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
+        raise _UnreadableError(f"{path} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
     return kind
-
-
-def _cannot_read(path: Path, error: Exception) -> str:
-    if isinstance(error, OSError):
-        return f"{path} cannot be read: {error.strerror}"
-    return f"{path} {error}" if isinstance(error, _UnknownKindError) else f"{path} is no DICOM file, or a damaged one"
 
 
 def _associate(

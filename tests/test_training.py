@@ -103,6 +103,23 @@ def test_uneven_bone_differs_from_place_to_place_and_keeps_its_mean_and_its_frac
     assert after[:, 2:-2:2][changed_by.masks > 0.9].mean() > 2 * after[:, 2:-2:2][changed_by.masks < 0.1].mean()
 
 
+def test_uneven_bone_is_denser_or_thinner_as_a_whole(stacks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.stack_changes.UNEVEN_SHARE", 0.0)
+    monkeypatch.setattr("training.stack_changes.BENT_PIXELS", 0.0)
+    batch = collate([read_stack(stacks, 0)] * 40)
+
+    after = uneven(batch, np.random.default_rng(1)).planes_hu
+
+    bone = batch.planes_hu[0] > 300
+    factors = (after[:, bone] - 100) / (batch.planes_hu[:, bone] - 100)
+    assert factors.std(dim=1).max() < 0.01
+    of_stack = factors.mean(dim=1)
+    assert 10 < int((of_stack - 1).abs().lt(0.001).sum()) < 30
+    assert 0.6 < of_stack.min() < 0.8
+    assert 1.2 < of_stack.max() < 1.5
+    assert torch.allclose(after[:, batch.planes_hu[0] < 50], batch.planes_hu[:, batch.planes_hu[0] < 50], atol=0.5)
+
+
 def test_crops_hold_bone_with_its_level(neck: Path) -> None:
     hu, share, level = draw_crop(neck, np.random.default_rng(6), (32, 32, 32))
 

@@ -214,19 +214,21 @@ def test_a_file_that_does_not_say_what_it_is_or_cannot_be_read_keeps_back_no_oth
     peer: DicomDestination, stored: list[tuple[str, bytes]], tmp_path: Path
 ) -> None:
     paths = make_ct_series(tmp_path, num_slices=2)
-    (nothing, damaged, gone) = bad = [tmp_path / name for name in ("nothing.dcm", "damaged.dcm", "gone.dcm")]
+    nothing, damaged, cut, gone = bad = [tmp_path / name for name in ("nothing", "damaged", "cut", "gone")]
     nothing.write_bytes(b"\0" * 128 + b"DICM")
     damaged.write_bytes(paths[0].read_bytes()[128:])
+    cut.write_bytes(paths[0].read_bytes()[:142])
     told: list[Answer] = []
     refused = send_files([*bad, *paths], peer, calling_ae_title="TEST", on_answer=told.append)
     assert [item.reason for item in refused] == [
         f"{nothing} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)",
         f"{damaged} is no DICOM file, or a damaged one",
+        f"{cut} is no DICOM file, or a damaged one",
         f"{gone} cannot be read: No such file or directory",
     ]
     assert not any(item.permanent for item in refused)
     assert len(stored) == 2
-    assert len(told) == 5
+    assert len(told) == 6
     assert send_files(bad, peer, calling_ae_title="TEST") == refused
 
 
