@@ -144,9 +144,12 @@ def test_one_key_in_the_case_list_opens_the_ct_with_its_vertebrae(
         findings = json.loads((analysed.results[0].parent / "findings.json").read_text("utf-8"))
         for level, found in findings["levels"].items():
             percent = round(100 * found["probability"], 1)
-            (said,) = re.findall(rf"Fracture {level} vertebra(.*?)(?=Fracture C\d vertebra|$)", report, re.DOTALL)
+            said, *of_regions = re.findall(
+                rf"Fracture {level} vertebra(.*?)(?=Fracture C\d vertebra|$)", report, re.DOTALL
+            )
             assert f" {percent:g} % " in said
             assert found["finding"].capitalize() in said
+            assert len(of_regions) == len(found["regions"])
     assert hosts == {f"127.0.0.1:{server.port}"}
 
 
