@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model.networks import FractureNet, RegionUNet, SliceVertebraUNet, StudyNet, VertebraUNet
 
 FORMAT = 2
+MAX_FOLDS = 100
 """Version of the bundle layout this code reads and writes."""
 
 DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "necks"
@@ -218,8 +219,8 @@ class Bundle:
     sha256: dict[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if self.num_folds < 1:
-            raise ValueError(f"num_folds is {self.num_folds}; at least 1 is needed")
+        if not 1 <= self.num_folds <= MAX_FOLDS:
+            raise ValueError(f"num_folds is {self.num_folds}; 1 to {MAX_FOLDS} are possible")
         if unknown := sorted(self.calibration.keys() - set(OUTPUTS)):
             raise ValueError(f"calibration has {', '.join(unknown)}; the outputs are {', '.join(OUTPUTS)}")
 

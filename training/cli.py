@@ -32,8 +32,11 @@ class _Commands(click.Group):
         try:
             return super().invoke(ctx)
         except OSError as error:
-            if error.filename is None:
-                raise
+            if error.filename is None:  # as of a disk that is full
+                raise click.ClickException(
+                    f"A file cannot be written or read ({error.strerror or error}). Is the disk full? Make room, and "
+                    "give the command again."
+                ) from error
             raise click.ClickException(f"{error.filename} cannot be written or read ({error.strerror}).") from error
 
 

@@ -4,14 +4,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from node.commands import EXIT_FAILED, EXIT_USAGE, config_option, fail, load_config
-
-if TYPE_CHECKING:
-    from model.bundle import Bundle
 
 
 @click.command()
@@ -23,11 +20,11 @@ def models(paths: tuple[Path, ...], config_path: Path | None, compare: bool, as_
     """List and verify model bundles: those that come with the node, the one in use, and each BUNDLE.
 
     A BUNDLE is the folder or zip file that cspine-train exported, or a folder of such; `analyse.bundle` in the
-    configuration names the one that the node uses. Every file is checked against its sha256. Exit status 1 if one of
-    them cannot be used.
+    configuration names the one that the node uses. Every file is checked against its sha256, and loaded. Exit status 1
+    if one of them cannot be used.
     """
     used = load_config(config_path).analyse.bundle
-    from model import DEFAULT_BUNDLE, BundleError, find_bundles, read_bundle
+    from model import DEFAULT_BUNDLE, BundleError, find_bundles
 
     used = used or DEFAULT_BUNDLE
     if compare:
@@ -35,7 +32,7 @@ def models(paths: tuple[Path, ...], config_path: Path | None, compare: bool, as_
         if not 1 <= len(paths) <= 2:
             fail("Name one bundle, to be compared with the one in use, or two.", EXIT_USAGE)
         try:
-            first, second = (_described(read_bundle(path)) for path in both)
+            first, second = (_described(path) for path in both)
         except BundleError as error:
             fail(str(error), EXIT_FAILED)
         _compare(first, second, as_json)
@@ -44,7 +41,7 @@ def models(paths: tuple[Path, ...], config_path: Path | None, compare: bool, as_
     described = []
     for path in dict.fromkeys(path.resolve() for place in places for path in find_bundles(place)):
         try:
-            found: dict[str, Any] = _described(read_bundle(path))
+            found: dict[str, Any] = _described(path)
         except BundleError as error:
             found = {"path": str(path), "problem": str(error)}
         described.append({**found, "in_use": path == used.resolve()})
@@ -57,9 +54,16 @@ def models(paths: tuple[Path, ...], config_path: Path | None, compare: bool, as_
         sys.exit(EXIT_FAILED)
 
 
-def _described(bundle: "Bundle") -> dict[str, Any]:
-    """A bundle as JSON tells it, with its place and size in bytes."""
-    folder = bundle.folder
+def _described(folder: Path) -> dict[str, Any]:
+    """The bundle in a folder or zip file as JSON tells it, with its place and size in bytes.
+
+    Raises:
+        BundleError: it cannot be used.
+    """
+    from model import read_bundle
+
+    bundle = read_bundle(folder)
+    bundle.load_networks()  # or files that are whole may still be of another architecture
     files = [folder] if folder.is_file() else [folder / name for name in bundle.file_names]
     size_bytes = sum(path.stat().st_size for path in files)
     return {"path": str(folder), "problem": "", "size_bytes": size_bytes, **bundle.to_dict()}
@@ -127,7 +131,7 @@ def _compare(first: dict[str, Any], second: dict[str, Any], as_json: bool) -> No
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)] if rows else []
     for name, mine, other in rows:
         click.echo(f"{name:<{widths[0]}}  {mine:<{widths[1]}}  {other}")
-    click.echo(f"{len(differing)} of {len(names)} entries differ.")
+    click.echo(f"{len(differing.keys() - {'path'})} of {len(names) - 1} entries differ.")  # their places always do
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,6 +69,27 @@ def test_bundles_in_a_folder_are_found_and_a_damaged_one_is_named(config: Path, 
     assert f"unusable  {damaged}" in run(config, str(tmp_path / "all")).stdout
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('"residual-4-8"', '"resnext-foo"', "There is no encoder 'resnext-foo'"),
+        ('"num_folds": 1', '"num_folds": 1000000000', "num_folds is 1000000000; 1 to 100 are possible"),
+    ],
+)
+def test_a_whole_bundle_that_cannot_be_loaded_is_unusable(
+    config: Path, tmp_path: Path, old: str, new: str, problem: str
+) -> None:
+    bundle = write_untrained_bundle(tmp_path / "other")
+    text = (bundle / "bundle.json").read_text()
+    assert old in text
+    (bundle / "bundle.json").write_text(text.replace(old, new))
+
+    result = run(config, "--json", str(bundle))
+
+    assert result.exit_code == 1
+    assert problem in listed(result)[str(bundle)]["problem"]
+
+
 def test_a_folder_without_a_bundle_is_named(config: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
 
@@ -95,7 +116,7 @@ def test_two_bundles_are_compared_entry_by_entry(config: Path, tmp_path: Path, u
         ["info.version", "0.0.2", "0.0.1"],
         ["metrics.auc", "0.9", "–"],
     ]
-    assert text.splitlines()[-1].startswith("3 of ")
+    assert text.splitlines()[-1].startswith("2 of ")
 
 
 def test_bundles_that_differ_in_their_weights_alone_do_differ(

@@ -69,8 +69,9 @@ def test_two_csvs_become_metrics_and_a_report(done: tuple[dict[str, Path], Resul
     assert 0 < metrics["weighted_log_loss"] < metrics["baselines"]["best_constants"]["weighted_log_loss"]
     assert f"{metrics['weighted_log_loss']:.4f}" in result.output
     for answers in (metrics["patient_overall"], metrics["all_levels"], metrics["levels"]["C7"]):
-        lower, upper = answers["auc_ci"]
-        assert lower <= answers["auc"] <= upper
+        lower, upper = answers["brier_ci"]
+        assert lower <= answers["brier"] <= upper
+        assert answers["auc"] > 0.8
     assert list(metrics["levels"]) == ["C1", "C2", "C3", "C4", "C5", "C6", "C7"]
     assert sorted(path.name for path in files["out"].iterdir()) == ["metrics.json", "report.html"]
 
@@ -116,7 +117,7 @@ def test_a_level_nobody_broke_is_null_with_a_reason_in_both_files(files: dict[st
     level = metrics_of(files)["levels"]["C3"]
     assert level["auc"] is level["auc_ci"] is level["sensitivity"] is None
     assert "needs fractured" in level["reasons"]["auc"]
-    assert "C3, auc: needs fractured" in (files["out"] / "report.html").read_text(encoding="utf-8")
+    assert "Not computed (needs fractured and intact ones): C3 auc." in (files["out"] / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", ["1.5", "C9=0.5", "C1=", "high"])
@@ -179,6 +180,17 @@ def test_a_result_that_cannot_be_written_is_one_sentence(files: dict[str, Path])
     assert "Traceback" not in result.output
 
 
+def test_a_full_disk_is_one_sentence(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(*args: object) -> None:
+        raise OSError("7314000 requested and 51136 written")  # as numpy does, without a name
+
+    monkeypatch.setattr("training.evaluation.evaluate.evaluate", write)
+    result = evaluate(files)
+    assert result.exit_code == 1
+    assert "51136 written). Is the disk full?" in result.output
+    assert "Traceback" not in result.output
+
+
 def test_regions_without_boxes_are_a_usage_error(files: dict[str, Path], tmp_path: Path) -> None:
     regions = write_csv(tmp_path / "r.csv", ("StudyInstanceUID",), [("1",)])
     result = evaluate(files, "--predicted-regions", regions)
@@ -208,6 +220,7 @@ GOOD = ["0.5"] * 8
         ("1.2,0.5,0.5", ["line 2: 3 cells", "9 columns"]),
         ("9.9," + ",".join(GOOD), ["no StudyInstanceUID in common", "9.9"]),
         (b"\x89PNG\r\n\x1a\n\x00\xff", ["is not a CSV file"]),
+        ("row_id,fractured\n1.2_C1,0.5\n", ["is a submission", "one row a Study"]),
         ("{}\n", ["no column StudyInstanceUID", "its header is '{}'"]),
     ],
 )
@@ -254,7 +267,7 @@ def test_labels_that_contradict_each_other_are_measured_and_pointed_out(files: d
 
 def test_excels_bom_labels_as_floats_blanks_and_further_columns_are_understood(files: dict[str, Path]) -> None:
     before = read_truth(files["truth"])
-    text = files["truth"].read_text(encoding="utf-8").replace("\n", ",x\n").replace(",1,", ", 1.0 ,")
+    text = files["truth"].read_text(encoding="utf-8").replace("\n", ",x,,\n").replace(",1,", ", 1.0 ,")
     files["truth"].write_text(text.replace("C7,x", "C7,hospital") + "\n", encoding="utf-8-sig")
     after = read_truth(files["truth"])
     assert after.studies == before.studies

@@ -194,8 +194,8 @@ def test_masks_and_attention_are_summed_up_over_the_levels_that_are_there() -> N
 
     of_one_patient = measure_run(run, SETTINGS, dict.fromkeys(answers, "the same"))
     assert found["masks"]["mean_dice_ci"] == pytest.approx([0, 0.8])
-    assert of_one_patient["masks"]["mean_dice_ci"] == pytest.approx([0.4, 0.4])
-    assert of_one_patient["attention"]["alignment_ci"] == pytest.approx([0.5, 0.5])
+    assert of_one_patient["masks"]["mean_dice_ci"] is None
+    assert of_one_patient["attention"]["alignment_ci"] is None
     assert found["masks"]["num_studies"] == 2
     assert found["masks"]["mean_dice"] == pytest.approx((0.8 + 0) / 2)
     assert found["masks"]["levels"]["C1"]["dice"] == 0.45

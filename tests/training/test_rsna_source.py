@@ -42,6 +42,21 @@ def test_known_layouts_are_found_also_one_folder_below(tmp_path: Path, images: s
     assert not source.problems
 
 
+def test_a_patient_whose_levels_say_otherwise_is_named(tmp_path: Path) -> None:
+    source = read_source(write_tables(tmp_path, "1.2,0,0,1,0,0,0,0,0\n1.3,1,0,0,0,0,0,0,0\n", boxes=""))
+
+    assert source.problems == (
+        "1.2 has patient_overall 0, and its levels say otherwise.",
+        "1.3 has patient_overall 1, and its levels say otherwise.",
+    )
+
+
+def test_a_column_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text(HEADER.replace("C6", "C7") + "1.2,0,0,0,0,0,0,0,0\n")
+    with pytest.raises(SourceError, match="column C7 more than once"):
+        read_source(tmp_path)
+
+
 def test_rows_and_masks_of_unknown_studies_are_counted(tmp_path: Path) -> None:
     root = write_tables(tmp_path, boxes="9.9,1,2,3,4,5\n9.9,1,2,3,4,6\n")
     (root / "segmentations").mkdir()
@@ -56,6 +71,7 @@ def test_rows_and_masks_of_unknown_studies_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "reason"),
     [
+        ("1.2,1,0,1,0,0,0,0,0,0\n", "line 2: 1 cells more than the header"),
         ("1.2,1,0,1,0,0,maybe,0,0\n", "has C5 'maybe' in line 2; expected 0 or 1"),
         ("1.2,1,0,1,0,0,0,0,0\n1.2,1,0,1,0,0,0,0,0\n", "has StudyInstanceUID '1.2' in line 3, a second time"),
         ("../x,1,0,1,0,0,0,0,0\n", "not a UID"),

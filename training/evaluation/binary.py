@@ -20,6 +20,9 @@ Array = NDArray[np.float64]
 PREVALENCES = (0.05, 0.10)
 """Of fractures in an emergency department's neck CT, unlike in the challenge's data, where half are fractured."""
 
+MIN_OF_A_CLASS = 4
+"""Of fewer fractured, or intact, ones an AUC has no interval: one resample in twenty lacks them."""
+
 NUM_BINS = 10
 """Of equal width, for the expected calibration error and the reliability plot."""
 
@@ -85,11 +88,11 @@ class Question:
         )
 
 
-def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_study: bool) -> dict[str, Any]:
+def measure(question: Question, resamples: NDArray[np.float32], *, is_alone: bool) -> dict[str, Any]:
     """All measures as plain values, keys as in README.md; `reasons` says why a value is None.
 
-    one_row_per_study: then shares have Wilson's interval. Rows of one Study are not independent, so of several the
-    bootstrap says how sure a share is.
+    is_alone: each row is of another patient; then shares have Wilson's interval. Rows of one patient are not
+    independent, so of several the bootstrap says how sure a share is.
     """
     rows = question.answered
     undetermined = np.isnan(question.probability)
@@ -107,20 +110,26 @@ def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_s
         return measured | dict.fromkeys(_COUNTS, 0) | nothing | {"reliability": [], "reasons": reasons}
     once = {name: float(values[0]) for name, values in _statistics(rows)(np.ones((1, len(rows.truth)))).items()}
     resampled = over_resamples(resamples, rows.study, _statistics(rows))
+    scarce = {"auc": min(measured["num_positive"], measured["num_negative"]), "pr_auc": measured["num_positive"]}
     reasons = {}
     measured |= {name: int(once[name]) for name in _COUNTS}
     for name in _MEASURES:
         value = once[name]
         measured[name] = value if np.isfinite(value) else None
-        if name in SHARES and one_row_per_study:
+        if name in SHARES and is_alone:
             interval = wilson_interval(*_for_and_all(name, once))
+        elif scarce.get(name, MIN_OF_A_CLASS) < MIN_OF_A_CLASS:
+            interval = None
         else:
             interval = percentile_interval(resampled[name])
         measured[f"{name}_ci"] = interval if np.isfinite(value) else None
         if not np.isfinite(value):
             reasons[name] = _REASONS.get(name, "its sensitivity or specificity cannot be computed")
         elif interval is None:
-            reasons[f"{name}_ci"] = "more than 5 % of the bootstrap resamples have no value: too few of one class"
+            reasons[f"{name}_ci"] = (
+                f"too few: under {MIN_OF_A_CLASS} of a class, or bootstrap resamples of which more than 5 % have no "
+                "value, or all the same"
+            )
     return measured | {"ece": expected_calibration_error(rows), "reliability": reliability(rows), "reasons": reasons}
 
 

@@ -50,15 +50,32 @@ def over_resamples(
 
 
 def percentile_interval(values: Array) -> list[float] | None:
-    """The middle 95 % of a statistic over resamples; None if it does not exist in more than 5 % of them.
+    """The middle 95 % of a statistic over resamples; None if more than 5 % of them lack it, or it is the same in all.
 
-    A share of resamples without a value means that too few Studies decide it: below four positives an AUC has none.
+    Either means that too few Studies decide it: a sensitivity of five out of five is not sure to be 1.
     """
     exists = np.isfinite(values)
     if exists.mean() < CONFIDENCE:
         return None
     lower, upper = np.quantile(values[exists], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return [float(lower), float(upper)]
+    return [float(lower), float(upper)] if lower < upper else None
+
+
+def share_interval(
+    scores: Array, studies: NDArray[np.int64], resamples: NDArray[np.float32], *, is_alone: bool
+) -> list[float] | None:
+    """Interval of the mean of scores 0..1 of some Studies: Wilson's, or the bootstrap's where patients have several.
+
+    scores, studies: `(M,)`, the latter indices into the resamples. is_alone: each Study is of another patient.
+    """
+    if is_alone or not len(scores):
+        return wilson_interval(float(scores.sum()), len(scores))
+
+    def mean(counts: Array) -> dict[str, Array]:
+        with np.errstate(invalid="ignore"):
+            return {"mean": counts @ scores / counts.sum(axis=1)}
+
+    return percentile_interval(over_resamples(resamples, studies, mean)["mean"])
 
 
 def wilson_interval(num_successes: float, num_trials: float) -> list[float] | None:

@@ -1,6 +1,6 @@
 """From the matched tables to everything in metrics.json that needs probabilities and labels only."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from model.levels import LEVELS, OUTPUTS
 from training.evaluation.binary import Question, measure
-from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
+from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, share_interval
 from training.evaluation.loss import constant_baselines, study_losses, weighted_log_loss
 from training.evaluation.ranking import Ranking, roc_areas
 from training.evaluation.subgroups import split
 from training.evaluation.tables import PATIENT, Matched
 
 Array = NDArray[np.float64]
+
+Interval = Callable[[Array, NDArray[np.int64]], list[float] | None]
+"""The interval of the mean of scores, from them and their Studies; see `share_interval`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
     resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
     points = np.array([settings.operating_points[name] for name in OUTPUTS])
     rows = np.arange(num_studies)
+    is_alone = len(set(patients)) == num_studies
 
     def question(columns: slice) -> Question:
         width = len(OUTPUTS[columns])
@@ -68,13 +72,15 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
             study=np.repeat(rows, width),
         )
 
+    def interval(scores: Array, studies: NDArray[np.int64]) -> list[float] | None:
+        return share_interval(scores, studies, resamples, is_alone=is_alone)
+
     baselines = constant_baselines(truth)
     answered = np.where(np.isnan(predicted), baselines["base_rates"], predicted)
     losses = study_losses(truth, answered)
     resampled = over_resamples(resamples, rows, lambda counts: {"loss": counts @ losses / counts.sum(axis=1)})
     each = [
-        measure(question(slice(column, column + 1)), resamples, one_row_per_study=True)
-        for column in range(len(OUTPUTS))
+        measure(question(slice(column, column + 1)), resamples, is_alone=is_alone) for column in range(len(OUTPUTS))
     ]
     return {
         "num_studies": num_studies,
@@ -89,11 +95,11 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         },
         "patient_overall": each[0],
         "levels": dict(zip(LEVELS, each[1:], strict=True)),
-        "all_levels": measure(question(slice(1, None)), resamples, one_row_per_study=False),
+        "all_levels": measure(question(slice(1, None)), resamples, is_alone=False),
         **mean_level_auc(truth[:, 1:], predicted[:, 1:], resamples),
-        **level_accuracy(truth[:, 1:], predicted[:, 1:], points[1:]),
-        "any_called": any_called(truth[:, 0], predicted, points),
-        **localisation(truth, predicted, points[0]),
+        **level_accuracy(truth[:, 1:], predicted[:, 1:], points[1:], interval),
+        "any_called": any_called(truth[:, 0], predicted, points, interval),
+        **localisation(truth, predicted, points[0], interval),
     }
 
 
@@ -118,19 +124,19 @@ def mean_level_auc(truth: NDArray[np.bool_], predicted: Array, resamples: NDArra
     }
 
 
-def level_accuracy(truth: NDArray[np.bool_], predicted: Array, points: Array) -> dict[str, Any]:
+def level_accuracy(truth: NDArray[np.bool_], predicted: Array, points: Array, interval: Interval) -> dict[str, Any]:
     """Share of answered levels called rightly, and of Studies with all seven answered and called rightly."""
     answered = ~np.isnan(predicted)
     right = answered & ((predicted >= points) == truth)
-    num_whole, num_studies = int(right.all(axis=1).sum()), len(truth)
+    whole = np.all(right, axis=1).astype(np.float64)
     return {
         "level_accuracy": float(right.sum() / answered.sum()) if answered.any() else None,
-        "all_levels_right": num_whole / num_studies,
-        "all_levels_right_ci": wilson_interval(num_whole, num_studies),
+        "all_levels_right": float(whole.mean()),
+        "all_levels_right_ci": interval(whole, np.arange(len(whole))),
     }
 
 
-def any_called(fractured: NDArray[np.bool_], predicted: Array, points: Array) -> dict[str, Any]:
+def any_called(fractured: NDArray[np.bool_], predicted: Array, points: Array, interval: Interval) -> dict[str, Any]:
     """The patient as the node calls it: for its own probability or for that of any level.
 
     fractured: `(N,)`. predicted: `(N, 8)`.
@@ -142,13 +148,15 @@ def any_called(fractured: NDArray[np.bool_], predicted: Array, points: Array) ->
         ("sensitivity", answered & fractured, called),
         ("specificity", answered & ~fractured, ~called),
     ):
-        num, num_right = int(studies.sum()), int((studies & right).sum())
-        found[name] = num_right / num if num else None
-        found[f"{name}_ci"] = wilson_interval(num_right, num)
+        scores = np.asarray(right)[studies].astype(float)
+        found[name] = float(scores.mean()) if len(scores) else None
+        found[f"{name}_ci"] = interval(scores, np.flatnonzero(studies))
     return found
 
 
-def localisation(truth: NDArray[np.bool_], predicted: Array, patient_point: float) -> dict[str, Any]:
+def localisation(
+    truth: NDArray[np.bool_], predicted: Array, patient_point: float, interval: Interval
+) -> dict[str, Any]:
     """Whether the most probable level of a fractured neck is a fractured one.
 
     localisation_accuracy: of all Studies with a fractured level and an answer for some level. level_agreement: of those
@@ -165,7 +173,7 @@ def localisation(truth: NDArray[np.bool_], predicted: Array, patient_point: floa
     for name, studies in (("localisation_accuracy", fractured), ("level_agreement", called)):
         num = int(studies.sum())
         found[name] = float(score[studies].mean()) if num else None
-        found[f"{name}_ci"] = wilson_interval(float(score[studies].sum()), num)
+        found[f"{name}_ci"] = interval(score[studies], np.flatnonzero(studies))
         found[f"{name}_num"] = num
     return found
 

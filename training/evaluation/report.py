@@ -128,15 +128,16 @@ def _ranking_and_calibration(metrics: Mapping[str, Any]) -> list[str]:
         for name, part in _outputs(metrics).items()
     ]
     header = ["", "answers", "fractured", "undetermined", "AUC", "PR-AUC", "Brier", "ECE", "log loss"]
-    reasons = sorted(
-        {
-            f"{name}, {key}: {reason}."
-            for name, part in _outputs(metrics).items()
-            for key, reason in part["reasons"].items()
-            if not key.endswith("_ci")
-        }
-    )
-    return [table(header, rows), *([paragraph(f"Not computed: {' '.join(reasons)}")] if reasons else [])]
+    lacking: dict[str, dict[str, list[str]]] = {}
+    for name, part in _outputs(metrics).items():
+        for key, reason in part["reasons"].items():
+            if not key.endswith("_ci"):
+                lacking.setdefault(reason, {}).setdefault(name, []).append(key)
+    reasons = [
+        f"Not computed ({reason}): {'; '.join(f'{name} ' + ', '.join(keys) for name, keys in outputs.items())}."
+        for reason, outputs in lacking.items()
+    ]
+    return [table(header, rows), *map(paragraph, reasons)]
 
 
 def _calls(metrics: Mapping[str, Any]) -> list[str]:
@@ -159,8 +160,8 @@ def _calls(metrics: Mapping[str, Any]) -> list[str]:
         table(["", "point", "TP / FP / TN / FN", "sensitivity", "specificity", "precision", "accuracy", "F1"], rows),
         paragraph(_any_called(metrics["any_called"])),
         paragraph(
-            "Sensitivity is recall. Intervals are Wilson's; bootstrap for F1 and for all levels together, since the "
-            "seven of a patient are not independent."
+            "Sensitivity is recall. Intervals are Wilson's; bootstrap for F1, for all levels together, since the seven "
+            "of a patient are not independent, and wherever patients have several Studies."
         ),
         subtitle("At a prevalence as in an emergency department"),
         table(["", "PPV at 5 %", "NPV at 5 %", "PPV at 10 %", "NPV at 10 %"], predictive),
@@ -173,7 +174,8 @@ def _any_called(measured: Mapping[str, Any]) -> str:
         for name in ("sensitivity", "specificity")
         if measured[name] is not None
     )
-    return f"The patient as the node calls it, for its own probability or for that of any level: {figures}."
+    called = "The patient as the node calls it, for its own probability or for that of any level"
+    return f"{called}: {figures or 'cannot be computed, no patient has an answer'}."
 
 
 def _localisation(metrics: Mapping[str, Any]) -> list[str]:

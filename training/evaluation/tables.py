@@ -108,6 +108,7 @@ def read_subgroups(path: Path) -> dict[str, dict[str, str]]:
     for line, row in read_rows(path, (STUDY,)):
         study = row.pop(STUDY)
         faults += _fault_of_study(study, line, seen)
+        row.pop("", None)  # spreadsheets write columns without a name
         for name, value in row.items():
             column = columns.setdefault(name, {})
             if value:
@@ -157,11 +158,13 @@ def _check_header(path: Path, header: list[str], needed: Iterable[str]) -> None:
     if missing:
         separator = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
         remedy = f"Separate columns by commas, not by {separator!r}." if separator else "Add it, spelled like that."
+        if {"row_id", "fractured"} <= set(header):
+            remedy = "This is a submission to the challenge: name the predictions that it was made of, one row a Study."
         raise InputError(
             f"{path} has no column {', '.join(missing)}; its header is {_short(', '.join(header))!r}, and "
             f"{', '.join(needed)} are needed. {remedy}"
         )
-    twice = sorted({name for name in header if header.count(name) > 1})
+    twice = sorted({name for name in header if name and header.count(name) > 1})
     if twice:
         raise InputError(f"{path} has the column {', '.join(twice)} more than once. Keep one of each.")
 

@@ -59,6 +59,9 @@ def read_source(folder: Path) -> Source:
     masks = {path.name.removesuffix(".gz").removesuffix(".nii"): path for path in root.glob("segmentations/*.nii*")}
     labels = _read_labels(root / "train.csv")
     boxes, problems = _read_boxes(root / "train_bounding_boxes.csv", labels)
+    for uid, values in labels.items():
+        if values[TARGETS[0]] != any(values[level] for level in LEVELS):
+            problems.append(f"{uid} has {TARGETS[0]} {values[TARGETS[0]]:d}, and its levels say otherwise.")
     problems += [f"Mask {masks[uid].name} belongs to no study of train.csv." for uid in sorted(masks.keys() - labels)]
     studies = {
         uid: SourceStudy(
@@ -111,10 +114,19 @@ def _rows(path: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            twice = [name for name in columns if reader.fieldnames.count(name) > 1]
+            if twice:
+                raise SourceError(f"{path} has the column {', '.join(twice)} more than once. Keep one of each.")
             missing = [name for name in columns if name not in reader.fieldnames]
             if missing:
                 raise SourceError(f"{path} lacks the column {', '.join(missing)}; it has {reader.fieldnames}.")
-            rows = [(reader.line_num, {name: (row[name] or "").strip() for name in columns}) for row in reader]
+            rows = []
+            for row in reader:
+                if surplus := row.get(None):  # where DictReader keeps them
+                    raise SourceError(
+                        f"{path}, line {reader.line_num}: {len(surplus)} cells more than the header. Check its commas."
+                    )
+                rows.append((reader.line_num, {name: (row[name] or "").strip() for name in columns}))
     except (UnicodeDecodeError, csv.Error) as error:
         raise SourceError(f"{path} is not a CSV file in UTF-8 ({error}). Save it as comma-separated text.") from error
     return [(number, row) for number, row in rows if any(row.values())]
