@@ -73,14 +73,17 @@ class SegmentSettings:
     """The vertebra U-Net and the grid it works on: one of the two.
 
     channels: of the 3D U-Net's scales, fine to coarse. encoder: of the 2.5D U-Net, see `model.networks.make_encoder`.
-    spacing_mm: of the isotropic grid.
+    spacing_mm: of the isotropic grid. continued_mm: slices that end in the neck are continued so far by their last one,
+    without its bone; 0 for a network that numbers rightly what ends in air.
     """
 
     channels: tuple[int, ...] = ()
     encoder: str | None = None
     spacing_mm: float
+    continued_mm: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_range("segment.continued_mm", self.continued_mm, (0, 500))
         if (self.encoder is None) == (not self.channels):
             raise ValueError("segment needs either channels, for a 3D U-Net, or an encoder, for a 2.5D U-Net")
         if self.channels:

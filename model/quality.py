@@ -45,6 +45,13 @@ DENSE_HU, MAX_DENSE_SHARE = 2000, 0.01
 """Share of the body that may be so dense. Measured, dental metal among it: below 0.0034; times 2: 0.004 to 0.059, and
 0.029 of the two CTs."""
 
+CLIPPED_HU, MAX_CLIPPED_SHARE = 1200, 0.005
+"""Where nothing is above CLIPPED_HU, the share of the body that may have the greatest value. Measured: the greatest is
+above 1600 in 90 necks; cut at 240 HU, as by a window for soft tissue, 0.011 and 0.020 of the body have it."""
+
+IMAGED_SHARE = 0.15
+"""Slices with less than this of the median slice's body show nothing: a table, a strip of skin."""
+
 SKULL_SHARE = 0.09
 """Share of bone in the body from which a third of the volume is taken for the head, if the other third has less than
 half of that. Measured: head 0.11 to 0.24, shoulders 0.03 to 0.09."""
@@ -63,7 +70,7 @@ STEP_RATIO = (0.6, 1.55)
 """Step between two neighbours over the median of the others. Measured where the numbers are right: 0.7 to 1.4, and
 where unfinished weights had skipped or merged levels: 1.6 to 2.6."""
 
-VOLUME_MM3 = (2_000.0, 50_000.0)
+MIN_VOLUME_MM3 = 2_000.0
 RELATIVE_VOLUME = {3: 1.0, 4: 0.95, 5: 1.0, 6: 1.1, 7: 1.4}
 VOLUME_RATIO = (0.5, 1.7)
 """Volume of one of C3..C7 over its RELATIVE_VOLUME, over the median of these. Measured where the numbers are right: 0.7
@@ -87,6 +94,8 @@ JUMP_RATIO, JUMP_WINDOW, MIN_DIFFERENCE_HU = 1.75, 11, 4.0
 sudden shift by 5 mm: 1.8 to 2.5 at 3 mm slices, and more at thinner ones."""
 
 SAMPLE_MM = 3.0
+
+IN_PLANE = ndimage.generate_binary_structure(2, 1)[None]
 
 END_MM = 1.5
 """A vertebra that reaches so near to the first or last slice may go on beyond it."""
@@ -129,21 +138,22 @@ def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: S
         _too_coarse(volume.grid)
         or _no_body(volume)
         or _other_scale(volume)
+        or _empty_slices(volume)
         or _upside_down(volume)
         or _no_neck(volume, vertebrae)
     )
     if for_all:
         return {vertebra.label: for_all for vertebra in vertebrae}
     reasons = _odd_volumes(vertebrae) | _odd_steps(vertebrae)
-    ends, jumps = _imaged_planes(volume), _jumps(volume)
+    ends, jumps = _ends(_imaged(volume)), _jumps(volume)
     for vertebra in vertebrae:
-        first, last = index_range(volume.grid, vertebra.lower_lps_mm, vertebra.upper_lps_mm, margin=0)
+        first, last = index_range(volume.grid, vertebra.lower_lps_mm, vertebra.upper_lps_mm, margin=1)
         box = tuple(slice(start, stop) for start, stop in zip(first, last, strict=True))
         mask, hu = labels[box] == vertebra.label, volume.voxels_hu[box]
         # A cause of its own says more than what it may have done to the outline, so it takes the place of an odd size.
         reason = (
             _metal(volume, vertebra)
-            or _cut(vertebra, mask, int(first[0]), ends, volume.grid)
+            or _cut(vertebra, mask, hu, int(first[0]), ends, volume.grid)
             or _moved(jumps - first[0], mask)
             or _not_bone(hu[mask])
             or _in_chest(volume, vertebra)
@@ -226,7 +236,17 @@ def _other_scale(volume: Volume) -> str | None:
             f"{dense:.1%} of the body is above {DENSE_HU} HU (up to {MAX_DENSE_SHARE:.0%} is plausible; check "
             "RescaleSlope)"
         )
+    highest = float(sample.max())
+    if highest < CLIPPED_HU and body.size and (body == highest).mean() > MAX_CLIPPED_SHARE:
+        return f"Values end at {highest:.0f} HU, which cuts bone off (send the CT as it was, without a window)"
     return None
+
+
+def _empty_slices(volume: Volume) -> str | None:
+    """Slices without a body between others: what lies beyond them was not looked at, or was numbered anew."""
+    planes = _imaged(volume)
+    num_empty = int((~planes[slice(*_ends(planes))]).sum())
+    return f"{num_empty} of the slices between others show nothing (they may be damaged)" if num_empty else None
 
 
 def _upside_down(volume: Volume) -> str | None:
@@ -251,11 +271,18 @@ def _upside_down(volume: Volume) -> str | None:
     return None
 
 
-def _imaged_planes(volume: Volume) -> tuple[int, int]:
-    """First and last Z index of the slices that show anything; some archives pad with empty ones."""
+def _imaged(volume: Volume) -> NDArray[np.bool_]:
+    """Which slices `(Z,)` show a body; some archives pad with empty ones, or with what is left of a cut-out."""
     _, y, x = _steps(volume.grid)
-    planes = np.flatnonzero((volume.voxels_hu[:, ::y, ::x] > BODY_HU).any(axis=(1, 2)))
-    return (int(planes[0]), int(planes[-1])) if len(planes) else (0, volume.grid.shape[0] - 1)
+    areas = (volume.voxels_hu[:, ::y, ::x] > BODY_HU).sum(axis=(1, 2))
+    imaged: NDArray[np.bool_] = areas > IMAGED_SHARE * np.median(areas[areas > 0]) if areas.any() else areas == 0
+    return imaged
+
+
+def _ends(imaged: NDArray[np.bool_]) -> tuple[int, int]:
+    """First and last Z index of the slices that show a body."""
+    planes = np.flatnonzero(imaged)
+    return int(planes[0]), int(planes[-1])
 
 
 def _jumps(volume: Volume) -> NDArray[np.int64]:
@@ -285,7 +312,7 @@ def _no_neck(volume: Volume, vertebrae: Sequence[Vertebra]) -> str | None:
     top = min(vertebrae, key=lambda vertebra: vertebra.label)
     # In the column of the topmost vertebra: slices may be tilted.
     column = volume.grid.to_index(top.centroid_lps_mm)[1:]
-    heights_mm = (volume.grid.to_lps_mm(np.array([plane, *column]))[2] for plane in _imaged_planes(volume))
+    heights_mm = (volume.grid.to_lps_mm(np.array([plane, *column]))[2] for plane in _ends(_imaged(volume)))
     above_mm = max(heights_mm) - top.upper_lps_mm[2]
     if top.label > 2 and above_mm > MAX_ABOVE_MM:
         names = LEVELS[top.label - 1], LEVELS[top.label - 2]
@@ -316,6 +343,8 @@ def _odd_steps(vertebrae: Sequence[Vertebra]) -> dict[int, str]:
         others = [other for other_pair, other in steps.items() if other_pair != pair]
         if others and not STEP_RATIO[0] <= step / np.median(others) <= STEP_RATIO[1]:
             odd.update(pair)
+    if odd:  # any number from there on may be another
+        odd.update(vertebra.label for vertebra in vertebrae if vertebra.label > 2)
     return dict.fromkeys(odd, "Out of step with the other vertebrae (one may be fused, missed or counted twice)")
 
 
@@ -326,9 +355,9 @@ def _odd_volumes(vertebrae: Sequence[Vertebra]) -> dict[int, str]:
     reasons = {}
     for vertebra in vertebrae:
         ratio = alike.get(vertebra.label, median) / median
-        if vertebra.volume_mm3 < VOLUME_MM3[0] or ratio < VOLUME_RATIO[0]:
+        if vertebra.volume_mm3 < MIN_VOLUME_MM3 or ratio < VOLUME_RATIO[0]:
             reasons[vertebra.label] = "Too small for a vertebra of this neck (only a part of one)"
-        elif vertebra.volume_mm3 > VOLUME_MM3[1] or ratio > VOLUME_RATIO[1]:
+        elif ratio > VOLUME_RATIO[1]:
             reasons[vertebra.label] = "Too large for a vertebra of this neck (fused, or more than one)"
     return reasons
 
@@ -344,15 +373,26 @@ def _metal(volume: Volume, vertebra: Vertebra) -> str | None:
 
 
 def _cut(
-    vertebra: Vertebra, mask: NDArray[np.bool_], first_plane: int, ends: tuple[int, int], grid: Grid
+    vertebra: Vertebra,
+    mask: NDArray[np.bool_],
+    hu: NDArray[np.int16],
+    first_plane: int,
+    ends: tuple[int, int],
+    grid: Grid,
 ) -> str | None:
-    """mask: the vertebra in its box, which begins at `first_plane`. ends: first and last slice that show anything."""
+    """mask, hu: the vertebra in its box, which begins at `first_plane`. ends: first and last slice that show a body.
+
+    Padding within the image, as around a circular field of view, is an end too: bone never lies against it.
+    """
     near = int(END_MM / grid.spacing_mm[0])
     planes = first_plane + np.arange(mask.shape[0])
     at_end = (planes <= ends[0] + near) | (planes >= ends[1] - near)
     pixel_mm2 = grid.spacing_mm[1] * grid.spacing_mm[2]
     touches = mask[at_end].sum(axis=(1, 2), initial=0) * pixel_mm2 > CUT_AREA_MM2
-    return "Cut by the field of view" if vertebra.is_cut or touches.any() else None
+    beside = ndimage.binary_dilation(mask, IN_PLANE) & (hu <= AIR_HU)
+    padded_mm2 = int(beside.sum()) * grid.spacing_mm[0] * max(grid.spacing_mm[1:])
+    is_cut = vertebra.is_cut or touches.any() or padded_mm2 > CUT_AREA_MM2
+    return "Cut by the field of view" if is_cut else None
 
 
 def _moved(jumps: NDArray[np.int64], mask: NDArray[np.bool_]) -> str | None:

@@ -24,6 +24,9 @@ AIR_HU = -1024.0
 BODY_HU = -400
 """Voxels above it are body (or table); used to leave air out of the network's way."""
 
+CONTINUED_BONE_HU, SOFT_HU = 150, 40
+"""Of slices that are `continued`, what is brighter becomes soft tissue."""
+
 HALF_WIDTH_MM = 100.0
 """The spine is sought this far to the left and right of the body's middle: arms and shoulders cost time, not more."""
 
@@ -150,6 +153,16 @@ def body_volume(voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, mul
     lower[0], upper[0] = max(lower[0], middle_mm - HALF_WIDTH_MM), min(upper[0], middle_mm + HALF_WIDTH_MM)
     target = lps_grid(lower_lps_mm=lower, upper_lps_mm=upper, spacing_mm=spacing_mm, multiple=multiple)
     return sample((pooled - AIR_HU)[None], on, target)[0] + AIR_HU, target
+
+
+def continued(voxels_hu: NDArray[np.int16], grid: Grid, length_mm: float) -> tuple[NDArray[np.int16], Grid]:
+    """The volume with so much more towards the feet: its last slice again and again, what is bone in it soft tissue."""
+    num = round(length_mm / grid.spacing_mm[0])
+    is_foot_first = grid.affine[2, 0] > 0
+    last = voxels_hu[0 if is_foot_first else -1]
+    more = np.broadcast_to(np.where(last > CONTINUED_BONE_HU, SOFT_HU, last).astype(np.int16), (num, *last.shape))
+    longer = np.concatenate([more, voxels_hu] if is_foot_first else [voxels_hu, more])
+    return longer, grid.part(np.array([-num if is_foot_first else 0, 0, 0]), longer.shape)
 
 
 def _body(pooled_hu: NDArray[np.float32]) -> FloatArray:

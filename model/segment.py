@@ -27,6 +27,7 @@ from model.resample import (
     AIR_HU,
     average_pool,
     body_volume,
+    continued,
     crop_to_box,
     index_range,
     lps_grid,
@@ -54,14 +55,18 @@ that leans."""
 ON_THE_SIDE_DEG = 45.0
 """Of a patient who is turned by so much about the long axis, both sides of the midplane are tried for the front."""
 
+NEAR_END_MM = 9.0
+"""A vertebra that comes so near to the last slice lies at it."""
+
 OUTSIDE = torch.tensor([-8.0, 0.0])[:, None, None, None]
 """Scores where nothing was looked at."""
 
 NEAR_MM = 3.0
 """Bone this close to a numbered vertebra belongs to it, if it is none of its own."""
 
-MIN_VOLUME_MM3 = 800.0
-"""Less than this of a vertebra is not called found; C1, the smallest, has about 8,000."""
+MIN_VOLUME_MM3, MAX_VOLUME_MM3 = 800.0, 50_000.0
+"""Less or more than this of a vertebra is not called found: C1 has about 8,000 and more, C2 up to 25,000 or so. In a
+CT of the chest 64,000, from T11 to L1, had been called C4."""
 
 NEIGHBOUR_DISTANCE_MM = (4.0, 45.0)
 """How far apart the centroids of neighbouring vertebrae may lie."""
@@ -131,10 +136,14 @@ def find_vertebrae(
     refine: RefineSettings | None = None,
 ) -> tuple[NDArray[np.uint8], list[Vertebra]]:
     """Labels on the source grid, uint8 `(Z, Y, X)`, 0 and 1..7 = C1..C7, and what was found, head to foot."""
-    scanned, twist_deg = _facing_forward(_coarse(volume, network, settings, device), network, settings, device)
+    scanned = _coarse(volume, network, settings, device)
+    goes_on = settings.continued_mm > 0 and _ends_in_neck(scanned)
+    if goes_on:
+        scanned = _coarse(volume, network, settings, device, goes_on=True)
+    scanned, twist_deg = _facing_forward(scanned, network, settings, device, goes_on=goes_on)
     looks, turn = [scanned], _to_upright(scanned)
     if turn is not None:
-        upright = _coarse(_turned(scanned.volume, turn), network, settings, device)
+        upright = _coarse(_turned(scanned.volume, turn), network, settings, device, goes_on=goes_on)
         if upright.found.any():  # or what leaned was no neck: then the first look counts
             looks.append(upright)
     bone_weight = BONE_WEIGHT
@@ -192,11 +201,36 @@ class _Look:
 
 
 def _coarse(
-    volume: Volume, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
+    volume: Volume,
+    network: VertebraUNet | SliceVertebraUNet,
+    settings: SegmentSettings,
+    device: torch.device,
+    *,
+    goes_on: bool = False,
 ) -> _Look:
-    """Of the whole body."""
-    hu, grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride)
-    return _Look(volume=volume, scores=answer(network, network_input(hu)[None], device)[-1][0], grid=grid)
+    """Of the whole body. goes_on: the network sees it `continued`."""
+    voxels_hu, source = volume.voxels_hu, volume.grid
+    if goes_on:
+        voxels_hu, source = continued(voxels_hu, source, settings.continued_mm)
+    hu, grid = body_volume(voxels_hu, source, settings.spacing_mm, network.stride)
+    scores = answer(network, network_input(hu)[None], device)[-1][0]
+    if goes_on:
+        plane = volume.grid.to_index(grid.to_lps_mm(np.argwhere(np.ones(grid.shape, bool)).astype(float)))[:, 0]
+        added = (plane < -0.5) | (plane > volume.grid.shape[0] - 0.5)
+        scores = torch.where(torch.from_numpy(added.reshape(grid.shape)), OUTSIDE, scores)
+    return _Look(volume=volume, scores=scores, grid=grid)
+
+
+def _ends_in_neck(look: _Look) -> bool:
+    """Whether the slices end, towards the feet, before the chain has come to the thoracic vertebrae."""
+    if not look.found.any():
+        return False
+    ends = np.array([[0.0, 0.0, 0.0], [look.volume.grid.shape[0] - 1.0, 0.0, 0.0]])
+    end_mm = look.volume.grid.to_lps_mm(ends)[:, 2].min()
+    where = np.argwhere(look.found)
+    at_end = look.grid.to_lps_mm(where.astype(float))[:, 2] < end_mm + NEAR_END_MM
+    level = look.scores[1].numpy()[tuple(where[at_end].T)]
+    return level.size > 0 and float(np.median(level)) < len(LEVELS) + 0.5
 
 
 def _turned(volume: Volume, turn: FloatArray) -> Volume:
@@ -205,7 +239,12 @@ def _turned(volume: Volume, turn: FloatArray) -> Volume:
 
 
 def _facing_forward(
-    scanned: _Look, network: VertebraUNet | SliceVertebraUNet, settings: SegmentSettings, device: torch.device
+    scanned: _Look,
+    network: VertebraUNet | SliceVertebraUNet,
+    settings: SegmentSettings,
+    device: torch.device,
+    *,
+    goes_on: bool,
 ) -> tuple[_Look, float]:
     """The look at the patient turned to face forward, and how far turned he lies; as scanned, and 0, if he is not or
     if fewer levels are found so: then the angle was misread.
@@ -215,7 +254,10 @@ def _facing_forward(
         return scanned, 0.0
     # A mirror does not tell front from back. Of the right one the network is surer.
     angles = [twist_deg] if abs(twist_deg) < ON_THE_SIDE_DEG else [twist_deg, twist_deg - np.copysign(180, twist_deg)]
-    looks = [_coarse(_turned(scanned.volume, about_long_axis(-angle)), network, settings, device) for angle in angles]
+    looks = [
+        _coarse(_turned(scanned.volume, about_long_axis(-angle)), network, settings, device, goes_on=goes_on)
+        for angle in angles
+    ]
     best = int(np.argmax([look.certainty for look in looks]))
     if looks[best].num_levels < scanned.num_levels:
         return scanned, 0.0
@@ -409,7 +451,7 @@ def _describe(labels: NDArray[np.uint8], grid: Grid, part: tuple[slice, ...], tw
         mask = labels[box] == label
         num_voxels = int(mask.sum())
         volume_mm3 = num_voxels * grid.voxel_volume_mm3
-        if volume_mm3 < MIN_VOLUME_MM3:
+        if not MIN_VOLUME_MM3 <= volume_mm3 <= MAX_VOLUME_MM3:
             labels[box][mask] = 0
             continue
         start = np.array([side.start for side in box], float)

@@ -23,6 +23,7 @@ _NOT_A_SLICE = ("LOCALIZER", "SCOUT", "TOPOGRAM", "DOSE_INFO", "DOSE INFO", "SCR
 # Positions are often written with one decimal: a slice can be 0.05 mm off its place, a step 0.1 mm.
 _ROUNDING_MM = 0.11
 _SAME_POSITION_MM = 0.05
+_MAX_FIELD_MM = 1200.0  # of scanners 500, extended 800; at twice this an analysis takes minutes and gigabytes
 _MAX_VOXELS = 2**31  # 4 GiB in memory: 2,000 slices of 1024 x 1024; a damaged header can claim 100 times that
 
 
@@ -175,6 +176,12 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
         raise SeriesError(
             f"{series} has {z_indices[-1] + 1} slices of {first.rows} x {first.columns}: {num_voxels} voxels; up to "
             f"{_MAX_VOXELS} can be analysed."
+        )
+    field_mm = max(first.rows * row_spacing_mm, first.columns * column_spacing_mm)
+    if field_mm > _MAX_FIELD_MM:
+        raise SeriesError(
+            f"{series} has slices of {field_mm:.0f} mm ({first.rows} x {first.columns} pixels, PixelSpacing "
+            f"{row_spacing_mm:g}, {column_spacing_mm:g}); {_MAX_FIELD_MM:.0f} mm are possible. Check it."
         )
     affine = np.eye(4)
     affine[:3] = np.stack([step, column * row_spacing_mm, row * column_spacing_mm, positions[0]], axis=1)

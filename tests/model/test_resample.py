@@ -9,6 +9,7 @@ from model.resample import (
     AIR_HU,
     average_pool,
     body_volume,
+    continued,
     crop_to_box,
     lps_grid,
     pool_factors,
@@ -90,6 +91,26 @@ def test_body_volume_leaves_air_out_and_keeps_the_body_in_place(linear: FloatArr
     np.testing.assert_allclose(found.mean(axis=0), truth.mean(axis=0), atol=0.7)
     whole_mm3 = np.prod(source.shape) * source.voxel_volume_mm3
     assert body.numel() * grid.voxel_volume_mm3 < 1.1 * whole_mm3
+
+
+@pytest.mark.parametrize("linear", [PLAIN, REVERSED, OBLIQUE])
+def test_what_is_continued_stays_in_place_and_goes_on_towards_the_feet_without_bone(linear: FloatArray) -> None:
+    grid = make_grid(linear)
+    voxels_hu = np.random.default_rng(0).integers(-900, 900, grid.shape, np.int16)
+
+    longer, there = continued(voxels_hu, grid, 22.0)
+
+    num = longer.shape[0] - grid.shape[0]
+    assert num == round(22.0 / grid.spacing_mm[0])
+    first = np.rint(there.to_index(grid.to_lps_mm(np.zeros(3)))).astype(int)
+    np.testing.assert_allclose(there.to_lps_mm(first.astype(float)), grid.to_lps_mm(np.zeros(3)), atol=1e-9)
+    np.testing.assert_array_equal(longer[first[0] : first[0] + grid.shape[0]], voxels_hu)
+    added = np.delete(longer, np.arange(first[0], first[0] + grid.shape[0]), axis=0)
+    assert added.max() <= 150
+    foot = voxels_hu[0 if linear[2, 0] > 0 else -1]
+    np.testing.assert_array_equal(added, np.broadcast_to(np.where(foot > 150, 40, foot), added.shape))
+    beyond = there.to_lps_mm(np.array([0.0 if linear[2, 0] > 0 else longer.shape[0] - 1.0, 0, 0]))
+    assert beyond[2] < grid.to_lps_mm(np.array([[0.0, 0, 0], [23.0, 0, 0]]))[:, 2].min()
 
 
 def test_a_crop_keeps_its_place() -> None:

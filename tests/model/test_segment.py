@@ -223,3 +223,48 @@ def test_a_vertebra_in_two_large_pieces_keeps_both_and_a_small_one_is_erased(wid
 
     assert [bool(found[z, 5, x]) for z, x in ((6, 5), (14, 5), (22, 5), (22, 13))] == [True, True, True, is_kept]
     assert bool(chained[0, 22, 5, 13] > 0) == is_kept
+
+
+@pytest.mark.parametrize(("side_mm", "is_found"), [(30, True), (42, False)])
+def test_what_is_larger_than_any_cervical_vertebra_is_not_called_one(side_mm: int, is_found: bool) -> None:
+    """A block of 27 cm³, and one of 74."""
+    inside = (np.abs(np.indices((60, 60, 60)) - 29.5) < side_mm / 3).all(axis=0)
+    volume, _ = seen_as(np.full(inside.shape, 4), inside)
+
+    labels, vertebrae = find_vertebrae(volume, Reader(), SETTINGS, torch.device("cpu"))
+
+    assert [vertebra.label for vertebra in vertebrae] == [4] * is_found
+    assert labels.any() == is_found
+
+
+@pytest.mark.parametrize("continued_mm", [0.0, 60.0])
+def test_slices_that_end_in_the_neck_are_shown_as_going_on_if_the_network_needs_it(continued_mm: float) -> None:
+    volume, labels = neck(0.0)
+    first = int(np.argwhere(labels == 5).mean(axis=0)[0])
+    part = Volume(
+        study_instance_uid="1",
+        series_instance_uid="2",
+        voxels_hu=volume.voxels_hu[first:],
+        grid=volume.grid.part(np.array([first, 0, 0]), volume.voxels_hu[first:].shape),
+        slices=(),
+    )
+    reader = Reader()
+
+    found, vertebrae = find_vertebrae(part, reader, replace(SETTINGS, continued_mm=continued_mm), torch.device("cpu"))
+
+    assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4, 5]
+    assert vertebrae[-1].is_cut
+    assert (found == labels[first:])[found > 0].mean() > 0.95
+    assert len(reader.shown) == (2 if continued_mm else 1)
+    if continued_mm:
+        plain, longer = reader.shown
+        assert longer.shape[0] - plain.shape[0] == pytest.approx(continued_mm / 3, abs=4)
+
+
+def test_slices_that_show_thoracic_vertebrae_are_not_continued() -> None:
+    volume, _ = neck(0.0)
+    reader = Reader()
+
+    find_vertebrae(volume, reader, replace(SETTINGS, continued_mm=60.0), torch.device("cpu"))
+
+    assert len(reader.shown) == 1

@@ -326,6 +326,14 @@ def test_slices_that_do_not_fit_are_refused_by_name(tmp_path: Path, keyword: str
     assert not isinstance(refusal.value, IncompleteSeries)
 
 
+def test_a_field_of_view_that_no_scanner_has_is_refused(tmp_path: Path) -> None:
+    def coarser(_: int, ds: Dataset) -> None:
+        ds.PixelSpacing = [0.75, 1300 / ds.Columns]
+
+    with pytest.raises(SeriesError, match=r"has slices of 1300 mm .*PixelSpacing .*Check it"):
+        check_series(headers_of(make_ct_series(tmp_path, edit=coarser)), SMALL)
+
+
 @pytest.mark.parametrize("lacking", [["Modality"], ["SOPClassUID"], ["Modality", "SOPClassUID"]])
 def test_modality_and_sop_class_may_be_missing_from_the_dataset(tmp_path: Path, lacking: list[str]) -> None:
     paths = make_ct_series(tmp_path)

@@ -117,7 +117,9 @@ def test_a_level_nobody_broke_is_null_with_a_reason_in_both_files(files: dict[st
     level = metrics_of(files)["levels"]["C3"]
     assert level["auc"] is level["auc_ci"] is level["sensitivity"] is None
     assert "needs fractured" in level["reasons"]["auc"]
-    assert "Not computed (needs fractured and intact ones): C3 auc." in (files["out"] / "report.html").read_text(encoding="utf-8")
+    assert "Not computed (needs fractured and intact ones): C3 auc." in (files["out"] / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 @pytest.mark.parametrize("text", ["1.5", "C9=0.5", "C1=", "high"])

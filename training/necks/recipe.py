@@ -55,7 +55,7 @@ from training.vertebra_stacks import collate, read_stack
 
 logger = logging.getLogger(__name__)
 
-SEGMENT = SegmentSettings(channels=(8, 24, 64, 112, 160), spacing_mm=COARSE_MM)
+SEGMENT = SegmentSettings(channels=(8, 24, 64, 112, 160), spacing_mm=COARSE_MM, continued_mm=150.0)
 REFINE = RefineSettings(channels=(8, 24, 48, 80, 96), in_channels=4, spacing_mm=FINE_MM)
 COARSE_CROP, FINE_CROP = (80, 48, 64), (80, 80, 64)
 
