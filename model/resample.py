@@ -24,7 +24,7 @@ AIR_HU = -1024.0
 BODY_HU = -400
 """Voxels above it are body (or table); used to leave air out of the network's way."""
 
-CONTINUED_BONE_HU, SOFT_HU = 150, 40
+CONTINUED_BONE_HU, SOFT_HU = 150.0, 40.0
 """Of slices that are `continued`, what is brighter becomes soft tissue."""
 
 HALF_WIDTH_MM = 100.0
@@ -138,15 +138,18 @@ def _index_to_unit(shape: tuple[int, int, int]) -> FloatArray:
     return matrix
 
 
-def body_volume(voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, multiple: int) -> tuple[Tensor, Grid]:
+def body_volume(
+    voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, multiple: int, continued_mm: float = 0.0
+) -> tuple[Tensor, Grid]:
     """HU, float32 `(Z, Y, X)`, on an isotropic LPS-aligned grid over the middle of the body, and that grid.
 
     Air, table and what lies further than HALF_WIDTH_MM to the side are cropped; outside the source's field of view is
-    air. Sides are multiples of `multiple`.
+    air, but for `continued_mm` towards the feet (see `continued`). Sides are multiples of `multiple`.
     """
     factors = pool_factors(grid, spacing_mm)
-    pooled = average_pool(voxels_hu, factors)
-    on = pooled_grid(grid, factors)
+    pooled, on = average_pool(voxels_hu, factors), pooled_grid(grid, factors)
+    if continued_mm:
+        pooled, on = continued(pooled, on, continued_mm)
     points = on.to_lps_mm(_body(pooled.numpy()))
     lower, upper = points.min(axis=0), points.max(axis=0)
     middle_mm = float(np.median(points[:, 0]))
@@ -155,14 +158,14 @@ def body_volume(voxels_hu: NDArray[np.int16], grid: Grid, spacing_mm: float, mul
     return sample((pooled - AIR_HU)[None], on, target)[0] + AIR_HU, target
 
 
-def continued(voxels_hu: NDArray[np.int16], grid: Grid, length_mm: float) -> tuple[NDArray[np.int16], Grid]:
-    """The volume with so much more towards the feet: its last slice again and again, what is bone in it soft tissue."""
+def continued(hu: Tensor, grid: Grid, length_mm: float) -> tuple[Tensor, Grid]:
+    """HU `(Z, Y, X)` with so much more towards the feet: the last slice again and again, its bone made soft tissue."""
     num = round(length_mm / grid.spacing_mm[0])
     is_foot_first = grid.affine[2, 0] > 0
-    last = voxels_hu[0 if is_foot_first else -1]
-    more = np.broadcast_to(np.where(last > CONTINUED_BONE_HU, SOFT_HU, last).astype(np.int16), (num, *last.shape))
-    longer = np.concatenate([more, voxels_hu] if is_foot_first else [voxels_hu, more])
-    return longer, grid.part(np.array([-num if is_foot_first else 0, 0, 0]), longer.shape)
+    last = hu[0 if is_foot_first else -1]
+    more = torch.where(last > CONTINUED_BONE_HU, SOFT_HU, last).expand(num, *last.shape)
+    longer = torch.cat([more, hu] if is_foot_first else [hu, more])
+    return longer, grid.part(np.array([-num if is_foot_first else 0, 0, 0]), tuple(longer.shape))
 
 
 def _body(pooled_hu: NDArray[np.float32]) -> FloatArray:

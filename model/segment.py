@@ -27,7 +27,6 @@ from model.resample import (
     AIR_HU,
     average_pool,
     body_volume,
-    continued,
     crop_to_box,
     index_range,
     lps_grid,
@@ -209,10 +208,8 @@ def _coarse(
     goes_on: bool = False,
 ) -> _Look:
     """Of the whole body. goes_on: the network sees it `continued`."""
-    voxels_hu, source = volume.voxels_hu, volume.grid
-    if goes_on:
-        voxels_hu, source = continued(voxels_hu, source, settings.continued_mm)
-    hu, grid = body_volume(voxels_hu, source, settings.spacing_mm, network.stride)
+    continued_mm = settings.continued_mm if goes_on else 0.0
+    hu, grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, network.stride, continued_mm)
     scores = answer(network, network_input(hu)[None], device)[-1][0]
     if goes_on:
         plane = volume.grid.to_index(grid.to_lps_mm(np.argwhere(np.ones(grid.shape, bool)).astype(float)))[:, 0]
@@ -225,11 +222,10 @@ def _ends_in_neck(look: _Look) -> bool:
     """Whether the slices end, towards the feet, before the chain has come to the thoracic vertebrae."""
     if not look.found.any():
         return False
-    ends = np.array([[0.0, 0.0, 0.0], [look.volume.grid.shape[0] - 1.0, 0.0, 0.0]])
-    end_mm = look.volume.grid.to_lps_mm(ends)[:, 2].min()
-    where = np.argwhere(look.found)
-    at_end = look.grid.to_lps_mm(where.astype(float))[:, 2] < end_mm + NEAR_END_MM
-    level = look.scores[1].numpy()[tuple(where[at_end].T)]
+    where, grid = np.argwhere(look.found), look.volume.grid
+    plane = grid.to_index(look.grid.to_lps_mm(where.astype(float)))[:, 0]
+    from_end = plane if grid.affine[2, 0] > 0 else grid.shape[0] - 1 - plane
+    level = look.scores[1].numpy()[tuple(where[from_end * grid.spacing_mm[0] < NEAR_END_MM].T)]
     return level.size > 0 and float(np.median(level)) < len(LEVELS) + 0.5
 
 

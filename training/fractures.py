@@ -11,11 +11,14 @@ from torch import Tensor
 from model.classify import network_input
 from model.memory import in_bfloat16
 from model.networks import FractureNet
-from training.schedule import train
+from training.schedule import EMA_DECAY, train
 from training.stack_changes import changed, uneven
 from training.vertebra_stacks import PATCH_MIDDLE, Batch, Stack, collate, patches, read_stack, vertebrae_by_level
 
 PATCH_LEARNING_RATE, STACK_LEARNING_RATE = 3e-3, 1e-3
+LONG_DECAY = 0.998
+"""Of the averaged weights where bone is changed so much that single steps differ."""
+
 SHARE_FRACTURED = 0.5
 """Share of fractured vertebrae in a batch. Of either kind each level comes as often: drawn as often as patients break
 them, C3 to C6 were too few, and their fractures were missed."""
@@ -65,9 +68,13 @@ def train_fracture_net(
             said = network(network_input(batch.planes_hu, batch.masks))
         return loss(said.logits.float(), said.attention.float(), said.regions.float(), batch)
 
-    yield from train(network, patch_loss, num_steps=num_patch_steps, learning_rate=PATCH_LEARNING_RATE)
-    for step, value in train(network, stack_loss, num_steps=num_stack_steps, learning_rate=STACK_LEARNING_RATE):
-        yield num_patch_steps + step, value
+    decay = LONG_DECAY if is_for_patients else EMA_DECAY
+    for first, of_step, num_steps, rate in (
+        (0, patch_loss, num_patch_steps, PATCH_LEARNING_RATE),
+        (num_patch_steps, stack_loss, num_stack_steps, STACK_LEARNING_RATE),
+    ):
+        for step, value in train(network, of_step, num_steps=num_steps, learning_rate=rate, decay=decay):
+            yield first + step, value
 
 
 def region_loss(logits: Tensor, regions: Tensor) -> Tensor:

@@ -12,11 +12,17 @@ EMA_DECAY = 0.99
 
 
 def train(
-    network: nn.Module, loss_of_step: Callable[[int], Tensor], *, num_steps: int, learning_rate: float
+    network: nn.Module,
+    loss_of_step: Callable[[int], Tensor],
+    *,
+    num_steps: int,
+    learning_rate: float,
+    decay: float = EMA_DECAY,
 ) -> Iterator[tuple[int, float]]:
     """Trains in place, giving each step and its loss; at the end the network holds its averaged weights.
 
     The learning rate warms up and then falls to zero along a cosine: do not judge a run before its end.
+    decay: the average goes over some 1 / (1 - decay) steps; over fewer at first.
     """
     averaged = copy.deepcopy(network).eval()
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-2)
@@ -30,7 +36,7 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(network.parameters(), 2.0)
         optimizer.step()
-        _average(averaged, network, min(EMA_DECAY, (1 + step) / (10 + step)))
+        _average(averaged, network, min(decay, (1 + step) / (10 + step)))
         yield step, loss.item()
     network.load_state_dict(averaged.state_dict())
     network.eval()

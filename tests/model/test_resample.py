@@ -96,9 +96,10 @@ def test_body_volume_leaves_air_out_and_keeps_the_body_in_place(linear: FloatArr
 @pytest.mark.parametrize("linear", [PLAIN, REVERSED, OBLIQUE])
 def test_what_is_continued_stays_in_place_and_goes_on_towards_the_feet_without_bone(linear: FloatArray) -> None:
     grid = make_grid(linear)
-    voxels_hu = np.random.default_rng(0).integers(-900, 900, grid.shape, np.int16)
+    voxels_hu = np.random.default_rng(0).uniform(-900, 900, grid.shape)
 
-    longer, there = continued(voxels_hu, grid, 22.0)
+    tensor, there = continued(torch.from_numpy(voxels_hu), grid, 22.0)
+    longer = tensor.numpy()
 
     num = longer.shape[0] - grid.shape[0]
     assert num == round(22.0 / grid.spacing_mm[0])

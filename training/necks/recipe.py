@@ -68,7 +68,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.10.0"
+VERSION = "0.11.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
