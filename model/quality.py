@@ -18,7 +18,7 @@ from scipy import ndimage
 from model.geometry import Grid
 from model.levels import LEVELS
 from model.resample import AIR_HU, BODY_HU, crop_to_box, index_range
-from model.segment import CUT_AREA_MM2, Vertebra
+from model.segment import CUT_AREA_MM2, MIN_VERTEBRAE, Vertebra
 from model.stack import SeriesError
 from model.volume import Volume
 
@@ -55,9 +55,6 @@ IMAGED_SHARE = 0.15
 SKULL_SHARE = 0.09
 """Share of bone in the body from which a third of the volume is taken for the head, if the other third has less than
 half of that. Measured: head 0.11 to 0.24, shoulders 0.03 to 0.09."""
-
-MIN_VERTEBRAE = 3
-"""A shorter chain might as well have other numbers."""
 
 NECK_STEP_MM = (11.0, 24.0)
 """Median distance between the centroids of neighbours from C2 down. Measured: 14 to 21. Below 11 lies a child of less

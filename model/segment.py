@@ -63,9 +63,12 @@ OUTSIDE = torch.tensor([-8.0, 0.0])[:, None, None, None]
 NEAR_MM = 3.0
 """Bone this close to a numbered vertebra belongs to it, if it is none of its own."""
 
+MIN_VERTEBRAE = 3
+"""A shorter chain might as well have other numbers. It is drawn only from C1 on, which has a shape of its own: in a CT
+of the chest, parts of T11 to L1 had been called C2 and C3."""
+
 MIN_VOLUME_MM3, MAX_VOLUME_MM3 = 800.0, 50_000.0
-"""Less or more than this of a vertebra is not called found: C1 has about 8,000 and more, C2 up to 25,000 or so. In a
-CT of the chest 64,000, from T11 to L1, had been called C4."""
+"""Less or more than this of a vertebra is not called found: C1 has about 8,000 and more, C2 up to 25,000 or so."""
 
 NEIGHBOUR_DISTANCE_MM = (4.0, 45.0)
 """How far apart the centroids of neighbouring vertebrae may lie."""
@@ -156,7 +159,10 @@ def find_vertebrae(
     if not look.found.any():
         return labels, []
     part = _draw(labels, look, bone_weight)
-    return labels, _describe(labels, volume.grid, part, twist_deg)
+    vertebrae = _describe(labels, volume.grid, part, twist_deg)
+    if len(vertebrae) < MIN_VERTEBRAE and not (vertebrae and vertebrae[0].label == 1):
+        return np.zeros_like(labels), []
+    return labels, vertebrae
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

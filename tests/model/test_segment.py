@@ -227,14 +227,35 @@ def test_a_vertebra_in_two_large_pieces_keeps_both_and_a_small_one_is_erased(wid
 
 @pytest.mark.parametrize(("side_mm", "is_found"), [(30, True), (42, False)])
 def test_what_is_larger_than_any_cervical_vertebra_is_not_called_one(side_mm: int, is_found: bool) -> None:
-    """A block of 27 cm³, and one of 74."""
-    inside = (np.abs(np.indices((60, 60, 60)) - 29.5) < side_mm / 3).all(axis=0)
-    volume, _ = seen_as(np.full(inside.shape, 4), inside)
+    """A block of 27 cm³, and one of 74, below C1..C3."""
+    z, y, x = np.indices((80, 60, 60)).astype(float)
+    level = np.where(z < 44, 4, np.floor((80 - z) / 12 + 1))
+    side = np.where(z < 44, side_mm, 15) / 3
+    inside = (
+        (np.abs(y - 29.5) < side)
+        & (np.abs(x - 29.5) < side)
+        & (z > 44 - 2 * side)
+        & (np.abs(z % 12 - 6) < 4 + (z < 44) * 9)
+    )
+    volume, _ = seen_as(level, inside)
 
     labels, vertebrae = find_vertebrae(volume, Reader(), SETTINGS, torch.device("cpu"))
 
-    assert [vertebra.label for vertebra in vertebrae] == [4] * is_found
-    assert labels.any() == is_found
+    assert [vertebra.label for vertebra in vertebrae] == [1, 2, 3, 4][: 3 + is_found]
+    assert (labels == 4).any() == is_found
+
+
+@pytest.mark.parametrize(("levels", "drawn"), [((1, 2), [1, 2]), ((3, 4), []), ((4, 5, 6), [4, 5, 6])])
+def test_one_or_two_vertebrae_without_c1_may_be_any_and_are_not_drawn(
+    levels: tuple[int, ...], drawn: list[int]
+) -> None:
+    volume, labels = neck(0.0)
+    voxels_hu = np.where(np.isin(labels, levels), volume.voxels_hu, 0).astype(np.int16)
+
+    found, vertebrae = find_vertebrae(replace(volume, voxels_hu=voxels_hu), Reader(), SETTINGS, torch.device("cpu"))
+
+    assert [vertebra.label for vertebra in vertebrae] == drawn
+    assert sorted(np.unique(found[found > 0])) == drawn
 
 
 @pytest.mark.parametrize("continued_mm", [0.0, 60.0])
