@@ -181,7 +181,8 @@ def check_series(headers: Sequence[SliceHeader], rules: SeriesRules | None = Non
     if field_mm > _MAX_FIELD_MM:
         raise SeriesError(
             f"{series} has slices of {field_mm:.0f} mm ({first.rows} x {first.columns} pixels, PixelSpacing "
-            f"{row_spacing_mm:g}, {column_spacing_mm:g}); {_MAX_FIELD_MM:.0f} mm are possible. Check it."
+            f"{row_spacing_mm:g}, {column_spacing_mm:g}); up to {_MAX_FIELD_MM:.0f} mm are possible. "
+            "Correct PixelSpacing, or send the original CT."
         )
     affine = np.eye(4)
     affine[:3] = np.stack([step, column * row_spacing_mm, row * column_spacing_mm, positions[0]], axis=1)

@@ -330,7 +330,7 @@ def test_a_field_of_view_that_no_scanner_has_is_refused(tmp_path: Path) -> None:
     def coarser(_: int, ds: Dataset) -> None:
         ds.PixelSpacing = [0.75, 1300 / ds.Columns]
 
-    with pytest.raises(SeriesError, match=r"has slices of 1300 mm .*PixelSpacing .*Check it"):
+    with pytest.raises(SeriesError, match=r"has slices of 1300 mm .*PixelSpacing .*original CT"):
         check_series(headers_of(make_ct_series(tmp_path, edit=coarser)), SMALL)
 
 
