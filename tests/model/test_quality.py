@@ -217,6 +217,18 @@ def test_outlines_in_noise_are_not_judged() -> None:
     assert "Noise hides the anatomy" in reasons(replace(volume, voxels_hu=noise), labels)[1]
 
 
+@pytest.mark.parametrize(("noise_hu", "is_judged"), [(60, True), (150, False)])
+def test_noise_in_which_fractures_are_missed_is_not_judged(noise_hu: int, is_judged: bool) -> None:
+    volume, labels = neck()
+    noise = np.random.default_rng(3).normal(0, noise_hu, labels.shape)
+    noisy = np.clip(volume.voxels_hu + noise, -1024, 3000).astype(np.int16)
+
+    found = reasons(replace(volume, voxels_hu=noisy), labels)
+
+    assert set(found) == (set() if is_judged else ALL)
+    assert all("Noise of 15" in reason for reason in found.values())
+
+
 def test_two_vertebrae_are_too_few_to_number() -> None:
     volume, labels = neck()
 
