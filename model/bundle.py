@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from model.networks import FractureNet, RegionUNet, SliceVertebraUNet, StudyNet, VertebraUNet
 
 FORMAT = 2
-MAX_FOLDS = 100
 """Version of the bundle layout this code reads and writes."""
+
+MAX_FOLDS = 100
 
 DEFAULT_BUNDLE = Path(__file__).parent / "weights" / "necks"
 """The bundle that comes with the package."""

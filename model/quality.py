@@ -53,8 +53,12 @@ CLIPPED_HU, MAX_CLIPPED_SHARE = 1200, 0.005
 """Where nothing is above CLIPPED_HU, the share of the body that may have the greatest value. Measured: the greatest is
 above 1600 in 90 necks; cut at 240 HU, as by a window for soft tissue, 0.011 and 0.020 of the body have it."""
 
-IMAGED_SHARE = 0.15
-"""Slices with less than this of the median slice's body show nothing: a table, a strip of skin."""
+IMAGED_CM2, IMAGED_SHARE = 15.0, 0.15
+"""Slices with less body than this, and than this share of the median slice's, show nothing. Measured: 35 cm2 at the
+end of an intact head; 3 to 5 in remnants outside a treated region. A neck has 100, a ninth of some chests."""
+
+GAP_MM = 30.0
+"""Empty slices further from what was found take nothing from it: the next vertebra lies between."""
 
 SKULL_SHARE = 0.09
 """Share of bone in the body from which a third of the volume is taken for the head, if the other third has less than
@@ -140,7 +144,7 @@ def reasons_not_to_judge(volume: Volume, labels: NDArray[np.uint8], vertebrae: S
         or _no_body(volume)
         or _noisy(volume)
         or _other_scale(volume)
-        or _empty_slices(volume)
+        or _empty_slices(volume, vertebrae)
         or _upside_down(volume)
         or _no_neck(volume, vertebrae)
     )
@@ -259,10 +263,16 @@ def _other_scale(volume: Volume) -> str | None:
     return None
 
 
-def _empty_slices(volume: Volume) -> str | None:
-    """Slices without a body between others: what lies beyond them was not looked at, or was numbered anew."""
-    planes = _imaged(volume)
-    num_empty = int((~planes[slice(*_ends(planes))]).sum())
+def _empty_slices(volume: Volume, vertebrae: Sequence[Vertebra]) -> str | None:
+    """Slices without a body among the vertebrae or near: what lies beyond them was not looked at, or numbered anew."""
+    lower, upper = (
+        np.array([getattr(vertebra, side) for vertebra in vertebrae]) for side in ("lower_lps_mm", "upper_lps_mm")
+    )
+    margin = round(GAP_MM / volume.grid.spacing_mm[0])
+    first, last = (int(at[0]) for at in index_range(volume.grid, lower.min(axis=0), upper.max(axis=0), margin))
+    imaged = _imaged(volume)
+    ends = _ends(imaged)
+    num_empty = int((~imaged[max(first, ends[0]) : min(last, ends[1])]).sum())
     return f"{num_empty} of the slices between others show nothing (they may be damaged)" if num_empty else None
 
 
@@ -291,8 +301,11 @@ def _upside_down(volume: Volume) -> str | None:
 def _imaged(volume: Volume) -> NDArray[np.bool_]:
     """Which slices `(Z,)` show a body; some archives pad with empty ones, or with what is left of a cut-out."""
     _, y, x = _steps(volume.grid)
-    areas = (volume.voxels_hu[:, ::y, ::x] > BODY_HU).sum(axis=(1, 2))
-    imaged: NDArray[np.bool_] = areas > IMAGED_SHARE * np.median(areas[areas > 0]) if areas.any() else areas == 0
+    num_pixels = (volume.voxels_hu[:, ::y, ::x] > BODY_HU).sum(axis=(1, 2))
+    areas_cm2 = num_pixels * (y * x * volume.grid.spacing_mm[1] * volume.grid.spacing_mm[2] / 100)
+    if not areas_cm2.any():
+        return np.ones(len(areas_cm2), bool)
+    imaged: NDArray[np.bool_] = areas_cm2 > min(IMAGED_CM2, IMAGED_SHARE * np.median(areas_cm2[areas_cm2 > 0]))
     return imaged
 
 

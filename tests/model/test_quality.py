@@ -165,6 +165,18 @@ def test_empty_slices_in_the_neck_put_all_levels_in_doubt(num_empty: int) -> Non
     assert set(found.values()) == {f"{num_empty} of the slices between others show nothing (they may be damaged)"}
 
 
+def test_a_slim_neck_above_a_wide_chest_is_no_gap() -> None:
+    """100 cm² among slices of 900."""
+    voxels_hu, labels = np.full((100, 100, 100), -1024, np.int16), np.zeros((100, 100, 100), np.uint8)
+    voxels_hu[:60], voxels_hu[60:90, 33:67, 33:67], voxels_hu[90:] = 40, 40, 40
+    for label in range(1, 8):
+        labels[88 - 4 * label : 91 - 4 * label, 45:55, 45:55] = label
+
+    found = reasons(make_volume(voxels_hu, Grid.axial(shape=labels.shape, spacing_mm=(3.0, 3.0, 3.0))), labels)
+
+    assert not any("show nothing" in reason for reason in found.values())
+
+
 def test_a_vertebra_at_slices_that_show_only_a_remnant_is_cut() -> None:
     volume, labels = neck()
     z = index_of(labels, 6)[0]

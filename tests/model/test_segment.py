@@ -282,6 +282,25 @@ def test_slices_that_end_in_the_neck_are_shown_as_going_on_if_the_network_needs_
         assert longer.shape[0] - plain.shape[0] == pytest.approx(continued_mm / 3, abs=4)
 
 
+def test_the_end_of_tilted_slices_is_found_along_the_slice_not_at_its_corner() -> None:
+    """Tilted by 20 degrees, the last slice lies 38 mm higher at the spine than at its first row."""
+    volume, labels = neck(0.0)
+    first = int(np.argwhere(labels == 5).mean(axis=0)[0])
+    affine = volume.grid.part(np.array([first, 0, 0]), volume.voxels_hu[first:].shape).affine.copy()
+    affine[2, 1] = np.tan(np.deg2rad(20)) * affine[1, 1]
+    grid = Grid(shape=volume.voxels_hu[first:].shape, affine=affine)
+    reader = Reader()
+
+    find_vertebrae(
+        replace(volume, voxels_hu=volume.voxels_hu[first:], grid=grid),
+        reader,
+        replace(SETTINGS, continued_mm=60.0),
+        torch.device("cpu"),
+    )
+
+    assert reader.shown[1].shape[0] > reader.shown[0].shape[0] + 12
+
+
 def test_slices_that_show_thoracic_vertebrae_are_not_continued() -> None:
     volume, _ = neck(0.0)
     reader = Reader()

@@ -26,7 +26,7 @@ from training.evaluation.metrics import Settings, any_called, level_accuracy, lo
 from training.evaluation.ranking import Ranking, pr_curve, roc_areas, roc_curve
 from training.evaluation.tables import InputError, Matched
 
-alone = partial(share_interval, resamples=np.zeros((0, 0), np.float32), is_alone=True)
+WILSON = partial(share_interval, resamples=np.zeros((0, 0), np.float32), one_row_per_patient=True)
 
 HALF = dict.fromkeys(OUTPUTS, 0.5)
 
@@ -51,9 +51,9 @@ def question(truth: list[int], probability: list[float], operating_point: float 
     )
 
 
-def answers(asked: Question, num_resamples: int = 50, *, is_alone: bool = True) -> dict[str, Any]:
+def answers(asked: Question, num_resamples: int = 50, *, one_row_per_patient: bool = True) -> dict[str, Any]:
     resamples = draw_resamples(range(len(asked.truth)), num_resamples, 0)
-    return measure(asked, resamples, is_alone=is_alone)
+    return measure(asked, resamples, one_row_per_patient=one_row_per_patient)
 
 
 # ---- the challenge's log loss ----
@@ -233,7 +233,7 @@ def test_several_studies_of_a_patient_do_not_make_shares_surer() -> None:
 
 def test_what_is_the_same_in_all_resamples_has_no_interval() -> None:
     truth = np.arange(60) < 5
-    found = answers(question(truth.astype(int).tolist(), truth.astype(float).tolist()), 200, is_alone=False)
+    found = answers(question(truth.astype(int).tolist(), truth.astype(float).tolist()), 200, one_row_per_patient=False)
     assert found["auc"] == found["sensitivity"] == found["f1"] == 1
     assert found["auc_ci"] is found["sensitivity_ci"] is found["f1_ci"] is None
     assert "all the same" in found["reasons"]["f1_ci"]
@@ -243,7 +243,7 @@ def test_what_is_the_same_in_all_resamples_has_no_interval() -> None:
 def test_an_auc_of_three_positives_never_has_an_interval(seed: int) -> None:
     truth = np.arange(60) < 3
     asked = question(truth.astype(int).tolist(), np.random.default_rng(seed).random(60).tolist())
-    found = measure(asked, draw_resamples(range(60), 500, seed), is_alone=True)
+    found = measure(asked, draw_resamples(range(60), 500, seed), one_row_per_patient=True)
     assert found["auc_ci"] is found["pr_auc_ci"] is None
 
 
@@ -325,11 +325,11 @@ def test_localisation_worked_out_by_hand() -> None:
     predicted[0, [0, 2]] = 0.9  # right level, called
     predicted[1, [0, 3]] = 0.9  # wrong level, called
     predicted[2, [6, 7]] = 0.4  # C6 and C7 tie, C7 is fractured; not called
-    found = localisation(truth, predicted, 0.5, alone)
+    found = localisation(truth, predicted, 0.5, WILSON)
     assert found["localisation_accuracy"] == pytest.approx(1.5 / 3)
     assert found["localisation_accuracy_num"] == 3
     assert found["level_agreement"] == 0.5
-    accuracy = level_accuracy(truth[:, 1:], predicted[:, 1:], np.full(7, 0.5), alone)
+    accuracy = level_accuracy(truth[:, 1:], predicted[:, 1:], np.full(7, 0.5), WILSON)
     # Wrong: C5 missed and C3 invented in the second, C7 missed in the third.
     assert accuracy["level_accuracy"] == pytest.approx(25 / 28)
     assert accuracy["all_levels_right"] == 0.5
@@ -397,7 +397,7 @@ def test_a_level_that_is_called_calls_the_patient() -> None:
     predicted[0, 3], predicted[1, 0], predicted[2, 7] = 0.3, 0.6, 0.3
     predicted[3, 1:], predicted[4] = np.nan, np.nan
 
-    found = any_called(fractured, predicted, np.array([0.5, *[0.25] * 7]), alone)
+    found = any_called(fractured, predicted, np.array([0.5, *[0.25] * 7]), WILSON)
 
     assert (found["sensitivity"], found["specificity"]) == (1, 0.5)
-    assert any_called(fractured[:2], predicted[:2], np.ones(8), alone)["specificity"] is None
+    assert any_called(fractured[:2], predicted[:2], np.ones(8), WILSON)["specificity"] is None

@@ -308,8 +308,9 @@ def test_a_round_that_ended_on_a_full_disk_says_of_each_study_what_it_would_have
     arguments = ["segment", "--cache", str(rsna_cache.folder), "--work", str(tmp_path / "full"), "--fold", "0"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", full)
-        with pytest.raises(AssertionError, match=r"No space left on device\). Is the disk full"):
-            run(config, *arguments)
+        failed = CliRunner().invoke(main, ["--config", str(config), *arguments])
+    assert failed.exit_code == 1
+    assert "No space left on device). Is the disk full" in failed.output
 
     run(config, *arguments)
     assert result(tmp_path / "full", "segment", 0)["pseudo_label_rounds"] == [{"levels missing": 1}]

@@ -88,10 +88,10 @@ class Question:
         )
 
 
-def measure(question: Question, resamples: NDArray[np.float32], *, is_alone: bool) -> dict[str, Any]:
+def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_patient: bool) -> dict[str, Any]:
     """All measures as plain values, keys as in README.md; `reasons` says why a value is None.
 
-    is_alone: each row is of another patient; then shares have Wilson's interval. Rows of one patient are not
+    one_row_per_patient: each row is of another patient; then shares have Wilson's interval. Rows of one patient are not
     independent, so of several the bootstrap says how sure a share is.
     """
     rows = question.answered
@@ -116,7 +116,7 @@ def measure(question: Question, resamples: NDArray[np.float32], *, is_alone: boo
     for name in _MEASURES:
         value = once[name]
         measured[name] = value if np.isfinite(value) else None
-        if name in SHARES and is_alone:
+        if name in SHARES and one_row_per_patient:
             interval = wilson_interval(*_for_and_all(name, once))
         elif scarce.get(name, MIN_OF_A_CLASS) < MIN_OF_A_CLASS:
             interval = None

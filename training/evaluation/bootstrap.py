@@ -62,20 +62,25 @@ def percentile_interval(values: Array) -> list[float] | None:
 
 
 def share_interval(
-    scores: Array, studies: NDArray[np.int64], resamples: NDArray[np.float32], *, is_alone: bool
+    scores: Array, studies: NDArray[np.int64], resamples: NDArray[np.float32], *, one_row_per_patient: bool
 ) -> list[float] | None:
     """Interval of the mean of scores 0..1 of some Studies: Wilson's, or the bootstrap's where patients have several.
 
-    scores, studies: `(M,)`, the latter indices into the resamples. is_alone: each Study is of another patient.
+    scores, studies: `(M,)`, the latter indices into the resamples. one_row_per_patient: none has two.
     """
-    if is_alone or not len(scores):
+    if one_row_per_patient or not len(scores):
         return wilson_interval(float(scores.sum()), len(scores))
+    return mean_interval(scores, studies, resamples)
+
+
+def mean_interval(values: Array, rows: NDArray[np.int64], resamples: NDArray[np.float32]) -> list[float] | None:
+    """The bootstrap's interval of a mean of values `(M,)`; rows: `(M,)`, which of the resamples' each is."""
 
     def mean(counts: Array) -> dict[str, Array]:
         with np.errstate(invalid="ignore"):
-            return {"mean": counts @ scores / counts.sum(axis=1)}
+            return {"mean": counts @ values / counts.sum(axis=1)}
 
-    return percentile_interval(over_resamples(resamples, studies, mean)["mean"])
+    return percentile_interval(over_resamples(resamples, rows, mean)["mean"])
 
 
 def wilson_interval(num_successes: float, num_trials: float) -> list[float] | None:

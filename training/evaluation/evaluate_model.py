@@ -10,7 +10,7 @@ import numpy as np
 
 from model.levels import LEVELS, OUTPUTS
 from training.drawn_boxes import BOX_COLUMNS
-from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, wilson_interval
+from training.evaluation.bootstrap import draw_resamples, mean_interval, wilson_interval
 from training.evaluation.evaluate import Inputs, evaluate
 from training.evaluation.froc import read_boxes
 from training.evaluation.loss import weighted_log_loss
@@ -195,6 +195,4 @@ def _attention(run: Run, settings: Settings, patient_of: Mapping[str, str]) -> d
 
 def _interval_of_mean(values: Sequence[float], patients: Sequence[str], settings: Settings) -> list[float] | None:
     resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
-    rows, column = np.arange(len(values)), np.array(values)
-    means = over_resamples(resamples, rows, lambda counts: {"mean": counts @ column / counts.sum(axis=1)})
-    return percentile_interval(means["mean"])
+    return mean_interval(np.array(values), np.arange(len(values)), resamples)

@@ -9,7 +9,13 @@ from numpy.typing import NDArray
 
 from model.levels import LEVELS, OUTPUTS
 from training.evaluation.binary import Question, measure
-from training.evaluation.bootstrap import draw_resamples, over_resamples, percentile_interval, share_interval
+from training.evaluation.bootstrap import (
+    draw_resamples,
+    mean_interval,
+    over_resamples,
+    percentile_interval,
+    share_interval,
+)
 from training.evaluation.loss import constant_baselines, study_losses, weighted_log_loss
 from training.evaluation.ranking import Ranking, roc_areas
 from training.evaluation.subgroups import split
@@ -61,7 +67,7 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
     resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
     points = np.array([settings.operating_points[name] for name in OUTPUTS])
     rows = np.arange(num_studies)
-    is_alone = len(set(patients)) == num_studies
+    one_row_per_patient = len(set(patients)) == num_studies
 
     def question(columns: slice) -> Question:
         width = len(OUTPUTS[columns])
@@ -73,19 +79,19 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         )
 
     def interval(scores: Array, studies: NDArray[np.int64]) -> list[float] | None:
-        return share_interval(scores, studies, resamples, is_alone=is_alone)
+        return share_interval(scores, studies, resamples, one_row_per_patient=one_row_per_patient)
 
     baselines = constant_baselines(truth)
     answered = np.where(np.isnan(predicted), baselines["base_rates"], predicted)
     losses = study_losses(truth, answered)
-    resampled = over_resamples(resamples, rows, lambda counts: {"loss": counts @ losses / counts.sum(axis=1)})
     each = [
-        measure(question(slice(column, column + 1)), resamples, is_alone=is_alone) for column in range(len(OUTPUTS))
+        measure(question(slice(column, column + 1)), resamples, one_row_per_patient=one_row_per_patient)
+        for column in range(len(OUTPUTS))
     ]
     return {
         "num_studies": num_studies,
         "weighted_log_loss": float(losses.mean()),
-        "weighted_log_loss_ci": percentile_interval(resampled["loss"]),
+        "weighted_log_loss_ci": mean_interval(losses, rows, resamples),
         "baselines": {
             name: {
                 "weighted_log_loss": weighted_log_loss(truth, np.tile(constants, (num_studies, 1))),
@@ -95,7 +101,7 @@ def measure_studies(matched: Matched, patients: Sequence[str], settings: Setting
         },
         "patient_overall": each[0],
         "levels": dict(zip(LEVELS, each[1:], strict=True)),
-        "all_levels": measure(question(slice(1, None)), resamples, is_alone=False),
+        "all_levels": measure(question(slice(1, None)), resamples, one_row_per_patient=False),
         **mean_level_auc(truth[:, 1:], predicted[:, 1:], resamples),
         **level_accuracy(truth[:, 1:], predicted[:, 1:], points[1:], interval),
         "any_called": any_called(truth[:, 0], predicted, points, interval),
