@@ -8,15 +8,21 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from pydicom.uid import UID
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
+
 from model import BundleError, load_pipeline
 from node.config import Config, Destination, FolderDestination
 from node.deliver import open_courier
 from node.index import DatabaseError, Index
-from node.peers import ClientTls, DicomWebSource, OrthancSource
+from node.notify.errors import NotifyError
+from node.notify.trust import trusting
+from node.peers import ClientTls, DicomPeer, DicomWebSource, OrthancSource
 from node.process import describe_listen_error, try_write
 from node.retention import size_bytes
-from node.send import SendError
+from node.send import SendError, answers_echo
 from node.service import is_running
+from node.targets import Hl7Target, MailTarget, Target
 from node.tls import TlsError, check_dates, check_pair, client_context, server_context
 
 Check = tuple[str, str, str]
@@ -37,8 +43,12 @@ def run_checks(config: Config) -> Iterator[Check]:
     yield _check_model(config)
     for source in config.sources.each:
         yield _check_source(source)
+    for name, peer, sop_class in _called_peers(config):
+        yield _check_peer(config, name, peer, sop_class)
     for destination in config.deliver.destinations:
         yield _check_destination(config, destination)
+    for target in config.notify.targets:
+        yield _check_target(target)
 
 
 def _check_port(name: str, host: str, port: int, is_node_running: bool) -> Check:
@@ -72,6 +82,7 @@ def check_certificates(config: Config) -> Iterator[Check]:
     if config.web.enabled and (web := config.web.tls) is not None:
         contexts.append(("web.tls", partial(check_pair, web.certificate, web.key), [web.certificate]))
     called: list[tuple[str, ClientTls | None]] = [(f"source {item.name}", item.tls) for item in config.sources.each]
+    called += [(name, peer.tls) for name, peer, _ in _called_peers(config)]
     called += [
         (f"destination {item.name}", item.tls)
         for item in config.deliver.destinations
@@ -131,6 +142,39 @@ def _check_source(source: OrthancSource | DicomWebSource) -> Check:
         return name, f"needs {error.name}: pip install 'cspine-node[orthanc]'", ""
     except SendError as error:
         return name, str(error), ""
+
+
+def _called_peers(config: Config) -> list[tuple[str, DicomPeer, UID]]:
+    """Peers that the node calls beside destinations: as messages call them, and which SOP Class they must offer."""
+    find = StudyRootQueryRetrieveInformationModelFind
+    return [
+        *((f"complete source {peer.name}", peer, find) for peer in config.complete.sources),
+        *((f"retrieve peer {peer.name}", peer, Verification) for peer in config.retrieve.peers),
+        *((f"commitment peer {peer.name}", peer, Verification) for peer in config.commitment.peers),
+    ]
+
+
+def _check_peer(config: Config, name: str, peer: DicomPeer, sop_class: UID) -> Check:
+    try:
+        takes_part = answers_echo(peer, sop_class, calling_ae_title=config.receive.ae_title)
+    except SendError as error:
+        return name, str(error), ""
+    if not takes_part:
+        return name, f"{peer.where} does not let {config.receive.ae_title} ask by C-FIND; allow that there", ""
+    return name, "", f"{peer.where} answers C-ECHO"
+
+
+def _check_target(target: Target) -> Check:
+    """Whether what it needs can be read; to see what it answers it must be sent something."""
+    name = f"target {target.name}"
+    try:
+        if not isinstance(target, Hl7Target):
+            target.read_secret()
+        if isinstance(target, Hl7Target | MailTarget):
+            trusting(target.ca_file)
+    except (OSError, NotifyError) as error:
+        return name, str(error), ""
+    return name, "", f"not asked: `cspine notifications test {target.name}` sends it a made-up case"
 
 
 def _check_destination(config: Config, destination: Destination) -> Check:

@@ -228,7 +228,7 @@ def send(
 @main.command()
 @config_option
 def check(config_path: Path | None) -> None:
-    """Check that the node can run: configuration, ports, certificates, disk, model, archives and destinations.
+    """Check that the node can run: ports, certificates, disk, model, peers, archives, destinations, secrets.
 
     While it runs, too. Exit status 1 if anything is wrong.
     """

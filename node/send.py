@@ -17,6 +17,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRBigEndian
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
+from pynetdicom.sop_class import Verification
 
 from model import PARSE_ERRORS
 from node.implementation import make_ae
@@ -223,6 +224,19 @@ def _kind(path: Path) -> tuple[str, str]:
     if not all(kind):
         raise _UnreadableError(f"{path} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
     return kind
+
+
+def answers_echo(peer: DicomPeer, sop_class: UID, *, calling_ae_title: str) -> bool:
+    """Asks a peer by C-ECHO whether it answers; whether it takes part in the SOP Class, too.
+
+    Raises:
+        SendError: it does not answer.
+    """
+    contexts = [(uid, UNCOMPRESSED) for uid in dict.fromkeys((Verification, sop_class))]
+    with associated(peer, contexts, calling_ae_title=calling_ae_title) as association:
+        if association.send_c_echo().get("Status") != 0:
+            raise SendError(f"{peer.where} does not answer C-ECHO")
+        return any(context.abstract_syntax == sop_class for context in association.accepted_contexts)
 
 
 def _associate(

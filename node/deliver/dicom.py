@@ -18,7 +18,7 @@ from pynetdicom.status import code_to_category
 from node.config import DicomDestination
 from node.deliver.courier import Note, progress_of
 from node.deliver.files import ResultFile
-from node.send import Answer, SendError, associated, send_files
+from node.send import Answer, SendError, answers_echo, associated, send_files
 from node.status import Outcome, meaning_of
 
 _FIND = StudyRootQueryRetrieveInformationModelFind
@@ -53,12 +53,8 @@ class DicomCourier:
 
     def check(self) -> str:
         wanted = {"query": _FIND, "storage-commitment": StorageCommitmentPushModel}.get(self._peer.verify, Verification)
-        contexts = [(sop_class, _SYNTAXES) for sop_class in dict.fromkeys((Verification, wanted))]
-        with associated(self._peer, contexts, calling_ae_title=self._calling_ae_title) as association:
-            if association.send_c_echo().get("Status") != 0:
-                raise SendError(f"{self._peer.where} does not answer C-ECHO")
-            if not any(context.abstract_syntax == wanted for context in association.accepted_contexts):
-                raise not_offered(self._peer, wanted, self._calling_ae_title)
+        if not answers_echo(self._peer, wanted, calling_ae_title=self._calling_ae_title):
+            raise not_offered(self._peer, wanted, self._calling_ae_title)
         return "answers C-ECHO"
 
     def close(self) -> None:

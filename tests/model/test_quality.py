@@ -373,6 +373,18 @@ def test_in_tilted_slices_motion_is_at_the_level_it_passes_through_too() -> None
     assert not {1, 2, 7} & set(found)
 
 
+def test_slices_of_two_moments_by_turns_are_motion() -> None:
+    volume, labels = neck()
+    z = index_of(labels, 5)[0]
+    voxels_hu, moved = volume.voxels_hu.copy(), labels.copy()
+    for voxels in (voxels_hu, moved):
+        voxels[z % 2 : z + 40 : 2] = np.roll(voxels[z % 2 : z + 40 : 2], 3, axis=2)
+
+    found = reasons(replace(volume, voxels_hu=voxels_hu), moved)
+
+    assert {label for label, reason in found.items() if "Motion" in reason} >= {1, 2, 3, 4, 5}
+
+
 @cache
 def pipeline() -> Pipeline:
     return load_pipeline(device="cpu", num_threads=2)

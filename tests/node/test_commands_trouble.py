@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pynetdicom import AE
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
 
 from node.index import Index
 from tests.node.test_cli import Cspine, one_sentence, write_config
@@ -73,6 +75,68 @@ def test_check_of_a_node_that_runs_finds_its_ports_in_use_and_names_a_bad_key_of
         lines = {line[8:].split("  ")[0]: line for line in result.stdout.splitlines()}
         assert tuple(lines[name].split()[0] for name in ("port", "web port", "web.tls")) == marks
         assert f"{tmp_path / 'a.pem'} cannot be read: No such file" in lines["web.tls"]
+
+
+def test_check_asks_all_peers_and_says_which_secrets_cannot_be_read(
+    cspine: Cspine, tmp_path: Path, untrained_bundle: Path, free_port: Callable[[], int]
+) -> None:
+    ae = AE(ae_title="PACS")
+    ae.add_supported_context(Verification)
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    echo_only = AE(ae_title="PACS")
+    echo_only.add_supported_context(Verification)
+    servers = [one.start_server(("127.0.0.1", free_port()), block=False) for one in (ae, echo_only)]
+    asked, without_find = (
+        {"host": "127.0.0.1", "port": server.socket.getsockname()[1], "ae_title": "PACS"} for server in servers
+    )
+    gone = {"name": "gone", "host": "127.0.0.1", "port": free_port(), "ae_title": "GONE"}
+    hook = {"type": "webhook", "url": "http://127.0.0.1:9/hook"}
+    path = write_config(
+        tmp_path,
+        analyse={"bundle": str(untrained_bundle)},
+        complete={
+            "sources": [
+                {"name": "asked", "sends_as": "CT1", **asked},
+                {"name": "shy", "sends_as": "CT2", **without_find},
+            ]
+        },
+        retrieve={"peers": [{"name": "reader", **without_find}]},
+        commitment={"peers": [gone]},
+        deliver={"destinations": []},
+        notify={
+            "targets": [
+                {"name": "chat", **hook},
+                {"name": "signed", "secret_file": str(tmp_path / "none"), **hook},
+                {"name": "ris", "type": "hl7", "host": "127.0.0.1", "ca_file": str(path_of_text(tmp_path))},
+            ]
+        },
+    )
+    try:
+        result = cspine("check", "--config", path)
+    finally:
+        for server in servers:
+            server.shutdown()
+    lines = {line[8:].split("  ")[0]: line for line in result.stdout.splitlines()}
+    assert result.exit_code == 1
+    assert {name for name, line in lines.items() if line.startswith("failed")} == {
+        "complete source shy",
+        "commitment peer gone",
+        "target signed",
+        "target ris",
+    }
+    assert "answers C-ECHO" in lines["complete source asked"]
+    assert "answers C-ECHO" in lines["retrieve peer reader"]
+    assert "does not let CSPINE ask by C-FIND" in lines["complete source shy"]
+    assert "cannot be reached" in lines["commitment peer gone"]
+    assert "`cspine notifications test chat`" in lines["target chat"]
+    assert str(tmp_path / "none") in lines["target signed"]
+    assert "holds no certificates in PEM" in lines["target ris"]
+
+
+def path_of_text(folder: Path) -> Path:
+    path = folder / "no.pem"
+    path.write_text("no certificate", encoding="utf-8")
+    return path
 
 
 def test_check_of_a_device_that_is_not_there_is_a_failed_check(

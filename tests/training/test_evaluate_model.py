@@ -195,6 +195,10 @@ def test_masks_and_attention_are_summed_up_over_the_levels_that_are_there() -> N
     of_one_patient = measure_run(run, SETTINGS, dict.fromkeys(answers, "the same"))
     assert found["masks"]["mean_dice_ci"] == pytest.approx([0, 0.8])
     assert of_one_patient["masks"]["mean_dice_ci"] is None
+    # Three levels of two patients are no three trials: both resamples of one patient alone are among the middle 95 %.
+    assert found["masks"]["identification_rate_ci"] == [0, 1]
+    assert of_one_patient["masks"]["identification_rate_ci"] is None
+    assert found["masks"]["levels"]["C1"]["identification_rate_ci"] == pytest.approx([0.095, 0.905], abs=1e-3)
     assert of_one_patient["attention"]["alignment_ci"] is None
     assert found["masks"]["num_studies"] == 2
     assert found["masks"]["mean_dice"] == pytest.approx((0.8 + 0) / 2)

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.levels import LEVELS, OUTPUTS
 from training.drawn_boxes import BOX_COLUMNS
-from training.evaluation.bootstrap import draw_resamples, mean_interval, wilson_interval
+from training.evaluation.bootstrap import draw_resamples, mean_interval, share_interval
 from training.evaluation.evaluate import Inputs, evaluate
 from training.evaluation.froc import read_boxes
 from training.evaluation.loss import weighted_log_loss
@@ -142,39 +142,50 @@ def _masks(run: Run, settings: Settings, patient_of: Mapping[str, str]) -> dict[
     if not compared:
         return {"num_studies": 0, "problems": problems} if problems else None
     mean_dice = [float(np.mean(list(masks["dice"].values()))) for masks in compared]
-    everywhere = {
-        key: [value for masks in compared for value in masks[key].values()]
-        for key in ("dice", "hd95_mm", "surface_distance_mm", "identified")
-    }
+    patients = [patient_of.get(uid, uid) for uid in with_dice]
+
+    def of(levels: Sequence[str]) -> dict[str, Any]:
+        rows = [
+            (masks, name, patient)
+            for masks, patient in zip(compared, patients, strict=True)
+            for name in levels
+            if name in masks["dice"]
+        ]
+        return _of_levels(rows, settings)
+
     return {
         "num_studies": len(compared),
         "problems": problems,
         "mean_dice": float(np.mean(mean_dice)),
-        "mean_dice_ci": _interval_of_mean(mean_dice, [patient_of.get(uid, uid) for uid in with_dice], settings),
-        **_of_levels(everywhere),
+        "mean_dice_ci": _interval_of_mean(mean_dice, patients, settings),
+        **of(LEVELS),
         "num_invented": sum(len(masks["invented"]) for masks in compared),
-        "levels": {
-            name: _of_levels(
-                {key: [masks[key][name] for masks in compared if name in masks[key]] for key in everywhere}
-            )
-            for name in LEVELS
-        },
+        "levels": {name: of([name]) for name in LEVELS},
     }
 
 
-def _of_levels(values: dict[str, list[Any]]) -> dict[str, Any]:
-    """Means over some levels of some Studies; distances over those that were drawn."""
-    num = len(values["dice"])
-    drawn = [value for value in values["hd95_mm"] if value is not None]
-    distances = [value for value in values["surface_distance_mm"] if value is not None]
+def _of_levels(rows: Sequence[tuple[Mapping[str, Any], str, str]], settings: Settings) -> dict[str, Any]:
+    """Means over some levels of some Studies; distances over those that were drawn.
+
+    rows: what was measured of a Study's masks, a level, and the patient.
+    """
+    num, patients = len(rows), [patient for _, _, patient in rows]
+    dice, hd95_mm, surface_mm, identified = (
+        np.array([masks[key][name] for masks, name, _ in rows], np.float64)  # None: nan
+        for key in ("dice", "hd95_mm", "surface_distance_mm", "identified")
+    )
+    is_drawn = np.isfinite(hd95_mm)
+    resamples = draw_resamples(patients, settings.num_resamples, settings.seed)
     return {
         "num_levels": num,
-        "num_not_drawn": num - len(drawn),
-        "dice": float(np.mean(values["dice"])) if num else None,
-        "hd95_mm_median": float(np.median(drawn)) if drawn else None,
-        "surface_distance_mm": float(np.mean(distances)) if distances else None,
-        "identification_rate": float(np.mean(values["identified"])) if num else None,
-        "identification_rate_ci": wilson_interval(sum(values["identified"]), num),
+        "num_not_drawn": num - int(is_drawn.sum()),
+        "dice": float(dice.mean()) if num else None,
+        "hd95_mm_median": float(np.median(hd95_mm[is_drawn])) if is_drawn.any() else None,
+        "surface_distance_mm": float(surface_mm[is_drawn].mean()) if is_drawn.any() else None,
+        "identification_rate": float(identified.mean()) if num else None,
+        "identification_rate_ci": share_interval(
+            identified, np.arange(num), resamples, one_row_per_patient=len(set(patients)) == num
+        ),
     }
 
 
