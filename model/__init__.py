@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.bundle import DEFAULT_BUNDLE, PHANTOM_BUNDLE, BundleError, find_bundles, read_bundle
-from model.decode import PARSE_ERRORS
+from model.decode import PARSE_ERRORS, decoding_plugin
 from model.decode_pool import DecodePool
 from model.findings import (
     Analysis,
@@ -65,6 +65,7 @@ __all__ = [
     "Volume",
     "body_heights",
     "check_series",
+    "decoding_plugin",
     "find_bundles",
     "find_midline",
     "load_pipeline",

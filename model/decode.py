@@ -15,10 +15,13 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.pixels.utils import pixel_array
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import (
+    JPEG2000,
     UID,
     DeflatedExplicitVRLittleEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
     JPEGLSLossless,
     JPEGLSNearLossless,
     RLELossless,
@@ -52,8 +55,15 @@ PIXEL_TAGS: list[BaseTag] = [
 _RAW_SYNTAXES = {ImplicitVRLittleEndian, ExplicitVRLittleEndian, DeflatedExplicitVRLittleEndian}
 # What a damaged or very old header leaves out, as CT has it (PS3.3 C.8.2.1); pydicom decodes nothing without them.
 _USUAL = {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", "PixelRepresentation": 0}
-# The fastest of several codecs where it matters; pydicom takes the first that works.
-_PLUGINS = {JPEGLSLossless: "pyjpegls", JPEGLSNearLossless: "pyjpegls"}
+# pydicom takes the first that works, which is GDCM: of damaged JPEG 2000 it aborts the process, and of JPEG-LS it is
+# slower.
+_PLUGINS = {
+    JPEGBaseline8Bit: "pillow",
+    JPEGLSLossless: "pyjpegls",
+    JPEGLSNearLossless: "pyjpegls",
+    JPEG2000Lossless: "pylibjpeg",
+    JPEG2000: "pylibjpeg",
+}
 PARSE_ERRORS = (
     ArithmeticError,
     AttributeError,
@@ -110,6 +120,11 @@ def needs_codec(ds: pydicom.Dataset) -> bool:
     """Whether the pixels are compressed; anything odd is not, and is refused when it is decoded."""
     syntax = _transfer_syntax(ds)
     return syntax.is_transfer_syntax and syntax.is_compressed
+
+
+def decoding_plugin(transfer_syntax_uid: str) -> str:
+    """Which of pydicom's decoders to ask, by its name; "" leaves it to pydicom."""
+    return _PLUGINS.get(UID(transfer_syntax_uid), "")
 
 
 def decode_frame(ds: pydicom.Dataset, job: FrameJob) -> NDArray[np.int16]:
@@ -190,7 +205,7 @@ def _stored_frame(ds: pydicom.Dataset, frame_number: int) -> NDArray[np.integer]
         offset = frame_bytes * (frame_number - 1)
         return np.frombuffer(ds.PixelData, dtype, count=rows * columns, offset=offset).reshape(rows, columns)
     stored: NDArray[np.integer] = pixel_array(
-        ds, index=frame_number - 1, raw=True, decoding_plugin=_PLUGINS.get(syntax, ""), correct_unused_bits=False
+        ds, index=frame_number - 1, raw=True, decoding_plugin=decoding_plugin(syntax), correct_unused_bits=False
     )
     if stored.shape != (rows, columns):
         raise DecodeError(f"its pixels decode to shape {stored.shape}, expected {(rows, columns)}")

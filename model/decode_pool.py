@@ -10,7 +10,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from itertools import repeat
 from pathlib import Path
@@ -59,7 +58,9 @@ class DecodePool:
 
         Raises:
             DecodeError: a frame cannot be decoded.
-            BrokenProcessPool: a process died, of a codec or for want of memory; the next call starts new ones.
+            BrokenProcessPool: a process died, of a codec or for want of memory.
+
+        Whatever ends it early ends the processes, too; the next call starts new ones.
         """
         if self._executor is None:
             self._executor = ProcessPoolExecutor(
@@ -75,7 +76,8 @@ class DecodePool:
             try:
                 for slots in done:
                     yield from ((jobs[slot].index, frames[slot]) for slot in slots)
-            except BrokenProcessPool:
+            except BaseException:
+                # Waits for what runs: by then the descriptor may be another file's, and would be written to.
                 self.close()
                 raise
 

@@ -18,7 +18,7 @@ class Finding(StrEnum):
 
     PRESENT = "present"  # probability at or above the operating point
     ABSENT = "absent"  # below it
-    UNDETERMINED = "undetermined"  # not in the field of view, cut by it, or not to be judged
+    UNDETERMINED = "undetermined"  # not found, or not judged, for the reason that stands beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +47,14 @@ class LevelFinding:
     """One vertebra.
 
     probability: 0..1, None when the finding is undetermined.
+    reason: why it is undetermined, in a few words; "" when it is not.
     centroid_lps_mm: `(x, y, z)`; None, as is volume_mm3, when the level is not in the field of view.
     """
 
     in_field_of_view: bool
     probability: float | None
     finding: Finding
+    reason: str = ""
     centroid_lps_mm: tuple[float, float, float] | None = None
     volume_mm3: float | None = None
     attention: tuple[SliceWeight, ...] = ()

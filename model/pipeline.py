@@ -31,6 +31,9 @@ MAX_EXTENT_MM = 700.0
 U-Net's time and memory, which grow with the extent."""
 
 
+_NOT_FOUND = "Not found in the field of view"
+
+
 @dataclass(frozen=True, eq=False)
 class Pipeline:
     """A loaded model, ready to analyse one volume after another."""
@@ -95,7 +98,14 @@ class Pipeline:
         fractures, saliency = np.zeros(volume.grid.shape, np.uint8), np.zeros(volume.grid.shape, np.uint8)
         by_label = {vertebra.label: vertebra for vertebra in vertebrae}
         levels = {
-            name: self._level(volume, by_label.get(label), judgement.verdicts.get(label), fractures, saliency)
+            name: self._level(
+                volume,
+                by_label.get(label),
+                judgement.verdicts.get(label),
+                reasons.get(label, ""),
+                fractures,
+                saliency,
+            )
             for label, name in enumerate(LEVELS, start=1)
         }
         findings = Findings(
@@ -104,7 +114,7 @@ class Pipeline:
             model=self.info,
             patient_overall=self._patient(levels, judgement.patient_logit),
             levels=levels,
-            warnings=(*volume.warnings, *_warnings(levels, reasons)),
+            warnings=(*volume.warnings, *_warnings(levels)),
         )
         logits = {LEVELS[label - 1]: verdict.logit for label, verdict in judgement.verdicts.items()}
         if judgement.patient_logit is not None:
@@ -130,12 +140,18 @@ class Pipeline:
         volume: Volume,
         vertebra: Vertebra | None,
         verdict: Verdict | None,
+        reason: str,
         fractures: NDArray[np.uint8],
         saliency: NDArray[np.uint8],
     ) -> LevelFinding:
-        """One level's finding; draws its fracture regions and saliency on these grids when the finding is present."""
+        """One level's finding; draws its fracture regions and saliency on these grids when the finding is present.
+
+        reason: why there is no verdict on a vertebra that is there.
+        """
         if vertebra is None:
-            return LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+            return LevelFinding(
+                in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED, reason=_NOT_FOUND
+            )
         x, y, z = (float(value) for value in vertebra.centroid_lps_mm)
         probability, finding = None, Finding.UNDETERMINED
         attention: tuple[SliceWeight, ...] = ()
@@ -153,6 +169,7 @@ class Pipeline:
             in_field_of_view=True,
             probability=probability,
             finding=finding,
+            reason=reason,
             centroid_lps_mm=(x, y, z),
             volume_mm3=vertebra.volume_mm3,
             attention=attention,
@@ -214,13 +231,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _warnings(levels: dict[str, LevelFinding], reasons: dict[int, str]) -> list[str]:
+def _warnings(levels: dict[str, LevelFinding]) -> list[str]:
     """What the reader of the findings must know about what was not judged."""
-    absent = [name for name, level in levels.items() if not level.in_field_of_view]
-    if len(absent) == len(levels):
+    if all(level.reason == _NOT_FOUND for level in levels.values()):
         return ["No cervical vertebra was found: nothing was judged. Is this a CT of the neck?"]
-    sentences = [f"Not found in the field of view, not judged: {', '.join(absent)}."] if absent else []
-    for reason in dict.fromkeys(reasons.values()):
-        names = [LEVELS[label - 1] for label in sorted(reasons) if reasons[label] == reason]
-        sentences.append(f"{reason}, not judged: {', '.join(names)}.")
-    return sentences
+    names_by_reason: dict[str, list[str]] = {}
+    for name, level in levels.items():
+        names_by_reason.setdefault(level.reason, []).append(name)
+    return [f"{reason}, not judged: {', '.join(names)}." for reason, names in names_by_reason.items() if reason]

@@ -1,5 +1,6 @@
 """JSON to frozen dataclasses: every field of its declared type, none unknown, none missing that has no default."""
 
+import sys
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -27,7 +28,7 @@ def from_json(kind: Any, content: object, where: str = "it") -> Any:
         return tuple(from_json(kinds[i], part, f"{where}[{i}]") for i, part in enumerate(content))
     if origin is dict and isinstance(content, dict):
         return {name: from_json(arguments[1], part, f"{where}.{name}") for name, part in content.items()}
-    if kind is float and type(content) is int:
+    if kind is float and type(content) is int and abs(content) < sys.float_info.max:
         return float(content)
     if origin is None and isinstance(content, kind) and (kind is bool or not isinstance(content, bool)):
         return content

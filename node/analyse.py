@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model import Analysis, DecodePool, Findings, ModelInfo, SeriesRules, Volume, read_series
+from model import DecodePool, Findings, ModelInfo, SeriesRules, read_series
 from node.encode import NodeIdentity, ResultObject, encode_refusal, encode_results
 from node.process import sync
 from node.profiles import FINDINGS_FILE, Profile
@@ -67,7 +67,8 @@ def analyse_series(
     objects = encode_results(analysis, volume, draft, node=node, profiles=profiles, previous_dir=previous_dir)
     ended = time.perf_counter()
     timings_s = {"read": read_s, **analysis.findings.timings_s, "encode": ended - encode_started}
-    findings = _complete(analysis, volume, timings_s | {"total": ended - started})
+    rounded_s = {stage: round(seconds, 3) for stage, seconds in (timings_s | {"total": ended - started}).items()}
+    findings = replace(analysis.findings, timings_s=rounded_s)
     (draft / FINDINGS_FILE).write_text(json.dumps(findings.to_dict(), indent=2) + "\n", encoding="utf-8")
     _publish(draft, folder)
     return Results(folder=folder, findings=findings, objects=_in_folder(objects, folder), incomplete=volume.incomplete)
@@ -97,11 +98,6 @@ def result_folder_name(sop_instance_uids: Sequence[str], model: ModelInfo, refus
     """A name that is the same for the same set of Instances, model and reason to refuse them, and for nothing else."""
     text = "\n".join([model.name, model.version, *sorted(set(sop_instance_uids)), *([refusal] if refusal else [])])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _complete(analysis: Analysis, volume: Volume, timings_s: dict[str, float]) -> Findings:
-    rounded = {stage: round(seconds, 3) for stage, seconds in timings_s.items()}
-    return replace(analysis.findings, timings_s=rounded)
 
 
 def _draft(folder: Path) -> Path:

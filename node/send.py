@@ -221,8 +221,10 @@ def _kind(path: Path) -> tuple[str, str]:
     except (InvalidDicomError, *PARSE_ERRORS) as error:
         raise _UnreadableError(f"{path} is no DICOM file, or a damaged one") from error
     kind = str(meta.get("MediaStorageSOPClassUID", "")), str(meta.get("TransferSyntaxUID", ""))
-    if not all(kind):
-        raise _UnreadableError(f"{path} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)")
+    if not all((*kind, meta.get("MediaStorageSOPInstanceUID"))):
+        raise _UnreadableError(
+            f"{path} lacks SOP Class, SOP Instance or transfer syntax in its File Meta Information (PS3.10 7.1)"
+        )
     return kind
 
 

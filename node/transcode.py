@@ -1,17 +1,21 @@
 """A DICOM file in another transfer syntax, for a peer that does not take the one it is in.
 
-Called by `send.py`, `retrieve/scp.py` and `web/wado.py`.
+Called by `send.py`, `retrieve/scp.py` and `web/`.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from pydicom import DataElement, Dataset, dcmread, dcmwrite
 from pydicom.dataelem import RawDataElement
+from pydicom.errors import InvalidDicomError
 from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+
+from model import PARSE_ERRORS, decoding_plugin
 
 UNCOMPRESSED = (str(ExplicitVRLittleEndian), str(ImplicitVRLittleEndian))
 """What any peer can be asked to take instead, the preferred one first. Every DICOM node knows the second."""
@@ -25,28 +29,41 @@ class TranscodeError(Exception):
 
 @contextmanager
 def transcoded(path: Path, transfer_syntax_uid: str) -> Iterator[Path]:
-    """A temporary file with the same Instance in one of `UNCOMPRESSED`; pixels are the same, bit by bit.
+    """A temporary file with what `transcoded_bytes` gives.
 
     Raises:
-        TranscodeError: the pixel data cannot be decoded here.
+        TranscodeError: as `transcoded_bytes`.
         OSError: the file cannot be read, or the temporary one not be written.
     """
-    ds = dcmread(path)
-    if ds.file_meta.TransferSyntaxUID.is_encapsulated:
-        try:
-            ds.decompress(generate_instance_uid=False)
-        except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
-            syntax = ds.file_meta.TransferSyntaxUID.name
-            raise TranscodeError(
-                f"its pixel data in {syntax} cannot be decoded here ({type(error).__name__})"
-            ) from error
-    in_little_endian(ds)
-    ds.file_meta.TransferSyntaxUID = UID(transfer_syntax_uid)
+    encoded = transcoded_bytes(path, transfer_syntax_uid)
     with TemporaryDirectory(prefix="cspine-") as folder:
         written = Path(folder) / path.name
-        implicit = transfer_syntax_uid == ImplicitVRLittleEndian
-        dcmwrite(written, ds, implicit_vr=implicit, little_endian=True, enforce_file_format=True)
+        written.write_bytes(encoded)
         yield written
+
+
+def transcoded_bytes(path: Path, transfer_syntax_uid: str) -> bytes:
+    """A DICOM file of the same Instance in one of `UNCOMPRESSED`; pixels are the same, bit by bit.
+
+    Raises:
+        TranscodeError: the pixel data cannot be decoded here, or the file is damaged.
+        OSError: the file cannot be read.
+    """
+    ds = None
+    try:
+        ds = dcmread(path)
+        syntax = ds.file_meta.TransferSyntaxUID
+        if syntax.is_encapsulated:
+            ds.decompress(generate_instance_uid=False, decoding_plugin=decoding_plugin(syntax))
+        in_little_endian(ds)
+        ds.file_meta.TransferSyntaxUID = UID(transfer_syntax_uid)
+        encoded = BytesIO()
+        implicit = transfer_syntax_uid == ImplicitVRLittleEndian
+        dcmwrite(encoded, ds, implicit_vr=implicit, little_endian=True, enforce_file_format=True)
+        return encoded.getvalue()
+    except (InvalidDicomError, *PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
+        name = "" if ds is None else f" from {UID(str(ds.file_meta.get('TransferSyntaxUID', ''))).name}"
+        raise TranscodeError(f"it cannot be rewritten{name} ({type(error).__name__})") from error
 
 
 def in_little_endian(ds: Dataset) -> None:

@@ -193,17 +193,17 @@ class _Worker:
     def __init__(self, config: Config) -> None:
         context = multiprocessing.get_context("spawn")
         self._timeouts_s = {"start": _START_TIMEOUT_S} | config.analyse.timeouts_s.model_dump()
-        self._connection, far_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(config, far_end), name="cspine-worker")
         self.has_taken_job = False
         self._ready = False
         self._usable = True
         self.not_started = ""
         try:
-            self._process.start()
-        except OSError as error:  # no memory, or too many processes
+            self._connection, far_end = context.Pipe()
+            with far_end:
+                self._process = context.Process(target=_work, args=(config, far_end), name="cspine-worker")
+                self._process.start()
+        except OSError as error:  # no memory, or too many processes or files
             self.not_started = f"cannot start a worker process: {error.strerror}"
-        far_end.close()
 
     def is_usable(self) -> bool:
         return self._usable and not self.not_started and self._process.is_alive()
@@ -212,7 +212,7 @@ class _Worker:
         if not self.not_started:
             self._process.kill()
             self._process.join()
-        self._connection.close()
+            self._connection.close()
 
     def load(self, stopping: threading.Event) -> "_Answer | None":
         """Waits until the model is loaded; how that ended, None if the pool stopped first."""

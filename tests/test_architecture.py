@@ -170,6 +170,26 @@ def test_importing_a_module_does_not_import(module: str, heavy: tuple[str, ...])
     assert done.stdout.split() == []
 
 
+def test_modules_that_serve_peers_can_be_imported_first() -> None:
+    """None needs another one to be there already."""
+    code = """
+import importlib, sys
+for name in sys.argv[1:]:
+    for loaded in [module for module in sys.modules if module.split(".")[0] == "node"]:
+        del sys.modules[loaded]
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        print(f"{name}: {error}")
+"""
+    packages = ("commitment", "receive", "retrieve", "web")
+    modules = [path for path in sources("node") if path.parent.name in packages]
+    names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in modules]
+    done = subprocess.run([sys.executable, "-c", code, *names], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(names) > 30
+    assert_none(done.stdout.splitlines(), "a module can be imported before any other")
+
+
 # ---- habits ----
 
 

@@ -334,6 +334,7 @@ def test_the_rules_can_ask_what_they_can_ask_of_a_series_that_is_here() -> None:
     assert (traits.slice_thickness_mm, traits.kvp, traits.calling_ae_title) == (1.0, None, "ORTHANC")
     assert traits.kernel == ("Br60s", "3")
     assert describe({"Modality": {"odd": 1}}, "X").modality == ""
+    assert describe({"Rows": "inf"}, "X").rows is None
 
 
 def test_a_node_killed_while_it_fetches_goes_on_and_its_results_come_back_once(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from node.deliver.files import ResultFile, files_to_deliver
 from node.deliver.kinds import open_courier
 from node.deliver.policy import Verdict, after_answers, after_error, next_question_s
 from node.index import Index
+from node.process import describe_error
 from node.retry import describe_wait
 from node.send import SendError
 
@@ -62,6 +63,9 @@ class _Attempt:
             permanent = isinstance(error, SendError) and error.permanent
             self._settle(self._after_error(str(error), permanent=permanent), unreachable=not permanent)
             return
+        except Exception as error:  # put off, so that the others do not wait for it
+            self._settle(self._after_error(describe_error(error), permanent=False))
+            raise
         if verdict is not None:
             self._settle(verdict)
         if num_hastened := self._index.hasten(self._destination.name):

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 
+from model import PARSE_ERRORS
 from node.case import Delivery
 from node.profiles import FormMissingError, Profile, files_for
 from node.send import SendError
@@ -25,7 +27,7 @@ def files_to_deliver(delivery: Delivery, profile: Profile, *, is_folder: bool) -
     """The files that go to a destination with this profile, in the order to send them.
 
     Raises:
-        SendError: they are not there, or were made for other profiles.
+        SendError: they are not there, are damaged, or were made for other profiles.
     """
     try:
         names = files_for(profile, (path.name for path in delivery.result_dir.iterdir()))
@@ -45,15 +47,16 @@ def files_to_deliver(delivery: Delivery, profile: Profile, *, is_folder: bool) -
 def _describe(path: Path) -> ResultFile:
     if path.suffix != ".dcm":
         return ResultFile(path=path, key=path.name)
-    ds = dcmread(
-        path,
-        stop_before_pixels=True,
-        specific_tags=["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"],
-    )
+    tags = ["SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"]
+    try:
+        ds = dcmread(path, stop_before_pixels=True, specific_tags=[*tags])
+        sop_class, sop_instance, study, series = (str(ds[tag].value) for tag in tags)
+    except (InvalidDicomError, *PARSE_ERRORS) as error:
+        raise SendError(f"{path} is damaged; analyse the Series again", permanent=True) from error
     return ResultFile(
         path=path,
-        key=str(ds.SOPInstanceUID),
-        sop_class_uid=str(ds.SOPClassUID),
-        study_instance_uid=str(ds.StudyInstanceUID),
-        series_instance_uid=str(ds.SeriesInstanceUID),
+        key=sop_instance,
+        sop_class_uid=sop_class,
+        study_instance_uid=study,
+        series_instance_uid=series,
     )

@@ -5,23 +5,12 @@ Pure functions; `clock.py` acts on what they say.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from node.case import DeliveryState, ObjectProgress, ObjectState
+from node.config import DeliverConfig
 from node.retry import describe_wait, retry_wait_s
 
 _FIRST_QUESTION_S = 1.0
-
-
-class Patience(Protocol):
-    """How long is waited; `deliver` of the configuration is one. retry_max_s: the longest wait between attempts."""
-
-    @property
-    def retry_first_s(self) -> float: ...
-    @property
-    def retry_max_s(self) -> float: ...
-    @property
-    def max_attempts(self) -> int: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +22,9 @@ class Verdict:
     wait_s: float = 0.0
 
 
-def after_error(problem: str, *, permanent: bool, state: DeliveryState, attempts: int, patience: Patience) -> Verdict:
+def after_error(
+    problem: str, *, permanent: bool, state: DeliveryState, attempts: int, patience: DeliverConfig
+) -> Verdict:
     """The destination as a whole could not be used. state: what is to be done again, PENDING or VERIFYING."""
     if permanent or attempts >= patience.max_attempts:
         return Verdict(state=DeliveryState.FAILED, reason=f"given up after {attempts} attempt(s): {problem}")
@@ -44,7 +35,7 @@ def after_error(problem: str, *, permanent: bool, state: DeliveryState, attempts
 
 
 def after_answers(
-    objects: Mapping[str, ObjectProgress], *, attempts: int, verified: bool, patience: Patience
+    objects: Mapping[str, ObjectProgress], *, attempts: int, verified: bool, patience: DeliverConfig
 ) -> Verdict:
     """The destination answered for each object. verified: taken is not enough."""
     waiting = [item for item in objects.values() if item.state is ObjectState.WAITING]

@@ -105,7 +105,9 @@ def encode_refusal(
         warnings.simplefilter("ignore")
         source = read_refused(paths)
         uids = replace(ResultUids.of((item.sop_instance_uid for item in source.slices), model), refusal=reason)
-        unseen = LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+        unseen = LevelFinding(
+            in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED, reason="Not analysed"
+        )
         findings = Findings(
             study_instance_uid=source.header.StudyInstanceUID,
             series_instance_uid=source.header.SeriesInstanceUID,

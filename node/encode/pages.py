@@ -307,7 +307,7 @@ def _caption(canvas: Canvas, x: float, y: float, width: float, title: str, place
 def _answer(level: LevelFinding) -> str:
     if level.finding is not Finding.UNDETERMINED:
         return _ANSWERS[level.finding]
-    return "not judged: cut by the field of view" if level.in_field_of_view else "not judged: not in view"
+    return "not judged" if level.in_field_of_view else "not judged: not in view"
 
 
 def _model(case: _Case) -> str:

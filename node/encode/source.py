@@ -14,7 +14,7 @@ from pydicom.config import RAISE
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage
+from pydicom.uid import CTImageStorage
 from pydicom.valuerep import format_number_as_ds, validate_value
 
 from model import PARSE_ERRORS, Grid, SliceSource, slice_headers
@@ -74,7 +74,7 @@ class Source:
     @property
     def is_multi_frame(self) -> bool:
         """Whether references need frame numbers."""
-        return self.sop_class_uid == EnhancedCTImageStorage
+        return self.sop_class_uid != CTImageStorage
 
     def position_texts(self, z: int) -> list[str]:
         """ImagePositionPatient of a slice."""

@@ -216,12 +216,7 @@ def _level_group(context: _Context, name: str, level: LevelFinding) -> _Group:
         qualitative_evaluations=[_answer(level.finding)],
     )
     if level.finding is Finding.UNDETERMINED:
-        reason = (
-            "Not judged: cut by the field of view." if level.in_field_of_view else "Not found in the field of view."
-        )
-        group[0].ContentSequence.append(
-            _text(codes.COMMENT, "Not analysed." if context.content.not_analysed else reason)
-        )
+        group[0].ContentSequence.append(_text(codes.COMMENT, f"{level.reason}."))
     return group
 
 

@@ -62,7 +62,9 @@ class Operating(Cases):
         with self._writing() as connection:
             here = select(_cases).where(_cases.c.case_id == case.case_id).with_for_update()
             row = connection.execute(here).mappings().first()
-            if row is None or (row["state"], row["num_instances"]) != (case.state, case.num_instances):
+            # As `unmoved` tells: SQLite gives the number of a deleted case to the next one.
+            same = ("series_instance_uid", "first_received_at", "state", "num_instances")
+            if row is None or any(row[name] != getattr(case, name) for name in same):
                 return None
             of_series = _instances.c.series_instance_uid == case.series_instance_uid
             paths = connection.scalars(select(_instances.c.path).where(of_series)).all()

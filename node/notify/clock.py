@@ -3,6 +3,7 @@
 APScheduler calls `notify_due` for each target; targets do not wait for each other, and no case waits for them.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterable
@@ -11,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from pydicom import dcmread
+from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 
+from model import PARSE_ERRORS
 from node.case import About, Notification, NotificationState
 from node.index import Index
 from node.notify import fhir, mail, webhook
 from node.notify.errors import NotifyError
 from node.notify.notice import Event, Notice, Patient, event_of
 from node.person_name import shortest_name
+from node.process import describe_error
 from node.profiles import FINDINGS_FILE
 from node.retry import describe_wait, retry_wait_s
 from node.targets import FhirTarget, Hl7Target, MailTarget, Target, WebhookTarget
@@ -50,6 +54,9 @@ def notify_due(index: Index, target: Target) -> None:
             send(notice, target)
         except (NotifyError, OSError) as error:
             _note_failure(index, notification, error, where)
+        except Exception as error:  # put off, so that the others do not wait for it
+            _note_failure(index, notification, NotifyError(describe_error(error)), where)
+            raise
         else:
             index.settle_notification(notification, NotificationState.SENT)
             log.info("action=notified %s event=%s", where, notice.event)
@@ -115,19 +122,24 @@ def _read_findings(result_dir: Path) -> dict[str, Any] | None:
         findings: dict[str, Any] = json.loads((result_dir / FINDINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        problem = f"{result_dir / FINDINGS_FILE} is damaged; analyse the Series again"
+        raise NotifyError(problem, permanent=True) from error
     return findings
 
 
 def read_patient(paths: Iterable[Path]) -> Patient | None:
-    """Who a Series is about, as its first Instance says; None when none is here any more.
+    """Who a Series is about, as its first Instance says that can be parsed; None when none is here any more.
 
     Raises:
-        OSError: the Instance cannot be read.
+        OSError: an Instance cannot be read.
     """
+    tags = ["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()]
     for path in paths:
-        ds = dcmread(path, stop_before_pixels=True, specific_tags=["SpecificCharacterSet", *_PATIENT_KEYWORDS.values()])
-        values = {name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()}
-        return Patient(**values | {"name": shortest_name(values["name"])})
+        with contextlib.suppress(InvalidDicomError, *PARSE_ERRORS):
+            ds = dcmread(path, stop_before_pixels=True, specific_tags=[*tags])
+            values = {name: _first_text(ds.get(keyword)) for name, keyword in _PATIENT_KEYWORDS.items()}
+            return Patient(**values | {"name": shortest_name(values["name"])})
     return None
 
 

@@ -1,7 +1,7 @@
 """A notice: one thing that became of a case, as every kind of notification tells it.
 
-Plain data; `webhook.py`, `mail.py`, `hl7.py` and `fhir.py` put it into their own words. A patient is in it only where
-the target's configuration asks for that.
+Plain data; `webhook.py`, `mail.py`, `hl7_oru.py` and `fhir.py` put it into their own words. A patient is in it only
+where the target's configuration asks for that.
 """
 
 import uuid

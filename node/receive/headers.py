@@ -77,7 +77,7 @@ class Headers:
 
 
 class HeaderReader:
-    """Reads headers; remembers those of the last Series. Safe to use from several threads."""
+    """Reads headers; remembers those of the latest Series. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[Any, ...], Headers] = OrderedDict()  # by the bytes of what is Series-wide

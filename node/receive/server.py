@@ -7,7 +7,7 @@ import time
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pynetdicom import _config, evt
 from pynetdicom.pdu_primitives import A_RELEASE
@@ -25,8 +25,10 @@ from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.receive.guard import Guard, GuardedServer
 from node.receive.lane import take_lane
 from node.receive.store import Store
-from node.retrieve.scp import RetrieveScp, offer
 from node.tls import TlsError
+
+if TYPE_CHECKING:
+    from node.retrieve.scp import RetrieveScp
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ _ACCEPT_POLL_S = 0.2
 class Server(GuardedServer):
     """A guarded server that accepts from a socket that listens already and that other processes may share."""
 
-    retrieve: RetrieveScp | None = None
+    retrieve: "RetrieveScp | None" = None
 
     def __init__(self, *args: Any, listener: socket.socket, store: Store, max_pdu_bytes: int, **values: Any) -> None:
         self.socket: socket.socket
@@ -98,8 +100,11 @@ def start_server(config: Config, store: Store, listener: socket.socket) -> Serve
     syntaxes = decodable_transfer_syntaxes()
     for sop_class in CT_SOP_CLASSES:
         ae.add_supported_context(sop_class, syntaxes, scu_role=True, scp_role=False)  # the peer's roles
-    retrieve = RetrieveScp(config, store.index) if config.retrieve.enabled else None
-    if retrieve is not None:
+    retrieve = None
+    if config.retrieve.enabled:
+        from node.retrieve.scp import RetrieveScp, offer  # it needs the catalog of the HTTP side
+
+        retrieve = RetrieveScp(config, store.index)
         offer(ae)
     guard = Guard(config.receive, store.index.data_dir)
     guard.prepare(ae)

@@ -3,6 +3,7 @@
 Not the number of slices and what comes from it: that is judged when the Series is here, and so is all the rest, again.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,6 +46,7 @@ def _texts(tags: Mapping[str, Any], keyword: str) -> tuple[str, ...]:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None

@@ -15,7 +15,7 @@ from PIL import Image
 from pydicom import Dataset, dcmread
 from pydicom.pixels.utils import pixel_array
 
-from model import PARSE_ERRORS
+from model import PARSE_ERRORS, decoding_plugin
 from node.web.accept import Offer
 from node.web.catalog import StoredInstance
 from node.web.matching import QueryError
@@ -198,7 +198,9 @@ def multipart_of_pictures(wanted: Wanted, media_type: str, view: View, boundary:
 
 def _grey_or_rgb(ds: Dataset, index: int, view: View) -> NDArray[np.uint8]:
     """Uint8 `(rows, columns)` or `(rows, columns, 3)`."""
-    pixels = pixel_array(ds, index=index)  # as RGB, where it is colour
+    pixels = pixel_array(
+        ds, index=index, decoding_plugin=decoding_plugin(ds.file_meta.TransferSyntaxUID)
+    )  # as RGB, where it is colour
     if pixels.ndim == 3:
         return np.asarray(pixels, np.uint8)
     if int(ds.BitsAllocated) == 1:

@@ -5,21 +5,21 @@ Reference: PS3.18 10.4 (Retrieve), 8.7.3 (media types), F (DICOM JSON).
 
 import os
 from collections.abc import Iterator, Sequence
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydicom import Dataset, dcmread, dcmwrite
+from pydicom import Dataset, dcmread
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
-from model import PARSE_ERRORS
+from model import PARSE_ERRORS, decoding_plugin
 from node.index import NewInstance
-from node.transcode import in_little_endian
+from node.transcode import TranscodeError, in_little_endian, transcoded_bytes
 from node.web.accept import Offer
 from node.web.attributes import completed, dataset_json
 from node.web.catalog import StoredInstance
@@ -78,18 +78,10 @@ def instance_bytes(instance: StoredInstance, transfer_syntax: str) -> bytes:
     if transfer_syntax in ("", instance.transfer_syntax_uid):
         return instance.path.read_bytes()
     try:
-        ds = dcmread(instance.path)
-        if UID(instance.transfer_syntax_uid).is_compressed:
-            ds.decompress(generate_instance_uid=False)
-        in_little_endian(ds)
-        ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-        encoded = BytesIO()
-        dcmwrite(encoded, ds, implicit_vr=False, little_endian=True)
-        return encoded.getvalue()
-    except (*PARSE_ERRORS, RuntimeError) as error:  # codecs raise RuntimeError
-        name = UID(instance.transfer_syntax_uid).name
+        return transcoded_bytes(instance.path, transfer_syntax)
+    except TranscodeError as error:
         raise CannotGiveError(
-            f"Instance {instance.sop_instance_uid} cannot be transcoded from {name}; ask for transfer-syntax=*"
+            f"Instance {instance.sop_instance_uid} cannot be given so: {error}; ask for transfer-syntax=*"
         ) from error
 
 
@@ -249,7 +241,7 @@ def _native_frame(ds: Dataset, index: int) -> bytes:
         if len(found) < size:
             raise EOFError("PixelData is cut short")
         return bytes(found)
-    pixels = pixel_array(ds, index=index, raw=True)
+    pixels = pixel_array(ds, index=index, raw=True, decoding_plugin=decoding_plugin(syntax))
     if bits == 1:
         return np.packbits(pixels.ravel(), bitorder="little").tobytes()
     return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()

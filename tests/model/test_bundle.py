@@ -215,6 +215,7 @@ def test_broken_json_is_refused(tmp_path: Path) -> None:
         ({"segment": {"spacing_mm": 3.0}}, "either channels, for a 3D U-Net, or an encoder"),
         ({"segment": {"channels": [4, 8], "spacing_mm": "3"}}, "spacing_mm is '3', which is not of type float"),
         ({"segment": {"channels": [4, 8.5], "spacing_mm": 3}}, r"channels\[1\] is 8.5"),
+        ({"segment": {"channels": [4, 8], "spacing_mm": 10**400}}, "spacing_mm is 1000"),
         ({"segment": {"channels": [4, 8], "spacing_mm": 3, "turbo": 1}}, "segment has turbo, which this version does"),
         ({"segment": {"channels": [4], "spacing_mm": 3}}, r"segment.channels is \[4\]; two or more numbers from 1 on"),
         ({"segment": {"channels": [4, 8], "spacing_mm": float("nan")}}, "segment.spacing_mm is nan; it must be from"),

@@ -78,3 +78,17 @@ def test_after_a_codec_crashed_the_next_series_gets_new_processes(tmp_path: Path
         np.testing.assert_array_equal(
             read_series(paths, SMALL, crashing).voxels_hu, read_series(paths, SMALL).voxels_hu
         )
+
+
+def test_nothing_decodes_on_into_memory_that_is_gone(tmp_path: Path) -> None:
+    """Its number may be another file's by then, which would be written to."""
+    paths = make_ct_series(tmp_path, num_slices=40, transfer_syntax_uid=RLELossless)
+    ds = pydicom.dcmread(paths[2])
+    ds.PixelData = encapsulate([bytes(64)])
+    ds.save_as(paths[2])
+    before = len(processes())
+    with DecodePool(2) as pool:
+        with pytest.raises(SeriesError):
+            read_series(paths, SMALL, pool)
+        assert len(processes()) == before
+        assert read_series(paths[3:], SMALL, pool).grid.shape[0] == 37

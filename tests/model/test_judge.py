@@ -262,6 +262,9 @@ def test_a_cut_level_is_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     analysis = analysed(monkeypatch, BUNDLE, make_certain(0.0))
 
     assert analysis.findings.levels["C4"].finding is Finding.UNDETERMINED
+    assert analysis.findings.levels["C4"].reason == "Cut by the field of view"
+    assert analysis.findings.levels["C3"].reason == ""
+    assert analysis.findings.levels["C5"].reason == "Not found in the field of view"
     assert "C4" not in analysis.logits
     assert "Cut by the field of view, not judged: C4." in analysis.findings.warnings
 

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.uid import LegacyConvertedEnhancedCTImageStorage
 from scipy.spatial.transform import Rotation
 
 from model import (
@@ -60,6 +62,10 @@ def series(folder: Path, kind: str = "axial", **changes: Any) -> Volume:
     if kind.startswith("enhanced"):
         order = (3, 0, 4, 1, 9, 2, 8, 5, 7, 6) if kind == "enhanced, frames out of order" else None
         paths = [make_enhanced_ct(folder / "enhanced.dcm", num_frames=10, frame_order=order, **changes)]
+        if kind == "enhanced, legacy converted":
+            ds = dcmread(paths[0])
+            ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = LegacyConvertedEnhancedCTImageStorage
+            ds.save_as(paths[0])
     else:
         paths = make_ct_series(folder / "ct", num_slices=10, **SINGLE_FRAME[kind], **changes)
     return read_series(paths, RULES)
@@ -89,7 +95,9 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
     wanted = np.array([0] + [label if name in seen else 0 for label, name in enumerate(LEVELS, 1)], np.uint8)
     vertebrae = wanted[vertebrae]
     fractures = np.zeros_like(vertebrae)
-    unseen = LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+    unseen = LevelFinding(
+        in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED, reason="Not found in the field of view"
+    )
     levels = dict.fromkeys(LEVELS, unseen)
     for label, name in enumerate(LEVELS, start=1):
         if name not in seen:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -215,6 +216,31 @@ def test_results_that_are_gone_are_given_up_and_not_tried_for_ever(
     case = deliver(index, make_config(), folder_destination(tmp_path / "out"))
     assert case.state is CaseState.FAILED
     assert f"{results} holds nothing for this destination; analyse the Series again" in case.reason
+
+
+def test_a_damaged_result_is_given_up_and_holds_up_no_other_case(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path
+) -> None:
+    hand_over(index, results, "folder")
+    (results / "report.sr.dcm").write_bytes(b"")
+    hand_over(index, make_results(index, series_uid="1.2.4"), "folder", series_uid="1.2.4")
+    case = deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    assert case.state is CaseState.FAILED
+    assert f"{results / 'report.sr.dcm'} is damaged; analyse the Series again" in case.reason
+    assert the_case(index, "1.2.4").state is CaseState.DONE
+
+
+def test_a_fault_in_one_delivery_puts_that_one_off(
+    index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hand_over(index, results, "folder")
+    hand_over(index, make_results(index, series_uid="1.2.4"), "folder", series_uid="1.2.4")
+    with monkeypatch.context() as broken:
+        broken.setattr("node.deliver.clock.open_courier", Mock(side_effect=KeyError("a fault")))
+        with pytest.raises(KeyError):
+            deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    deliver(index, make_config(), folder_destination(tmp_path / "out"))
+    assert {the_case(index, uid).state for uid in (SERIES, "1.2.4")} == {CaseState.DELIVERING, CaseState.DONE}
 
 
 # ---- several destinations, and by hand ----

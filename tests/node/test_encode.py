@@ -69,7 +69,9 @@ def test_every_voxel_lies_where_its_vertebra_lies_in_the_patient(kind: str, tmp_
         assert np.array_equal(found.array, level_at(points, centre))
 
 
-@pytest.mark.parametrize("kind", ["axial", "head to foot", "enhanced, frames out of order"])
+@pytest.mark.parametrize(
+    "kind", ["axial", "head to foot", "enhanced, frames out of order", "enhanced, legacy converted"]
+)
 def test_each_frame_names_the_slice_it_lies_on(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     volume = series(tmp_path, kind)
     made = encode(volume, analysis_of(volume), tmp_path / "out")

@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 
 from model import (
     LEVELS,
+    Finding,
     SliceWeight,
 )
 from tests.node.analysed_series import (
@@ -196,3 +197,18 @@ def test_a_single_level_gives_one_segment(tmp_path: Path) -> None:
             assert_missing_frames_are_empty=True,
         ).any()
         check_conformance(made[kind].path)
+
+
+def test_a_level_that_is_not_judged_says_why(tmp_path: Path) -> None:
+    volume = series(tmp_path)
+    analysis = analysis_of(volume, seen=LEVELS[:6], fractured=())
+    reason = "Metal in or at the vertebra"
+    metal = replace(
+        analysis.findings.levels["C6"], probability=None, finding=Finding.UNDETERMINED, reason=reason, attention=()
+    )
+    findings = replace(analysis.findings, levels=analysis.findings.levels | {"C6": metal})
+    report = pydicom.dcmread(encode(volume, replace(analysis, findings=findings), tmp_path / "out")["report.sr"].path)
+
+    assert value(group_of(report, "C6"), "121106") == f"{reason}."
+    assert value(group_of(report, "C7"), "121106") == "Not found in the field of view."
+    assert not children(group_of(report, "C5"), "121106")

@@ -14,11 +14,11 @@ SCHEMA = json.loads((Path(__file__).parents[2] / "docs" / "findings.schema.json"
 
 
 def _findings() -> Findings:
-    unseen = LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED)
+    unseen = LevelFinding(in_field_of_view=False, probability=None, finding=Finding.UNDETERMINED, reason="Not found")
     seen = {"in_field_of_view": True, "centroid_lps_mm": (1.0, -2.5, 30.0), "volume_mm3": 9000.0}
     levels = dict.fromkeys(LEVELS, unseen) | {
         "C2": LevelFinding(probability=0.1, finding=Finding.ABSENT, **seen),
-        "C3": LevelFinding(probability=None, finding=Finding.UNDETERMINED, **seen),
+        "C3": LevelFinding(probability=None, finding=Finding.UNDETERMINED, reason="Cut", **seen),
         "C5": LevelFinding(
             probability=0.9,
             finding=Finding.PRESENT,

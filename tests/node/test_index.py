@@ -168,6 +168,8 @@ def test_results_of_a_deleted_case_are_not_those_of_the_case_that_gets_its_numbe
     index.fail_attempt(deleted, "the worker died", max_attempts=1)
     other = the_case(index, "1.2.4")
     assert (other.state, other.reason, other.result_dir) == (CaseState.ANALYSING, "", None)
+    assert index.delete_case(deleted) is None
+    assert the_case(index, "1.2.4") == other
 
 
 def test_results_of_fewer_instances_are_dropped_when_one_came_meanwhile(index: Index) -> None:

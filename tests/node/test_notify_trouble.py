@@ -14,13 +14,15 @@ from aiosmtpd.smtp import AuthResult
 from pydantic import ValidationError
 from pydicom import Dataset
 
+from node.case import NotificationState
 from node.index import Index
 from node.notify import hl7_oru, mail
 from node.notify.clock import notify_due, read_patient
 from node.notify.errors import NotifyError
 from node.targets import Hl7Target, MailTarget, Rule, WebhookTarget
 from tests.factories import make_ct_series
-from tests.node.test_notify import analysing
+from tests.node.handed_over import SERIES
+from tests.node.test_notify import analysing, finish
 from tests.node.test_notify_messages import POSITIVE
 from tests.serving import serving
 from tests.waiting import WAIT_S
@@ -195,3 +197,21 @@ def test_of_an_id_and_a_name_in_several_parts_the_first_is_told(tmp_path: Path) 
     patient = read_patient(make_ct_series(tmp_path, num_slices=1, edit=edit))
     assert patient is not None
     assert (patient.patient_id, patient.name, patient.accession_number) == ("12", "Doe^Jane", "A1")
+
+
+def test_damaged_results_are_given_up(index: Index, free_port: Callable[[], int]) -> None:
+    target = WebhookTarget(type="webhook", name="hook", url=f"http://127.0.0.1:{free_port()}/")
+    notify_due(index, target)
+    finish(index, analysing(index), C5=0.9)
+    (index.data_dir / "cases" / SERIES / "a" / "findings.json").write_text("", encoding="utf-8")
+    notify_due(index, target)
+    (item,) = index.notifications()
+    assert item.state is NotificationState.FAILED
+    assert "findings.json is damaged; analyse the Series again" in item.reason
+
+
+def test_an_instance_that_cannot_be_parsed_leaves_the_patient_to_the_next_one(tmp_path: Path) -> None:
+    damaged, whole = make_ct_series(tmp_path, num_slices=2)
+    damaged.write_bytes(b"no DICOM")
+    assert read_patient([damaged, whole]) is not None
+    assert read_patient([damaged]) is None

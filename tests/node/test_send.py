@@ -138,7 +138,7 @@ def test_pixels_that_cannot_be_decoded_here_are_a_refusal_of_that_file_alone(
         (refused,) = send_files([damaged, whole], nowhere, calling_ae_title="TEST")
     assert (refused.path, refused.permanent, len(taken)) == (damaged, True, 1)
     assert (
-        "does not take 0000.dcm as it is, and its pixel data in RLE Lossless cannot be decoded here" in refused.reason
+        "does not take 0000.dcm as it is, and it cannot be rewritten from RLE Lossless (RuntimeError)" in refused.reason
     )
 
 
@@ -221,7 +221,7 @@ def test_a_file_that_does_not_say_what_it_is_or_cannot_be_read_keeps_back_no_oth
     told: list[Answer] = []
     refused = send_files([*bad, *paths], peer, calling_ae_title="TEST", on_answer=told.append)
     assert [item.reason for item in refused] == [
-        f"{nothing} lacks SOP Class or transfer syntax in its File Meta Information (PS3.10 7.1)",
+        f"{nothing} lacks SOP Class, SOP Instance or transfer syntax in its File Meta Information (PS3.10 7.1)",
         f"{damaged} is no DICOM file, or a damaged one",
         f"{cut} is no DICOM file, or a damaged one",
         f"{gone} cannot be read: No such file or directory",
@@ -241,3 +241,16 @@ def test_dicom_files_are_found_in_all_folders_whatever_their_names(tmp_path: Pat
     found, num_others = find_dicom_files(tmp_path)
     assert found == [tmp_path / "IM000001", tmp_path / "a" / "b" / "0001.dcm"]
     assert num_others == 2
+
+
+def test_a_file_whose_meta_information_lacks_its_instance_is_refused_and_the_rest_is_sent(
+    nowhere: DicomDestination, tmp_path: Path
+) -> None:
+    without, whole = make_ct_series(tmp_path, num_slices=2)
+    ds = dcmread(without)
+    del ds.file_meta.MediaStorageSOPInstanceUID
+    ds.save_as(without, enforce_file_format=False)
+    with taking(nowhere, CTImageStorage, [ExplicitVRLittleEndian]) as taken:
+        (refused,) = send_files([without, whole], nowhere, calling_ae_title="TEST")
+    assert (refused.path, len(taken)) == (without, 1)
+    assert "lacks SOP Class, SOP Instance or transfer syntax" in refused.reason

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -16,13 +18,13 @@ from node.complete import Sources
 from node.complete.sources import count_instances
 from node.config import CompleteConfig, Config, Source
 from node.index import Index
-from node.send import SendError
+from node.send import SendError, associated
 from tests.factories import make_ct_series
 from tests.node.test_complete import GAP, WHOLE
 from tests.node.test_complete_clock import Clock, Node, clock, clocked  # noqa: F401 - fixtures
 from tests.orthanc_server import OrthancServer
 from tests.ports import free_port
-from tests.waiting import WAIT_S
+from tests.waiting import WAIT_S, wait_until
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -122,6 +124,25 @@ def test_what_is_no_answer_is_an_error(archive: Callable[[Respond], Source], res
         source = source.model_copy(update={"timeout_s": 2.0})
     with pytest.raises(SendError, match=why):
         count_instances(a_case(), source, "CSPINE")
+
+
+def test_a_source_that_ends_the_association_before_it_is_asked_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def slow(*arguments: Any, **values: Any) -> Iterator[Any]:
+        with associated(*arguments, **values) as association:
+            wait_until(lambda: not association.is_established)
+            yield association
+
+    monkeypatch.setattr("node.complete.sources.associated", slow)
+    ae, port = AE(ae_title="PACS"), free_port()
+    ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
+    aborting = [(evt.EVT_ESTABLISHED, lambda event: Timer(0.1, event.assoc.abort).start())]
+    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=aborting)
+    try:
+        with pytest.raises(SendError, match="ended the association before it was asked"):
+            count_instances(a_case(), at(port), "CSPINE")
+    finally:
+        server.shutdown()
 
 
 def test_a_source_that_is_not_there_or_answers_no_queries_is_an_error() -> None:

@@ -174,16 +174,17 @@ def test_a_worker_that_dies_before_it_took_its_job_costs_no_job(make_pool: MakeP
     assert pid_of(outcome_of(pool.submit(job("die before it took it", tmp_path)))) != first
 
 
+@pytest.mark.parametrize("short_of", ["popen_spawn_posix.Popen", "connection.Pipe"])
 def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
-    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, short_of: str
 ) -> None:
-    """Memory or processes are short for a while: no job waits forever for a slot that is gone."""
+    """Memory, descriptors or processes are short for a while: no job waits forever for a slot that is gone."""
     monkeypatch.setattr(workers, "_START_AGAIN_S", 0.1)
     pool = make_pool()
     first = pid_of(outcome_of(pool.submit(job("ok"))))
     with monkeypatch.context() as short:
         tries = Mock(side_effect=no_memory)
-        short.setattr("multiprocessing.popen_spawn_posix.Popen", tries)
+        short.setattr(f"multiprocessing.{short_of}", tries)
         os.kill(first, signal.SIGKILL)
         reason = "cannot start a worker process: Cannot allocate memory"
         assert outcome_of(pool.submit(job("ok"))) == Broken(reason=reason)
@@ -193,7 +194,7 @@ def test_workers_that_cannot_be_started_break_the_job_and_the_next_ones_work(
     assert caplog.text.count(f"action=worker-not-started: {reason}") == 1  # though it tried again and again
     assert isinstance(outcome_of(queued), Analysed)
     with monkeypatch.context() as short:
-        short.setattr("multiprocessing.popen_spawn_posix.Popen", no_memory)
+        short.setattr(f"multiprocessing.{short_of}", no_memory)
         os.kill(pid_of(outcome_of(queued)), signal.SIGKILL)
         outcome_of(pool.submit(job("ok")))
         queued = pool.submit(job("ok"))

@@ -202,6 +202,6 @@ def measure_froc(events: Events, resamples: NDArray[np.float32]) -> dict[str, An
         )
         if measured[f"{name}_ci"] is None:
             reasons[f"{name}_ci"] = (
-                "more than 5 % of the bootstrap resamples have no true box: too few Studies with one"
+                "too few Studies with a true box: more than 5 % of the bootstrap resamples have none, or all agree"
             )
     return measured | {"reasons": reasons}

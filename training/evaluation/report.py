@@ -317,8 +317,9 @@ def _method(metrics: Mapping[str, Any]) -> list[str]:
         paragraph(f"Operating points, as given: {points}."),
         paragraph(
             f"Intervals: 95 %. Bootstrap: {settings['num_resamples']} resamples of patients (seed {settings['seed']}); "
-            "none where more than 5 % of the resamples have no value. PR-AUC is average precision. ECE has ten bins "
-            "of equal width. Undetermined answers are left out of everything but the log loss, and counted."
+            "none where more than 5 % of the resamples have no value, or all the same. PR-AUC is average precision. "
+            "ECE has ten bins of equal width. Undetermined answers are left out of everything but the log loss, and "
+            "counted."
         ),
     ]
 
