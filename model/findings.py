@@ -63,7 +63,11 @@ class LevelFinding:
 
 @dataclass(frozen=True, kw_only=True)
 class PatientFinding:
-    """Any of C1..C7 fractured? probability is None when no level could be judged."""
+    """Any of C1..C7 fractured?
+
+    probability: of the levels that were judged; None when none was. finding: undetermined, too, where none of those is
+    present and others were not judged.
+    """
 
     probability: float | None
     finding: Finding

@@ -85,10 +85,13 @@ _REACH_MM = (_SLAB_MM, 48.0, 24.0)
 _NUM_TURNS = 3  # after which the axis no longer changes by a degree
 _MIN_DEPTH_MM, _MAX_DEPTH_MM = 7.0, 30.0
 _MIN_HEIGHT_MM, _MAX_HEIGHT_MM = 3.0, 30.0
+_MAX_SLICE_MM = 2.0  # thicker ones move an endplate by as much as a wedge takes away
+_MAX_BULGE = 1.3
+"""Of the middle height over the greater of the others: endplates are hollow, so what bulges is no body's outline."""
 
 
 def body_heights(mask: NDArray[np.bool_], grid: Grid) -> BodyHeights | None:
-    """The heights of the body of a whole vertebra, one of C3..C7; None when its mask shows no body.
+    """The heights of the body of a whole vertebra, one of C3..C7; None when its mask shows no body, or not finely.
 
     The body is what lies before the canal at the midline. Its axis is at right angles to the middle between its
     endplates; heights along it are means over 8 mm about the midline and a sixth of the depth, centred on a sixth, a
@@ -96,6 +99,8 @@ def body_heights(mask: NDArray[np.bool_], grid: Grid) -> BodyHeights | None:
 
     mask: `(Z, Y, X)` on `grid`.
     """
+    if grid.spacing_mm[0] > _MAX_SLICE_MM:
+        return None
     midline = find_midline(grid.to_lps_mm(np.argwhere(mask).astype(float)))
     if midline is None:
         return None
@@ -115,6 +120,8 @@ def body_heights(mask: NDArray[np.bool_], grid: Grid) -> BodyHeights | None:
     places = (np.arange(len(columns)) + 0.5) / len(columns)
     heights = [float(columns[np.abs(places - centre) <= 1 / 12].mean()) for centre in (1 / 6, 1 / 2, 5 / 6)]
     if len(columns) * _STEP_MM[1] > _MAX_DEPTH_MM or min(heights) < _MIN_HEIGHT_MM or max(heights) > _MAX_HEIGHT_MM:
+        return None
+    if heights[1] > _MAX_BULGE * max(heights[0], heights[2]):
         return None
     return BodyHeights(anterior_mm=heights[0], middle_mm=heights[1], posterior_mm=heights[2])
 

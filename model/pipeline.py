@@ -126,14 +126,20 @@ class Pipeline:
         return self.bundle.calibration.get(output, Platt()).probability(logit)
 
     def _patient(self, levels: dict[str, LevelFinding], logit: float | None) -> PatientFinding:
-        """The patient's finding, in accord with the levels': "any of them" is at least as probable as each of them."""
+        """The patient's finding, in accord with the levels': "any of them" is at least as probable as each of them.
+
+        Absent only where all levels were judged: what was not seen may be broken.
+        """
         if logit is None:
             return PatientFinding(probability=None, finding=Finding.UNDETERMINED)
         probability = max(self._probability(PATIENT, logit), *(level.probability or 0.0 for level in levels.values()))
         is_present = probability >= self.info.operating_point or any(
             level.finding is Finding.PRESENT for level in levels.values()
         )
-        return PatientFinding(probability=probability, finding=Finding.PRESENT if is_present else Finding.ABSENT)
+        if is_present:
+            return PatientFinding(probability=probability, finding=Finding.PRESENT)
+        is_whole = all(level.finding is not Finding.UNDETERMINED for level in levels.values())
+        return PatientFinding(probability=probability, finding=Finding.ABSENT if is_whole else Finding.UNDETERMINED)
 
     def _level(
         self,

@@ -228,11 +228,14 @@ def read_series(
     rules: SeriesRules | None = None,
     decode_pool: DecodePool | None = None,
     num_at_source: int | None = None,
+    *,
+    is_interrupted: bool = False,
 ) -> Volume:
     """The volume of one CT Series, in Hounsfield units, from all its files in any order.
 
     decode_pool: decodes compressed pixels on several cores; None decodes them here, one after the other.
     num_at_source: Instances that the source of the Series says it holds; None if it was not asked, or does not say.
+    is_interrupted: whether its sender broke off, or had Instances refused, and did not send it again.
 
     A bridged slice (see `SeriesRules.max_bridged_gaps`) has the `SliceSource` of the slice below, marked interpolated:
     there is a nearest Instance to point at, but no frame that a segmentation could refer to.
@@ -241,7 +244,7 @@ def read_series(
         SeriesError: the Series cannot be analysed; the message says why.
         OSError: a file cannot be opened.
     """
-    tags = [*HEADER_TAGS, *PIXEL_TAGS]
+    tags = [*HEADER_TAGS, *PIXEL_TAGS, Tag("PatientID")]
     try:
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             datasets = list(pool.map(read_instance, paths, repeat(tags)))
@@ -253,11 +256,12 @@ def read_series(
         if ds is not None
         for header in slice_headers(ds)
     ]
+    _check_one_patient([ds for _, ds, _ in found])
     num_foreign = datasets.count(None)
     headers = [header for header, _, _ in found]
     stack = check_series(headers, rules, final=True)
     warnings = list(stack.warnings)
-    if incomplete := missing_instances(headers, stack, num_at_source):
+    if incomplete := missing_instances(headers, stack, num_at_source, is_interrupted=is_interrupted):
         warnings.append(incomplete)
     if num_foreign:
         warnings.append(f"{num_foreign} files are not DICOM and were left out.")
@@ -350,6 +354,20 @@ def _sources(headers: Sequence[SliceHeader], files: Sequence[Path], stack: Stack
             source = replace(sources[-1], is_interpolated=True)
         sources.append(source)
     return tuple(sources)
+
+
+def _check_one_patient(datasets: Sequence[pydicom.Dataset]) -> None:
+    """Refuses Instances of two patients that a copy or an anonymiser gave one SeriesInstanceUID. Names nobody.
+
+    Raises:
+        SeriesError: they have different PatientIDs.
+    """
+    patients = {str(ds.get("PatientID") or "").strip() for ds in datasets} - {""}
+    if len(patients) > 1:
+        raise SeriesError(
+            f"Series {_text(datasets[0], 'SeriesInstanceUID')} comes with {len(patients)} PatientIDs: two patients may "
+            "be mixed. Give each Series a UID of its own, and send them again."
+        )
 
 
 def _check_hu(voxels_hu: NDArray[np.int16], header: SliceHeader) -> list[str]:

@@ -42,13 +42,15 @@ def analyse_series(
     on_stage: Callable[[str], None] | None = None,
     previous_dir: Path | None = None,
     num_at_source: int | None = None,
+    is_interrupted: bool = False,
 ) -> Results:
     """Reads the Series, runs the model, and writes findings.json and the DICOM objects into `folder`.
 
     The folder appears whole or not at all: it is written under another name beside its place, synced and renamed. One
     that is there already is replaced. profiles: what the destinations want between them. decode_pool: for
     `read_series`. on_stage: called with "read", "segment", "classify" and "encode" as each begins. previous_dir: folder
-    of earlier results of the Series, which these supersede. num_at_source: for `read_series`.
+    of earlier results of the Series, which these supersede. num_at_source, is_interrupted: for
+    `read_series`.
 
     Raises:
         SeriesError: the Series cannot be analysed.
@@ -57,7 +59,7 @@ def analyse_series(
     begin = on_stage or (lambda stage: None)
     started = time.perf_counter()
     begin("read")
-    volume = read_series(paths, rules, decode_pool, num_at_source)
+    volume = read_series(paths, rules, decode_pool, num_at_source, is_interrupted=is_interrupted)
     read_s = time.perf_counter() - started
     analysis = pipeline.analyse(volume, on_stage=on_stage)
 

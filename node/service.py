@@ -25,7 +25,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from node.broken_jobs import BrokenJobs
 from node.case import Case
 from node.commitment import report_due
-from node.complete import Sources, check_cases
+from node.complete import Sources, check_cases, was_interrupted
 from node.config import Config
 from node.deliver import deliver_due
 from node.index import DatabaseError, Index
@@ -51,6 +51,7 @@ _HOLD_S = 5.0
 _TAKE_S = 5.0  # for the database server to find out that the last node was killed
 _RELIEVE_S = 30.0
 _REMIND_OF_DISK_S = 3600.0
+_NO_ROOM_WAIT_S = 60.0  # until analyses are tried again that found the disk full
 _FIRST_RETENTION_S = 60.0
 _RETENTION_JITTER_S = 300  # several nodes on one disk do not all start at the hour
 _NOTIFY_S = 2.0
@@ -101,6 +102,7 @@ class Service:
         self._scheduler.add_listener(broken.on_executed, EVENT_JOB_EXECUTED)
         # Ids of the cases that workers have; twice that of one that grew, and went to another before the first ended.
         self._held: list[int] = []
+        self._no_room_until = 0.0  # monotonic, s
         self._is_stopping = False
         self._is_taken = False  # the database, by another node
         self._lock = threading.Lock()
@@ -274,6 +276,8 @@ class Service:
     def _dispatch(self) -> None:
         """Gives queued cases to workers that are free."""
         assert self._pool is not None
+        if time.monotonic() < self._no_room_until:
+            return
         while len(self._held) < self._config.analyse.workers:
             with self._lock:
                 if self._is_stopping:
@@ -284,6 +288,7 @@ class Service:
                 self._held.append(case.case_id)
             try:
                 files = self._index.instance_files(case.series_instance_uid)
+                is_interrupted = was_interrupted(self._index.carriers(case.series_instance_uid))
             except BaseException:
                 self._let_go(case)  # or its worker would count as busy for ever
                 raise
@@ -293,6 +298,7 @@ class Service:
             job = Job(
                 previous_dir=case.result_dir,
                 num_at_source=case.num_at_source,
+                is_interrupted=is_interrupted,
                 files=files,
                 results_dir=self._config.data_dir / "cases" / case.series_instance_uid,
             )
@@ -328,6 +334,10 @@ class Service:
         elif isinstance(outcome, NotAnalysable):
             self._refuse(case, outcome)
             log.warning("action=refused %s: %s", where, outcome.reason)
+        elif outcome.is_disk_full:
+            self._index.put_off(case, "the disk is full: the case waits for room")
+            self._no_room_until = time.monotonic() + _NO_ROOM_WAIT_S
+            log.error("action=disk-full %s: free some room at %s; it is tried again", where, self._config.data_dir)
         else:
             state = self._index.fail_attempt(case, outcome.reason, self._config.analyse.max_attempts)
             log.error("action=attempt-failed %s attempt=%d state=%s: %s", where, case.attempts, state, outcome.reason)

@@ -5,6 +5,7 @@ one process, gives it a job, waits, and replaces it when it died or a step took 
 """
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import queue
@@ -37,13 +38,15 @@ class Job:
     """One Series to analyse: its files by SOPInstanceUID, and the folder under which its result folder goes.
 
     previous_dir: the folder of earlier results, which those of this job supersede; None if there are none.
-    num_at_source: Instances that the source of the Series holds; None if it did not say.
+    num_at_source: Instances that the source of the Series holds; None if it did not say. is_interrupted: its sender
+    broke off, or had Instances refused, and did not send it again.
     """
 
     files: Mapping[str, Path]
     results_dir: Path
     previous_dir: Path | None = None
     num_at_source: int | None = None
+    is_interrupted: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +73,10 @@ class NotAnalysable:
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """The attempt failed; another one may succeed."""
+    """The attempt failed; another one may succeed. is_disk_full: it failed for that alone, and does not count."""
 
     reason: str
+    is_disk_full: bool = False
 
 
 JobOutcome = Analysed | NotAnalysable | Broken
@@ -289,8 +293,13 @@ def _work(config: Config, connection: Connection) -> None:
             outcome = _do(job, config, pipeline, decode_pool, lambda stage: connection.send(_Stage(stage)))
         except Exception as error:
             log.debug("action=analysis-broke", exc_info=True)  # its message may quote a patient's data
-            outcome = Broken(reason=describe_error(error))
+            outcome = _broken(error)
         connection.send(outcome)
+
+
+def _broken(error: Exception) -> Broken:
+    is_disk_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return Broken(reason=describe_error(error), is_disk_full=is_disk_full)
 
 
 def _do(
@@ -316,6 +325,7 @@ def _do(
             on_stage=on_stage,
             previous_dir=job.previous_dir,
             num_at_source=job.num_at_source,
+            is_interrupted=job.is_interrupted,
         )
     except SeriesError as error:
         reason = str(error)

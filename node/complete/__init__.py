@@ -5,6 +5,7 @@
 """
 
 from node.complete.clock import check_cases, series_rules
+from node.complete.judge import was_interrupted
 from node.complete.sources import Sources
 
-__all__ = ["Sources", "check_cases", "series_rules"]
+__all__ = ["Sources", "check_cases", "series_rules", "was_interrupted"]

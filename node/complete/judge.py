@@ -7,7 +7,7 @@ No signal in DICOM says "that was the last Instance". What there is, from strong
 | the source's own count (C-FIND NumberOfSeriesRelatedInstances) | larger than what is here: wait; equal: whole |
 | an association is open | more may come |
 | the associations of a sending have all been released | the sender is done, or pauses: see `settling_s` |
-| an association broke and no later one was released | the sender will try again, within the quiet time from then |
+| an association broke, or left not all, and no later one was released | the sender tries again, within the quiet time |
 | slice positions have a gap, or there are too few | something is missing |
 | InstanceNumbers have a gap, or do not start at 0 or 1 | something is missing, though what is here may look even |
 | InstanceNumbers that are missing, or repeated | nothing: some scanners write 1 in all of them |
@@ -122,6 +122,12 @@ def _check(headers: Sequence[SliceHeader], rules: SeriesRules, *, is_final: bool
 def is_quiet(carriers: Sequence[Carrier]) -> bool:
     """Whether no association that carried the Series is open."""
     return all(carrier.ended_at is not None for carrier in carriers)
+
+
+def was_interrupted(carriers: Sequence[Carrier]) -> bool:
+    """Whether the last association to end broke off, or had Instances refused: nobody has sent the rest since."""
+    ended = [carrier for carrier in carriers if carrier.ended_at is not None]
+    return bool(ended) and not max(ended, key=lambda carrier: carrier.ended_at or 0.0).released
 
 
 def are_numbers_whole(headers: Sequence[SliceHeader]) -> bool:

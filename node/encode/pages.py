@@ -131,8 +131,10 @@ def _draw_overview(case: _Case, canvas: Canvas) -> None:
 def _draw_table(case: _Case, canvas: Canvas, *, x: float, y: float, width: float, row_height: float) -> None:
     findings = case.analysis.findings
     overall = findings.patient_overall
+    is_partial = overall.finding is Finding.UNDETERMINED and overall.probability is not None
+    answer = "not suspected where judged" if is_partial else _ANSWERS[overall.finding]
     rows: list[tuple[str, Colour, float | None, Finding, str]] = [
-        ("Patient", INK, overall.probability, overall.finding, _ANSWERS[overall.finding])
+        ("Patient", INK, overall.probability, overall.finding, answer)
     ]
     for name, level in findings.levels.items():
         rows.append((name, level_colour(name), level.probability, level.finding, _answer(level)))

@@ -99,6 +99,10 @@ class Analysing(Operating):
         self._move(case, state, reason, queued_at=self.now())  # behind the others
         return state
 
+    def put_off(self, case: Case, reason: str) -> None:
+        """An analysis could not be done now: QUEUED again, as if not begun."""
+        self._move(case, CaseState.QUEUED, reason, attempts=case.attempts - 1)
+
     def end_lost_attempts(self, held: Collection[int], reason: str, max_attempts: int) -> list[Case]:
         """`fail_attempt` for what is ANALYSING but for the cases `held`, which nobody has any more; these cases."""
         begun = select(_cases).where(_cases.c.state == CaseState.ANALYSING, _cases.c.case_id.not_in(held))

@@ -14,7 +14,9 @@ associations = Table(
     Column("calling_ae_title", String(16), nullable=False),
     Column("opened_at", Float, nullable=False),
     Column("ended_at", Float),  # None while it is open
-    Column("released", Integer),  # 1 released by the peer, 0 aborted, broken or lost with the receiver
+    Column(
+        "released", Integer
+    ),  # 1 released by the peer with all taken; 0 if an Instance could not be, aborted, broken or lost
     Column("receiver", String, nullable=False, server_default=""),  # the run of a receiver process that has it
 )
 cases = Table(

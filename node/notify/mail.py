@@ -13,7 +13,7 @@ from node.targets import MailTarget
 _SUBJECTS = {
     Event.POSITIVE: "fracture suspected",
     Event.NEGATIVE: "no fracture suspected",
-    Event.UNDETERMINED: "analysed, but no level could be judged",
+    Event.UNDETERMINED: "no fracture suspected, but not all levels could be judged",
     Event.NOT_ANALYSED: "a CT Series was not analysed",
     Event.FAILED: "a case failed",
 }

@@ -18,8 +18,8 @@ class Event(StrEnum):
     """What became of a case."""
 
     POSITIVE = "positive"  # at least one level is suspected of a fracture
-    NEGATIVE = "negative"  # judged, and none is
-    UNDETERMINED = "undetermined"  # analysed, but no level could be judged
+    NEGATIVE = "negative"  # all levels were judged, and none is
+    UNDETERMINED = "undetermined"  # analysed, but not all levels could be judged, and none of those that were is
     NOT_ANALYSED = "not-analysed"  # the Series cannot be analysed
     FAILED = "failed"  # analysis or delivery was given up
 
@@ -95,6 +95,5 @@ def suspected_levels(findings: dict[str, Any]) -> list[str]:
 
 def event_of(findings: dict[str, Any]) -> Event:
     """What became of a case that was analysed."""
-    if findings["patient_overall"]["probability"] is None:
-        return Event.UNDETERMINED
-    return Event.POSITIVE if findings["patient_overall"]["finding"] == "present" else Event.NEGATIVE
+    events = {"present": Event.POSITIVE, "absent": Event.NEGATIVE, "undetermined": Event.UNDETERMINED}
+    return events[findings["patient_overall"]["finding"]]

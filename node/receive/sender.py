@@ -30,6 +30,7 @@ class Sender:
     def __init__(self, name: Callable[[], str], index: Index, run: str) -> None:
         self._name, self._index, self._run = name, index, run
         self._id: int | None = None
+        self._is_all_taken = True
         self._lock = threading.Lock()
 
     @property
@@ -44,6 +45,10 @@ class Sender:
                 self._id = self._index.open_association(self.ae_title, self._run)
             return self._id
 
+    def note_refusal(self) -> None:
+        """An Instance could not be taken: however the association ends, not all has come."""
+        self._is_all_taken = False
+
     def end(self, *, released: bool) -> None:
         """Notes that the association ended; when it has been noted, nothing."""
         with self._lock:
@@ -51,6 +56,6 @@ class Sender:
             if ended is None:
                 return
             try:
-                self._index.end_association(ended, released=released)
+                self._index.end_association(ended, released=released and self._is_all_taken)
             except (OSError, SQLAlchemyError) as error:
                 log.error("action=end-not-noted association=%d: %s", ended, describe_error(error))

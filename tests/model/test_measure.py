@@ -38,6 +38,16 @@ def test_heights_of_a_body_are_those_it_was_drawn_with(
     assert found.ratio == pytest.approx(expected[0] / expected[2], abs=0.06)
 
 
+def test_no_heights_are_told_of_thick_slices_or_of_what_bulges() -> None:
+    mask = vertebra(12.0, 12.0)
+    thick = Grid.axial(shape=(16, 140, 100), spacing_mm=(2.5, 0.5, 0.5))
+    assert body_heights(mask[::5], thick) is None
+    x, y, z = np.moveaxis(GRID.to_lps_mm(np.stack(np.indices(GRID.shape), axis=-1).astype(float)), -1, 0)
+    bulge = (np.abs(x) < 12) & (np.abs(y + 8) < 4) & (np.abs(z) < 10)
+    assert body_heights(mask, GRID) is not None
+    assert body_heights(mask | bulge, GRID) is None
+
+
 @pytest.mark.parametrize("level", ["C3", "C5", "C7"])
 def test_heights_of_the_phantom_s_bodies_are_those_of_its_anatomy(level: str) -> None:
     anatomy = Anatomy.random(2)

@@ -16,8 +16,9 @@ def numbered(numbers: list[int | None], heights_mm: list[float] | None = None) -
     return [replace(header, instance_number=number) for header, number in zip(headers, numbers, strict=True)]
 
 
-def told(headers: list[SliceHeader], num_at_source: int | None = None) -> str:
-    return missing_instances(headers, check_series(headers, RULES, final=True), num_at_source)
+def told(headers: list[SliceHeader], num_at_source: int | None = None, *, is_interrupted: bool = False) -> str:
+    stack = check_series(headers, RULES, final=True)
+    return missing_instances(headers, stack, num_at_source, is_interrupted=is_interrupted)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,9 @@ def test_the_count_of_the_source_outranks_the_numbers() -> None:
     assert told(odd, 4) == ""
     assert told(numbered([1, 2, 3, 4]), 100) == "Its source holds 100 Instances, and 4 came."
     assert "may be missing" in told(odd, 2)  # it knows of fewer than came: it has not got all itself
+
+
+def test_a_sender_that_broke_off_may_not_have_sent_all() -> None:
+    assert told(numbered([1, 2, 3, 4]), is_interrupted=True).startswith("Its sender broke off, or Instances were ref")
+    assert told(numbered([1, 2, 3, 4]), num_at_source=4, is_interrupted=True) == ""
+    assert "begin at 51" in told(numbered([51, 52, 53, 54]), is_interrupted=True)

@@ -1,5 +1,6 @@
 """The pipeline with the shipped weights: phantoms in, findings and masks out, compared with the truth."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import numpy as np
@@ -81,6 +82,9 @@ def test_an_intact_neck_is_absent_everywhere_and_has_no_region() -> None:
 
     assert [level.finding for level in findings.levels.values()] == [Finding.ABSENT] * 7
     assert findings.patient_overall.finding is Finding.ABSENT
+    seen = findings.levels | {"C7": replace(findings.levels["C7"], finding=Finding.UNDETERMINED, probability=None)}
+    assert pipeline()._patient(seen, -9.0).finding is Finding.UNDETERMINED
+    assert pipeline()._patient(seen, -9.0).probability is not None
     assert not analysis(is_broken=False).fractures.any()
     assert all(level.regions == () for level in findings.levels.values())
 

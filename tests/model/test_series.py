@@ -281,6 +281,22 @@ def test_several_series_are_refused_and_listed(tmp_path: Path) -> None:
         read_series(paths, SMALL)
 
 
+def test_a_series_of_two_patients_is_refused_without_naming_them(tmp_path: Path) -> None:
+    paths = make_ct_series(tmp_path / "a", series_instance_uid="1.2.3")
+    for patient_id, path in zip(("P-1", " P-1 ", ""), paths, strict=False):
+        ds = pydicom.dcmread(path)
+        ds.PatientID = patient_id
+        ds.save_as(path)
+    others = pydicom.dcmread(paths[-1]).PatientID
+    ds = pydicom.dcmread(paths[-1])
+    ds.PatientID = "P-2"
+    ds.save_as(paths[-1])
+
+    with pytest.raises(SeriesError, match=r"1\.2\.3 comes with [23] PatientIDs: two patients may be mixed") as caught:
+        read_series(paths, SMALL)
+    assert not any(name in str(caught.value) for name in ("P-1", "P-2", str(others)))
+
+
 def test_a_series_that_comes_in_two_studies_is_refused(tmp_path: Path) -> None:
     paths = make_ct_series(tmp_path / "a", series_instance_uid="1.2.3")
     for path in paths[len(paths) // 2 :]:

@@ -122,7 +122,11 @@ def analysis_of(volume: Volume, *, seen: tuple[str, ...] = LEVELS, fractured: tu
     judged = [level.probability for level in levels.values() if level.probability is not None]
     overall = PatientFinding(
         probability=max(judged) if judged else None,
-        finding=Finding.UNDETERMINED if not judged else Finding.PRESENT if max(judged) >= 0.5 else Finding.ABSENT,
+        finding=Finding.PRESENT
+        if judged and max(judged) >= 0.5
+        else Finding.ABSENT
+        if len(judged) == len(LEVELS)
+        else Finding.UNDETERMINED,
     )
     findings = Findings(
         study_instance_uid=volume.study_instance_uid,

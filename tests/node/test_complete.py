@@ -9,7 +9,16 @@ import pytest
 
 from model import SeriesRules, SliceHeader
 from node.case import Carrier
-from node.complete.judge import Answer, Evidence, are_numbers_whole, habit_s, judge, pauses_s, settling_s
+from node.complete.judge import (
+    Answer,
+    Evidence,
+    are_numbers_whole,
+    habit_s,
+    judge,
+    pauses_s,
+    settling_s,
+    was_interrupted,
+)
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 RULES = SeriesRules(min_slices=30, max_spacing_mm=5.0)
@@ -271,3 +280,20 @@ def test_a_sender_that_always_splits_is_awaited_after_its_first_part() -> None:
     evidence = Evidence(headers=WHOLE, carriers=RELEASED, last_received_at=100.0, num_instances=40, habit_s=habit)
     assert judge(evidence, RULES, quiet_time_s=QUIET_S, now=104.0).answer is WAIT
     assert judge(evidence, RULES, quiet_time_s=QUIET_S, now=104.2).answer is ANALYSE
+
+
+@pytest.mark.parametrize(
+    ("carriers", "is_interrupted"),
+    [
+        ([], False),
+        ([Carrier(opened_at=1, ended_at=2, released=True)], False),
+        ([Carrier(opened_at=1, ended_at=2)], True),
+        ([Carrier(opened_at=1, ended_at=2), Carrier(opened_at=3, ended_at=4, released=True)], False),
+        ([Carrier(opened_at=1, ended_at=2, released=True), Carrier(opened_at=1, ended_at=4)], True),
+        ([Carrier(opened_at=1, ended_at=2), Carrier(opened_at=3)], True),
+    ],
+)
+def test_a_sender_that_broke_off_and_did_not_come_back_interrupted_it(
+    carriers: list[Carrier], is_interrupted: bool
+) -> None:
+    assert was_interrupted(carriers) is is_interrupted

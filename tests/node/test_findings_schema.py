@@ -104,6 +104,7 @@ def _drop(*path: str) -> Callable[[Any], None]:
         pytest.param(_set("levels", "C5", "regions", "0", "width", to=0), id="empty box"),
         pytest.param(_set("series_instance_uid", to=""), id="no series"),
         pytest.param(_set("patient_overall", "probability", to=None), id="patient present without a probability"),
+        pytest.param(_set("patient_overall", to={"probability": None, "finding": "absent"}), id="absent of nothing"),
     ],
 )
 def test_schema_refuses(edit: Callable[[Any], None]) -> None:

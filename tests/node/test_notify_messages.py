@@ -22,7 +22,7 @@ from model import LEVELS
 from model.bundle import DEFAULT_BUNDLE, read_bundle
 from node.notify import fhir, hl7_oru, mail, webhook
 from node.notify.errors import NotifyError
-from node.notify.notice import Event, Notice, Patient
+from node.notify.notice import Event, Notice, Patient, event_of
 from node.targets import FhirTarget, Hl7Target, MailTarget, Rule, WebhookTarget
 from tests.serving import Quiet, serving
 
@@ -40,7 +40,8 @@ def findings(**probabilities: float | None) -> dict[str, Any]:
         levels[name] = {"probability": probability, "finding": finding}
     judged = [level["probability"] for level in levels.values() if level["probability"] is not None]
     highest = max(judged, default=None)
-    overall = "undetermined" if highest is None else "present" if highest >= 0.5 else "absent"
+    rest = "absent" if len(judged) == len(LEVELS) else "undetermined"
+    overall = "present" if highest is not None and highest >= 0.5 else rest
     return {
         "model": {"name": "m", "version": "1.2", "trained_on": "Phantoms only.", "operating_point": 0.5},
         "patient_overall": {"probability": highest, "finding": overall},
@@ -94,6 +95,21 @@ def test_every_kind_of_notification_says_it_is_research_and_what_the_model_was_t
     ):
         assert "not a medical device" in said
         assert "Phantoms only." in said
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "event"),
+    [
+        ({"C5": 0.87, "C1": None}, Event.POSITIVE),
+        ({}, Event.NEGATIVE),
+        ({"C7": None}, Event.UNDETERMINED),  # which may be broken
+        (dict.fromkeys(LEVELS), Event.UNDETERMINED),
+    ],
+)
+def test_only_a_neck_that_was_judged_as_a_whole_is_negative(
+    probabilities: dict[str, float | None], event: Event
+) -> None:
+    assert event_of(findings(**probabilities)) is event
 
 
 def test_a_notice_keeps_its_id_however_often_it_is_sent() -> None:

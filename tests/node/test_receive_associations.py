@@ -19,9 +19,11 @@ from node.receive import ReceiverError, Receivers, server, supervisor
 from tests.certificates import Authority
 from tests.factories import make_ct_series
 from tests.node.sending import (
+    CANNOT_UNDERSTAND,
     SUCCESS,
     MakeConfig,
     associate,
+    c_store,
     carried,
     carried_by,
     encoded_dataset,
@@ -30,6 +32,18 @@ from tests.node.sending import (
 from tests.receiver import listening
 from tests.waiting import WAIT_S, wait_until
 from tests.wire import Peer, associate_rq, messages
+
+
+def test_an_association_that_could_not_leave_all_is_no_end_of_a_series(
+    receiver: Config, index: Index, tmp_path: Path
+) -> None:
+    (whole, damaged) = make_ct_series(tmp_path, num_slices=2)
+    association = associate(receiver)
+    uid = str(pydicom.dcmread(whole).SOPInstanceUID)
+    assert c_store(association, encoded_dataset(whole), uid).Status == SUCCESS
+    assert c_store(association, encoded_dataset(damaged)[:90], "1.2.3.99").Status == CANNOT_UNDERSTAND
+    association.release()
+    wait_until(lambda: carried(index) == (0, 0, 1))
 
 
 def test_an_association_is_open_until_it_is_released(receiver: Config, index: Index, tmp_path: Path) -> None:

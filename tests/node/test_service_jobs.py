@@ -10,15 +10,16 @@ from unittest.mock import MagicMock
 import pytest
 from apscheduler.executors import base as executors
 from apscheduler.schedulers import base as schedulers
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from node import service as service_module
 from node.case import CaseState
 from node.config import Config
-from node.index import Index
+from node.index import Index, tables
 from node.service import Service, TakenError
 from node.web.settings import WebConfig
-from node.workers import Job, JobOutcome
+from node.workers import Broken, Job, JobOutcome
 from tests.node.handed_over import SERIES, add_instance, the_case
 from tests.waiting import WAIT_S
 
@@ -262,3 +263,36 @@ def test_jobs_go_on_when_the_clock_is_set_back(
         assert ticked.acquire(timeout=60)
     assert "action=clock-set-back by_s=7" in caplog.text
     monkeypatch.setattr(_Clock, "set_back", timedelta())
+
+
+def test_a_full_disk_costs_a_case_no_attempt_and_is_waited_for(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers: Any = _Workers()
+    service._pool = workers
+    add_instance(service._index, 1)
+    assert service._index.queue(the_case(service._index))
+    for _ in range(5):  # more than it has attempts
+        service._dispatch()
+        workers.ends[-1].set_result(Broken(reason="No space left on device", is_disk_full=True))
+        case = the_case(service._index)
+        assert (case.state, case.attempts) == (CaseState.QUEUED, 0)
+        assert "the disk is full" in case.reason
+        num_jobs = len(workers.jobs)
+        service._dispatch()
+        assert len(workers.jobs) == num_jobs
+        monkeypatch.setattr(service, "_no_room_until", 0.0)
+    assert "action=disk-full" in caplog.text
+
+
+def test_a_worker_is_told_that_the_sender_broke_off(service: Service) -> None:
+    workers: Any = _Workers()
+    service._pool = workers
+    add_instance(service._index, 1)
+    index = service._index
+    with index._writing() as connection:
+        (association_id,) = connection.scalars(select(tables.associations.c.association_id)).all()
+    index.end_association(association_id, released=False)
+    assert index.queue(the_case(index))
+    service._dispatch()
+    assert workers.jobs[0].is_interrupted

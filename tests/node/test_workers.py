@@ -363,3 +363,9 @@ def test_an_unexpected_error_is_told_without_its_message_which_may_name_a_patien
     assert told.startswith("unexpected ValueError at ")
     assert "Doe" not in told
     assert describe_error(OSError(28, "No space left on device")) == "No space left on device"
+
+
+def test_a_full_disk_is_told_from_what_breaks() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert workers._broken(full) == Broken(reason="No space left on device", is_disk_full=True)
+    assert not workers._broken(OSError(errno.EIO, "x")).is_disk_full
