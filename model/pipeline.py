@@ -17,9 +17,10 @@ from model.bundle import Bundle, Networks, read_bundle
 from model.calibrate import Platt
 from model.classify import Verdict, as_regions, attention_by_instance, draw_regions, judge
 from model.findings import Analysis, Finding, Findings, LevelFinding, ModelInfo, PatientFinding, Region, SliceWeight
+from model.hounsfield import check_values
 from model.levels import LEVELS, OUTPUTS
 from model.networks import VertebraUNet
-from model.quality import check_values, reasons_not_to_judge
+from model.quality import reasons_not_to_judge
 from model.resample import BODY_HU
 from model.segment import Vertebra, find_vertebrae
 from model.volume import Volume

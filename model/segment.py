@@ -329,9 +329,8 @@ def _refined(coarse: _Look, refiner: VertebraUNet, settings: RefineSettings, dev
 def one_chain(scores: Tensor, grid: Grid) -> tuple[Tensor, NDArray[np.bool_]]:
     """Scores `(2, Z, Y, X)` with everything outside one chain of neighbouring vertebrae erased, and its voxels.
 
-    A level is its largest component, and others nearly as large. The chain grows from the largest level up and down
-    while the next level lies at a plausible distance on the right side; levels beyond a gap are dropped, since their
-    numbers cannot be trusted.
+    A level is its largest component, and others nearly as large. A chain goes on while the next level lies at a
+    plausible distance on the right side; levels beyond a gap are dropped, since their numbers cannot be trusted.
     The level coordinate is continued outward from the bone, so that interpolation at its surface means something.
     """
     bone = (scores[0] > 0).numpy()
@@ -372,23 +371,26 @@ def _parts(labels: NDArray[np.uint8]) -> Iterator[_Part]:
 
 
 def _chain(parts: dict[int, _Part], grid: Grid) -> list[int]:
-    """The labels of the chain of neighbours around the largest cervical level."""
-    cervical = [label for label in parts if label <= len(LEVELS)]
-    if not cervical:
-        return []
-    start = max(cervical, key=lambda label: parts[label].size)
+    """The labels of the chain of neighbours that has the most cervical ones; of chains with as many the largest."""
     centroids = {label: grid.to_lps_mm(part.centroid) for label, part in parts.items()}
-    chain = [start]
-    for step in (-1, 1):
-        label = start
-        while label + step in centroids:
-            apart = centroids[label + step] - centroids[label]
-            near, far = NEIGHBOUR_DISTANCE_MM
-            if not near <= np.linalg.norm(apart) <= far or apart[2] * step > 0:
-                break
-            label += step
-            chain.append(label)
-    return chain
+    chains: list[list[int]] = []
+    for label in sorted(parts):
+        if chains and chains[-1][-1] == label - 1 and _are_neighbours(centroids[label - 1], centroids[label]):
+            chains[-1].append(label)
+        else:
+            chains.append([label])
+
+    def rank(chain: list[int]) -> tuple[int, int]:
+        return sum(label <= len(LEVELS) for label in chain), sum(parts[label].size for label in chain)
+
+    return max((chain for chain in chains if chain[0] <= len(LEVELS)), key=rank, default=[])
+
+
+def _are_neighbours(upper_lps_mm: FloatArray, lower_lps_mm: FloatArray) -> bool:
+    """Whether they lie at a plausible distance, the right one above."""
+    near, far = NEIGHBOUR_DISTANCE_MM
+    apart = lower_lps_mm - upper_lps_mm
+    return bool(near <= np.linalg.norm(apart) <= far and apart[2] <= 0)
 
 
 def _large_components(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:

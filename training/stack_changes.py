@@ -17,6 +17,10 @@ BONE_HU = 100.0
 DENSER_SHARE, DENSER_LOG = 0.5, 0.4
 """Share of stacks with denser or thinner bone, and by which factor of its HU above BONE_HU, at most, as a logarithm."""
 
+SHARPNESS, NOISE_HU = (-0.8, 2.2), (0.0, 45.0)
+"""How much of what a blur of 3 x 3 pixels takes away is taken away or added, and noise: from smooth kernels to those
+for bone. Kernels beyond what was trained on made whole bone look broken."""
+
 BENT_PIXELS, BENT_OVER_PIXELS = 1.5, (8.0, 18.0)
 """How far a slice's pixels are moved, as a deviation at most, and between nodes that are so far apart."""
 
@@ -33,11 +37,11 @@ def changed(batch: Batch, rng: np.random.Generator) -> Batch:
         theta[i, :, 2] = torch.from_numpy(rng.uniform(-0.1, 0.1, size=2))
     batch = _sampled(batch, F.affine_grid(theta, [num_vertebrae, 1, *batch.masks.shape[2:]], align_corners=False))
     planes_hu = batch.planes_hu
-    sharpness = torch.from_numpy(rng.uniform(-0.8, 1.2, size=(num_vertebrae, 1, 1, 1))).float()
+    sharpness = torch.from_numpy(rng.uniform(*SHARPNESS, size=(num_vertebrae, 1, 1, 1))).float()
     planes_hu = planes_hu + sharpness * (planes_hu - F.avg_pool2d(planes_hu, 3, 1, 1, count_include_pad=False))
     gain = torch.from_numpy(rng.uniform(0.85, 1.15, size=(num_vertebrae, 1, 1, 1))).float()
     offset = torch.from_numpy(rng.uniform(-40, 40, size=(num_vertebrae, 1, 1, 1))).float()
-    sigma = torch.from_numpy(rng.uniform(0, 25, size=(num_vertebrae, 1, 1, 1))).float()
+    sigma = torch.from_numpy(rng.uniform(*NOISE_HU, size=(num_vertebrae, 1, 1, 1))).float()
     return replace(batch, planes_hu=planes_hu * gain + offset + torch.randn_like(planes_hu) * sigma)
 
 

@@ -225,6 +225,18 @@ def test_a_vertebra_in_two_large_pieces_keeps_both_and_a_small_one_is_erased(wid
     assert bool(chained[0, 22, 5, 13] > 0) == is_kept
 
 
+def test_a_blob_larger_than_any_vertebra_of_the_chain_does_not_take_its_place() -> None:
+    """C1..C3 above each other, and far to the side a blob that is called C6."""
+    scores = torch.full((2, 30, 12, 60), -5.0)
+    for number, z in ((1, 20), (2, 12), (3, 4)):
+        scores[0, z : z + 6, 2:10, 2:12], scores[1, z : z + 6, 2:10, 2:12] = 5.0, number
+    scores[0, 2:28, :, 40:], scores[1, 2:28, :, 40:] = 5.0, 6.0
+
+    _, found = one_chain(scores, Grid.axial(shape=(30, 12, 60), spacing_mm=(3.0, 3.0, 3.0)))
+
+    assert [bool(found[z, 5, x]) for z, x in ((6, 5), (14, 5), (22, 5), (10, 50))] == [True, True, True, False]
+
+
 @pytest.mark.parametrize(("side_mm", "is_found"), [(30, True), (42, False)])
 def test_what_is_larger_than_any_cervical_vertebra_is_not_called_one(side_mm: int, is_found: bool) -> None:
     """A block of 27 cm³, and one of 74, below C1..C3."""
