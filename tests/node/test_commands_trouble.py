@@ -182,6 +182,24 @@ def test_what_acts_on_something_fails_with_nothing_received_yet(cspine: Cspine, 
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ["retry", "999"],
+        ["deliveries", "retry", "999"],
+        ["deliveries", "give-up", "999"],
+        ["sources", "retry", "9.9.9"],
+        ["token", "remove", "nobody"],
+    ],
+)
+def test_what_finds_nothing_to_act_on_fails(cspine: Cspine, tmp_path: Path, command: list[str]) -> None:
+    Index(tmp_path / "data").close()
+    archive = {"name": "old", "url": "http://127.0.0.1:9"}
+    result = cspine(*command, "--config", write_config(tmp_path, sources={"orthanc": [archive]}))
+    assert result.exit_code == 1
+    assert command[-1] in one_sentence(result.stderr)
+
+
+@pytest.mark.parametrize(
     "command", [["send", "--to", "h:104", "--aet", "X"], ["rules", "test"], ["analyze", "--out", "o"]]
 )
 def test_a_file_that_cannot_be_read_is_named(

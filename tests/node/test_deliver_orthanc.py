@@ -181,9 +181,7 @@ def test_the_command_lists_retries_and_gives_up(
     assert the_delivery(index, "orthanc").reason == "given up by hand"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("retry",), ("retry", "1", "--all-failed"), ("give-up", "--all-unsettled"), ("retry", "99")]
-)
+@pytest.mark.parametrize("arguments", [("retry",), ("retry", "1", "--all-failed"), ("give-up", "--all-unsettled")])
 def test_what_is_not_named_clearly_is_refused(index: Index, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"data_dir: {index.data_dir}\n", encoding="utf-8")

@@ -91,7 +91,7 @@ def analyse(
     unjudged: Sequence[str] = (),
     patient: str = "",
 ) -> str:
-    """Notes results with a Segmentation, whose Series Instance UID it gives. patient: a finding other than levels say."""
+    """Notes results with a Segmentation, whose Series Instance UID it gives. patient: its finding, if another."""
     index.queue(case)
     claimed = index.claim_next()
     assert claimed is not None
