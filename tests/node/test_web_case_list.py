@@ -18,6 +18,7 @@ from pydicom import dcmread
 from node.case import Case
 from node.config import Config
 from node.index import Index
+from node.remove import delete_case
 from node.web import case_list
 from node.web.settings import WebConfig
 from tests.factories import make_ct_series, make_report
@@ -255,6 +256,20 @@ def test_results_that_are_gone_leave_the_case_in_the_list(server: WebServer, ind
     analyse(index, case, 0.9, ["C1"])
     (index.data_dir / "cases" / case.series_instance_uid / "1" / "findings.json").write_text("{")
     assert Read(get(server).text).rows[1][4:6] == ["–", "–"]
+
+
+def test_names_of_patients_are_read_by_the_node_alone_and_leave_with_the_case(
+    server: WebServer, index: Index, receive: Receive
+) -> None:
+    case, kept = receive(), receive()
+    get(server)
+    files = [index.data_dir / f"catalog.sqlite{more}" for more in ("", "-wal", "-shm")]
+    assert [oct(path.stat().st_mode & 0o777) for path in files] == ["0o640"] * 3
+    assert any(case.series_instance_uid.encode() in path.read_bytes() for path in files)
+    assert delete_case(index, case)
+    get(server)
+    assert not any(case.series_instance_uid.encode() in path.read_bytes() for path in files)
+    assert any(kept.series_instance_uid.encode() in path.read_bytes() for path in files)
 
 
 def test_it_wants_a_token_where_all_else_does(index: Index, receive: Receive) -> None:
