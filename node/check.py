@@ -161,7 +161,7 @@ def _check_peer(config: Config, name: str, peer: DicomPeer, sop_class: UID) -> C
         return name, str(error), ""
     if not takes_part:
         return name, f"{peer.where} does not let {config.receive.ae_title} ask by C-FIND; allow that there", ""
-    return name, "", f"{peer.where} answers C-ECHO"
+    return name, "", f"{peer.where} answers C-ECHO{'' if sop_class == Verification else ' and C-FIND'}"
 
 
 def _check_target(target: Target) -> Check:

@@ -20,6 +20,8 @@ from pydantic import (
     SecretStr,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -312,6 +314,16 @@ class Config(Section):
     web: WebConfig = WebConfig()
     retention: RetentionConfig = RetentionConfig()
 
+    @field_validator("web")
+    @classmethod
+    def _check_web(cls, web: WebConfig, info: ValidationInfo) -> WebConfig:
+        receive = info.data.get("receive")  # None where it has faults of its own
+        if web.enabled and receive is not None and receive.port == web.port:
+            hosts = {web.host, receive.host}
+            if len(hosts) == 1 or hosts & {"0.0.0.0", "::"}:
+                raise ValueError(f"port {web.port} is that of receive, too; give one of them another")
+        return web
+
 
 def load_config(path: Path | None = None) -> Config:
     """The configuration in `path`, or the defaults when it is None. Relative paths in it start at its folder.
@@ -351,6 +363,10 @@ def load_config(path: Path | None = None) -> Config:
 
 def _anchored(config: Config, folder: Path) -> Config:
     """The configuration with every relative path made absolute from `folder`."""
+    if "destinations" not in config.deliver.model_fields_set:
+        results = config.deliver.destinations[0].model_copy(update={"path": config.data_dir / "results"})
+        deliver = config.deliver.model_copy(update={"destinations": (results,)})
+        config = config.model_copy(update={"deliver": deliver})
     anchored: Config = _anchor(config, folder)
     return anchored
 

@@ -365,7 +365,8 @@ def _objects_made() -> Iterator[str]:
         is YES all the same, since text is burnt in. Slices are shown as stored; orientation marks come from the
         direction cosines. A voxel of the saliency map is the probability that it belongs to a fracture, times the
         attention its slice received as a share of the most attended slice of its level (0 to 1).""",
-        "Objects are written in ISO_IR 192.",
+        """Objects are written in the Specific Character Set of the source where that is a single value that highdicom
+        knows and our own texts need only ASCII, else in ISO_IR 192.""",
     )
 
 

@@ -5,6 +5,7 @@ one they go out uncompressed.
 """
 
 import socket
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,10 +15,11 @@ from typing import Any
 import pynetdicom._config
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
-from pydicom.uid import UID, ExplicitVRBigEndian
+from pydicom.uid import UID, ExplicitVRBigEndian, generate_uid
 from pynetdicom import AE, build_role, evt
 from pynetdicom.association import Association
-from pynetdicom.sop_class import Verification
+from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
+from pynetdicom.status import code_to_category
 
 from model import PARSE_ERRORS
 from node.implementation import make_ae
@@ -229,7 +231,7 @@ def _kind(path: Path) -> tuple[str, str]:
 
 
 def answers_echo(peer: DicomPeer, sop_class: UID, *, calling_ae_title: str) -> bool:
-    """Asks a peer by C-ECHO whether it answers; whether it takes part in the SOP Class, too.
+    """Asks a peer by C-ECHO whether it answers; whether it takes part in the SOP Class, and lets us ask by C-FIND, too.
 
     Raises:
         SendError: it does not answer.
@@ -238,7 +240,18 @@ def answers_echo(peer: DicomPeer, sop_class: UID, *, calling_ae_title: str) -> b
     with associated(peer, contexts, calling_ae_title=calling_ae_title) as association:
         if association.send_c_echo().get("Status") != 0:
             raise SendError(f"{peer.where} does not answer C-ECHO")
-        return any(context.abstract_syntax == sop_class for context in association.accepted_contexts)
+        if not any(context.abstract_syntax == sop_class for context in association.accepted_contexts):
+            return False
+        return sop_class != StudyRootQueryRetrieveInformationModelFind or _may_ask(association)
+
+
+def _may_ask(association: Association) -> bool:
+    """Whether a question is answered: Orthanc accepts that of those it does not let query, and then breaks off."""
+    nothing = Dataset()
+    nothing.QueryRetrieveLevel = "SERIES"
+    nothing.StudyInstanceUID, nothing.SeriesInstanceUID = generate_uid(), generate_uid()
+    answers = association.send_c_find(nothing, StudyRootQueryRetrieveInformationModelFind)
+    return all(code_to_category(status.get("Status", 0xC000)) in ("Pending", "Success") for status, _ in answers)
 
 
 def _associate(
@@ -255,6 +268,7 @@ def _associate(
         raise SendError(f"{peer.where} cannot be spoken to under TLS: {error}") from error
     server_name = (peer.tls and peer.tls.server_name) or peer.host
     opened: list[evt.Event] = []
+    began_s = time.monotonic()
     try:
         association = ae.associate(
             peer.host,
@@ -280,6 +294,8 @@ def _associate(
         raise SendError(
             f"{peer.where} takes nothing of what was offered; check what it is set to store", permanent=True
         )
+    if opened and time.monotonic() - began_s >= peer.timeout_s:
+        raise SendError(f"{peer.where} did not answer within {peer.timeout_s:g} s; see whether it hangs, or wants TLS")
     if opened:
         raise SendError(f"{peer.where} does not answer in DICOM; check the port, and whether it wants TLS")
     raise SendError(f"{peer.where} cannot be reached; check host and port, and that it runs")

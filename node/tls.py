@@ -116,7 +116,7 @@ def _load_own(context: ssl.SSLContext, certificate: Path, key: Path) -> None:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise TlsError(f"the key {key} does not belong to the certificate {certificate}") from error
         raise TlsError(
-            f"{certificate} with {key} cannot be used: both must be PEM, the key without a password ({error.reason})"
+            f"{certificate} with {key} cannot be used: both must be PEM, the key without a password{_why(error)}"
         ) from error
 
 
@@ -125,7 +125,11 @@ def _load_authorities(context: ssl.SSLContext, path: Path) -> None:
     try:
         context.load_verify_locations(path)
     except ssl.SSLError as error:
-        raise TlsError(f"{path} holds no certificates in PEM ({error.reason})") from error
+        raise TlsError(f"{path} holds no certificates in PEM{_why(error)}") from error
+
+
+def _why(error: ssl.SSLError) -> str:
+    return f" ({error.reason})" if error.reason else ""
 
 
 def _check_readable(path: Path) -> None:

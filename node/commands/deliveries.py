@@ -120,7 +120,7 @@ def _named(index: "Index", ids: Sequence[int]) -> list["Delivery"]:
     known = {delivery.delivery_id: delivery for delivery in index.deliveries()}
     missing = [str(number) for number in ids if number not in known]
     if missing:
-        fail(f"There is no delivery {', '.join(missing)}; see `cspine deliveries list`.", EXIT_USAGE)
+        fail(f"There is no delivery {', '.join(missing)}; see `cspine deliveries list`.", EXIT_FAILED)
     return [known[number] for number in dict.fromkeys(ids)]
 
 

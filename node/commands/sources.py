@@ -84,7 +84,7 @@ def retry(
         if series_ids:
             wanted = {name: known & set(series_ids) for name, known in wanted.items()}
             if missing := set(series_ids).difference(*wanted.values()):
-                fail(f"No archive failed to give out {', '.join(sorted(missing))}; see `cspine sources`.", EXIT_USAGE)
+                fail(f"No archive failed to give out {', '.join(sorted(missing))}; see `cspine sources`.", EXIT_FAILED)
         num = sum(index.retry_series(name, ids) for name, ids in wanted.items())
     click.echo(f"{num} Series {'is' if num == 1 else 'are'} asked for again at the next look.")
 

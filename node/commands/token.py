@@ -61,7 +61,7 @@ def remove(name: str, config_path: Path | None) -> None:
     """Remove a token; it is refused from now on."""
     with _open_tokens(config_path) as tokens:
         if not tokens.remove(name):
-            fail(f"There is no token {name!r}; cspine token list shows those there are.", EXIT_USAGE)
+            fail(f"There is no token {name!r}; cspine token list shows those there are.", EXIT_FAILED)
     click.echo(f"{name} is removed.")
 
 

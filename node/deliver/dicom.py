@@ -55,7 +55,7 @@ class DicomCourier:
         wanted = {"query": _FIND, "storage-commitment": StorageCommitmentPushModel}.get(self._peer.verify, Verification)
         if not answers_echo(self._peer, wanted, calling_ae_title=self._calling_ae_title):
             raise not_offered(self._peer, wanted, self._calling_ae_title)
-        return "answers C-ECHO"
+        return "answers C-ECHO and C-FIND" if wanted == _FIND else "answers C-ECHO"
 
     def close(self) -> None:
         pass
@@ -70,7 +70,10 @@ class DicomCourier:
         try:
             for status, identifier in association.send_c_find(wanted, _FIND):
                 if "Status" not in status:
-                    raise SendError(f"{self._peer.where} broke the connection while it was asked for {file.path.name}")
+                    raise SendError(
+                        f"{self._peer.where} broke off when it was asked for {file.path.name}; it may not let "
+                        f"{self._calling_ae_title} query: allow that there, or set verify: none"
+                    )
                 category = code_to_category(status.Status)
                 if category == "Pending":
                     found |= identifier is not None and identifier.get("SOPInstanceUID") == file.key

@@ -5,6 +5,7 @@ connection, and retries on its own.
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -44,8 +45,12 @@ class OrthancCourier:
         self._peer.close()
 
     def check(self) -> str:
-        system = _object(self._peer.request("GET", "system"))
-        return f"is Orthanc {system.get('Version', 'of unknown version')}"
+        version = str(_object(self._peer.request("GET", "system")).get("Version", "of unknown version"))
+        said = f"is Orthanc {version}"
+        number = re.match(r"(\d+)\.(\d+)", version)
+        if self._destination.label and number and (int(number[1]), int(number[2])) < (1, 12):
+            said += f"; WARNING: it cannot set the label {self._destination.label}, which needs Orthanc 1.12"
+        return said
 
     def _upload(self, file: ResultFile) -> ObjectProgress:
         # 400: it cannot read the object. 413: a proxy on the way finds it too large. Others may still be taken.

@@ -165,11 +165,11 @@ def _draw_notes(case: _Case, canvas: Canvas, *, y: float) -> None:
         *findings.warnings,
     ]
     right = [
-        _model(case),  # first: what it was trained on is not to be cut off
         f"White tick: from a probability of {_operating_points(findings.model)} a fracture is suspected. "
         "Red line, dashed box: suspicious region.",
-        f"Both views follow the curve of the spine; {WINDOW}.",
-        f"{case.made_by}. No patient is named here, only in the DICOM header.",
+        f"Views follow the spine; {WINDOW}.",
+        f"{case.made_by}. No patient is named but in the header.",
+        _model(case),  # last: if something is cut off, then what stands in the report
     ]
     half = (PAGE_PIXELS - 3 * _MARGIN) / 2
     for x, title, notes, colour in (
@@ -323,7 +323,7 @@ def _operating_points(model: ModelInfo) -> str:
 
 
 def _percent(probability: float) -> str:
-    return f"{100 * probability:.1f} %"
+    return f"{round(100 * probability, 1):g} %"  # as in the sentence at the top
 
 
 def _position_mm(volume: Volume, plane: int) -> float:

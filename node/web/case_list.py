@@ -39,6 +39,7 @@ caption{text-align:left;padding:.3rem 0;color:#555}
 th,td{text-align:left;padding:.45rem .7rem .45rem 0;border-bottom:1px solid #ccc;vertical-align:top}
 a{color:#0b57d0}
 a:focus-visible{outline:3px solid #b45309;outline-offset:2px}
+time{white-space:nowrap}
 .uid{font-family:ui-monospace,monospace;font-size:.9em;white-space:nowrap}
 .present{font-weight:700}
 .reason{display:block;color:#555;font-size:.9em;overflow-wrap:anywhere}
@@ -174,7 +175,7 @@ def _row(case: Case, findings: Mapping[str, Any] | None, segmentation: str | Non
 
 
 def _said(findings: Mapping[str, Any] | None) -> tuple[str, str]:
-    """Probability of the patient, and the levels called."""
+    """Probability of the patient, and the levels called and not judged."""
     if findings is None:
         return "–", "–"
     overall = findings["patient_overall"]
@@ -182,6 +183,9 @@ def _said(findings: Mapping[str, Any] | None) -> tuple[str, str]:
         return "–", "could not be judged"
     levels = suspected_levels(dict(findings))
     called = f'<span class="present">{escape(", ".join(levels))}</span>' if levels else "none"
+    unjudged = [name for name, level in findings["levels"].items() if level["finding"] == "undetermined"]
+    if unjudged:
+        called += f"; {escape(', '.join(unjudged))} not judged"
     return f"{100 * overall['probability']:.1f} %", called
 
 

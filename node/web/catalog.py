@@ -142,12 +142,16 @@ class Catalog:
                 cases = {case.series_instance_uid: case for case in self._index.cases()}
                 with self._engine.connect() as connection:
                     known = {row.case_series: row for row in connection.execute(select(_cases))}
+                num_gone = 0
                 for uid in known.keys() - cases.keys():
-                    self._replace(uid, {}, None)
+                    num_gone += self._replace(uid, {}, None)
                 for uid, case in cases.items():
                     row = known.get(uid)
                     if row is None or any(getattr(row, name) != getattr(case, name) for name in _STATE):
-                        self._replace(uid, self._files_of(case), case)
+                        num_gone += self._replace(uid, self._files_of(case), case)
+                if num_gone:  # names of patients are not to stay in the write-ahead log
+                    with self._engine.connect() as connection:
+                        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
                 self._seen = seen
 
     @contextmanager
@@ -165,8 +169,8 @@ class Catalog:
             files |= {str(path): [] for path in results.glob("*.dcm")}
         return files
 
-    def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]], case: Case | None) -> None:
-        """Makes the rows of a case those of its files. case: as it is now; None when it has gone."""
+    def _replace(self, case_series: str, here: dict[str, list[dict[str, Any]]], case: Case | None) -> int:
+        """Makes the rows of a case those of its files; how many went. case: as it is now; None when it has gone."""
         with self._engine.connect() as connection:
             of_case = select(_instances.c.path).where(_instances.c.case_series == case_series)
             known = set(connection.scalars(of_case))
@@ -192,6 +196,7 @@ class Catalog:
             _note(connection, read, case_series)
             if gone:
                 _drop_empty(connection)
+        return len(gone)
 
     def find(self, level: Level, conditions: Sequence[Condition], *, limit: int, offset: int) -> list[dict[str, Any]]:
         """DICOM JSON of what matches, in a stable order, without URLs."""
@@ -292,19 +297,21 @@ def _asking(engine: Engine) -> Iterator[Connection]:
 
 def _open(path: Path) -> Engine:
     """The file, made anew if it is of another version; losing it costs only the time to make it again."""
+    path.touch(mode=0o640)  # before SQLite does: its files beside this one get the same mode
+    path.chmod(0o640)
     engine = create_engine(f"sqlite:///{path}")
 
     @event.listens_for(engine, "connect")
     def _set_up(connection: Any, _record: Any) -> None:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA secure_delete=ON")
 
     with engine.begin() as connection:
         if connection.exec_driver_sql("PRAGMA user_version").scalar_one() != _VERSION:
             _metadata.drop_all(connection)
             connection.exec_driver_sql(f"PRAGMA user_version={_VERSION}")
         _metadata.create_all(connection)
-    path.chmod(0o640)
     return engine
 
 

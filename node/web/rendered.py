@@ -4,6 +4,7 @@ Reference: PS3.18 10.4.1.1.3 (rendered), 8.3.5 (window, viewport, quality).
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO, FileIO
@@ -85,9 +86,13 @@ def all_of(instances: Sequence[StoredInstance]) -> Wanted:
 
 
 def middle_of(instances: Sequence[StoredInstance]) -> Wanted:
-    """The one to stand for all: of CT, a slice from the middle; what was made of it only if there is nothing else."""
+    """The one to stand for all: the middle of the longest CT; what was made of it only if there is nothing else."""
     received = [instance for instance in instances if instance.case_series == instance.series_instance_uid]
-    some = received or instances
+    num_frames: Counter[str] = Counter()
+    for instance in received or instances:
+        num_frames[instance.series_instance_uid] += instance.num_frames
+    ((longest, _),) = num_frames.most_common(1)
+    some = [instance for instance in received or instances if instance.series_instance_uid == longest]
     one = some[len(some) // 2]
     return [(one, [(one.num_frames + 1) // 2])]
 

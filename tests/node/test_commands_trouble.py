@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pynetdicom import AE
+from pynetdicom import AE, evt
 from pynetdicom.sop_class import StudyRootQueryRetrieveInformationModelFind, Verification
 
 from node.index import Index
@@ -85,8 +85,15 @@ def test_check_asks_all_peers_and_says_which_secrets_cannot_be_read(
     ae.add_supported_context(StudyRootQueryRetrieveInformationModelFind)
     echo_only = AE(ae_title="PACS")
     echo_only.add_supported_context(Verification)
-    servers = [one.start_server(("127.0.0.1", free_port()), block=False) for one in (ae, echo_only)]
-    asked, without_find = (
+    servers = [
+        one.start_server(("127.0.0.1", free_port()), block=False, evt_handlers=[(evt.EVT_C_FIND, answer)])
+        for one, answer in (
+            (ae, lambda _: [(0x0000, None)]),
+            (echo_only, None),
+            (ae, lambda event: event.assoc.abort()),
+        )
+    ]
+    asked, without_find, aborting = (
         {"host": "127.0.0.1", "port": server.socket.getsockname()[1], "ae_title": "PACS"} for server in servers
     )
     gone = {"name": "gone", "host": "127.0.0.1", "port": free_port(), "ae_title": "GONE"}
@@ -98,6 +105,7 @@ def test_check_asks_all_peers_and_says_which_secrets_cannot_be_read(
             "sources": [
                 {"name": "asked", "sends_as": "CT1", **asked},
                 {"name": "shy", "sends_as": "CT2", **without_find},
+                {"name": "stranger", "sends_as": "CT3", **aborting},
             ]
         },
         retrieve={"peers": [{"name": "reader", **without_find}]},
@@ -120,13 +128,15 @@ def test_check_asks_all_peers_and_says_which_secrets_cannot_be_read(
     assert result.exit_code == 1
     assert {name for name, line in lines.items() if line.startswith("failed")} == {
         "complete source shy",
+        "complete source stranger",
         "commitment peer gone",
         "target signed",
         "target ris",
     }
-    assert "answers C-ECHO" in lines["complete source asked"]
+    assert "answers C-ECHO and C-FIND" in lines["complete source asked"]
     assert "answers C-ECHO" in lines["retrieve peer reader"]
-    assert "does not let CSPINE ask by C-FIND" in lines["complete source shy"]
+    for name in ("shy", "stranger"):
+        assert "does not let CSPINE ask by C-FIND" in lines[f"complete source {name}"]
     assert "cannot be reached" in lines["commitment peer gone"]
     assert "`cspine notifications test chat`" in lines["target chat"]
     assert str(tmp_path / "none") in lines["target signed"]
@@ -179,6 +189,24 @@ def test_what_acts_on_something_fails_with_nothing_received_yet(cspine: Cspine, 
     result = cspine(*command)
     assert result.exit_code == 1
     assert one_sentence(result.stderr).startswith("Nothing has been received yet")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["retry", "999"],
+        ["deliveries", "retry", "999"],
+        ["deliveries", "give-up", "999"],
+        ["sources", "retry", "9.9.9"],
+        ["token", "remove", "nobody"],
+    ],
+)
+def test_what_finds_nothing_to_act_on_fails(cspine: Cspine, tmp_path: Path, command: list[str]) -> None:
+    Index(tmp_path / "data").close()
+    archive = {"name": "old", "url": "http://127.0.0.1:9"}
+    result = cspine(*command, "--config", write_config(tmp_path, sources={"orthanc": [archive]}))
+    assert result.exit_code == 1
+    assert command[-1] in one_sentence(result.stderr)
 
 
 @pytest.mark.parametrize(

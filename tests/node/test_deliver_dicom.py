@@ -18,7 +18,9 @@ from pynetdicom.sop_class import (
 
 from node.case import CaseState, DeliveryState, ObjectState
 from node.config import Config, DicomDestination
+from node.deliver.dicom import DicomCourier
 from node.index import Index
+from node.send import SendError
 from tests.node.handed_over import Clock, deliver, hand_over, make_results, the_case, the_delivery, uids_of
 
 # pynetdicom leaves the socket of a failed connection to the garbage collector.
@@ -55,12 +57,13 @@ class Pacs:
         syntaxes: Sequence[str] = (ExplicitVRLittleEndian, ImplicitVRLittleEndian),
         on_store: Callable[[evt.Event], int] = lambda event: 0x0000,
         find_status: int | None = 0x0000,
+        on_find: Callable[[evt.Event], object] = lambda event: None,
         **settings: Any,
     ) -> None:
         self.stored: list[Dataset] = []
         self.lost: set[str] = set()
         self.num_associations = 0
-        self._on_store, self._find_status = on_store, find_status
+        self._on_store, self._find_status, self._on_find = on_store, find_status, on_find
         ae = AE(ae_title=destination.ae_title)
         ae.add_supported_context(Verification)
         for sop_class in sop_classes:
@@ -85,8 +88,10 @@ class Pacs:
         return status
 
     def _find(self, event: evt.Event) -> Iterator[tuple[int, Dataset | None]]:
+        self._on_find(event)
         wanted = event.identifier
-        assert wanted.QueryRetrieveLevel == "IMAGE"
+        if wanted.QueryRetrieveLevel != "IMAGE":
+            wanted.SOPInstanceUID = ""
         if self._find_status == 0x0000 and wanted.SOPInstanceUID not in self.lost:
             for ds in self.stored:
                 if all(
@@ -406,6 +411,21 @@ def test_a_peer_that_does_not_let_us_ask_is_told_as_such_and_keeps_what_it_took(
         peer.stored += [dcmread(path) for path in results.glob("*.dcm")]
         assert deliver(index, make_config(), asked).state is CaseState.DONE
     assert len(peer.stored) == 2
+
+
+def test_a_peer_that_breaks_off_when_asked_may_not_let_us_query(
+    index: Index, make_config: MakeConfig, results: Path, asked: DicomDestination
+) -> None:
+    """As Orthanc does, which accepts the context from those it does not let query."""
+    hand_over(index, results, "pacs")
+    with listening(asked, on_find=lambda event: event.assoc.abort()):
+        with pytest.raises(SendError, match="does not let CSPINE ask by C-FIND what it has; allow that there"):
+            DicomCourier(asked, "CSPINE").check()
+        case = deliver(index, make_config(), asked)
+    assert case.state is CaseState.DELIVERING
+    assert "it may not let CSPINE query: allow that there, or set verify: none" in case.reason
+    with listening(asked):
+        assert DicomCourier(asked, "CSPINE").check() == "answers C-ECHO and C-FIND"
 
 
 def test_a_peer_that_is_out_of_resources_when_asked_is_asked_again_later(

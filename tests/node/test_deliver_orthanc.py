@@ -101,6 +101,27 @@ def test_studies_with_results_are_labelled_where_orthanc_can(results: Path, stat
     assert ("label cspine, which needs Orthanc 1.12, was not set" in noted[0].reason) == (status != 200)
 
 
+@pytest.mark.parametrize(
+    ("version", "label", "warns"),
+    [("1.11.2", "cspine", True), ("1.12.0", "cspine", False), ("1.9.7", None, False), ("mainline", "cspine", False)],
+)
+def test_check_warns_of_a_label_that_an_older_orthanc_cannot_set(version: str, label: str | None, warns: bool) -> None:
+    class Handler(Quiet, BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"Version": version}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    with serving(Handler) as port:
+        destination = OrthancDestination(type="orthanc", name="o", url=f"http://127.0.0.1:{port}", label=label)
+        with closing(OrthancCourier(destination, SERIES)) as courier:
+            said = courier.check()
+    assert said.startswith(f"is Orthanc {version}")
+    assert ("WARNING: it cannot set the label cspine, which needs Orthanc 1.12" in said) == warns
+
+
 def test_orthanc_takes_the_results_by_stow_and_finds_them_by_qido(
     index: Index, make_config: MakeConfig, results: Path, tmp_path: Path, free_port: Callable[[], int]
 ) -> None:
@@ -181,9 +202,7 @@ def test_the_command_lists_retries_and_gives_up(
     assert the_delivery(index, "orthanc").reason == "given up by hand"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("retry",), ("retry", "1", "--all-failed"), ("give-up", "--all-unsettled"), ("retry", "99")]
-)
+@pytest.mark.parametrize("arguments", [("retry",), ("retry", "1", "--all-failed"), ("give-up", "--all-unsettled")])
 def test_what_is_not_named_clearly_is_refused(index: Index, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(f"data_dir: {index.data_dir}\n", encoding="utf-8")

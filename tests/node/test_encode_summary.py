@@ -315,6 +315,11 @@ def test_the_overview_says_in_full_what_the_model_of_the_package_was_trained_on(
     overview = " ".join(document[0].get_textpage().get_text_range().split())
     assert model.trained_on in overview
     assert "a fracture is suspected" in overview
+    assert "No patient is named but in the header." in overview
+    assert "the rest stands in the report" not in overview
+    assert "87.5 %" in overview
+    assert "4 %" in overview
+    assert "4.0 %" not in overview  # as the sentence at the top has it
 
 
 # --- In an archive -----------------------------------------------------------------------------------------------

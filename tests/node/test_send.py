@@ -184,6 +184,14 @@ def test_a_peer_that_takes_the_connection_and_hangs_up_is_not_called_unreachable
         hanging_up.join()
 
 
+def test_a_peer_that_takes_the_connection_and_is_silent_is_said_to_be_so(nowhere: DicomDestination) -> None:
+    with (
+        socket.create_server((nowhere.host, nowhere.port)),
+        pytest.raises(SendError, match=r"did not answer within 0\.5 s; see whether it hangs, or wants TLS"),
+    ):
+        echo(nowhere.model_copy(update={"timeout_s": 0.5}), calling_ae_title="TEST")
+
+
 def test_a_host_name_that_does_not_resolve_is_a_send_error(nowhere: DicomDestination) -> None:
     with pytest.raises(SendError, match=r"no-such-host\.invalid:\d+ cannot be reached: .+; check the host"):
         echo(nowhere.model_copy(update={"host": "no-such-host.invalid"}), calling_ae_title="TEST")

@@ -107,7 +107,10 @@ def test_files_that_cannot_be_used_are_named_with_the_reason(authority: Authorit
             ReceiveTls(certificate=first.certificate, key=second.key, verify="none"),
             "does not belong to the certificate",
         ),
-        (ReceiveTls(certificate=empty, key=first.key, verify="none"), "both must be PEM"),
+        (
+            ReceiveTls(certificate=empty, key=first.key, verify="none"),
+            "both must be PEM, the key without a password$",
+        ),
         (
             ReceiveTls(certificate=first.certificate, key=first.key, client_ca=empty),
             "empty.pem holds no certificates in PEM",

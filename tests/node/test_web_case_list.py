@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pydicom import dcmread
 from node.case import Case
 from node.config import Config
 from node.index import Index
+from node.remove import delete_case
 from node.web import case_list
 from node.web.settings import WebConfig
 from tests.factories import make_ct_series, make_report
@@ -83,8 +84,15 @@ def receive(index: Index) -> Receive:
     return one
 
 
-def analyse(index: Index, case: Case, probability: float | None, levels: list[str]) -> str:
-    """Notes results with a Segmentation, whose Series Instance UID it gives."""
+def analyse(
+    index: Index,
+    case: Case,
+    probability: float | None,
+    levels: list[str],
+    unjudged: Sequence[str] = (),
+    patient: str = "",
+) -> str:
+    """Notes results with a Segmentation, whose Series Instance UID it gives. patient: its finding, if another."""
     index.queue(case)
     claimed = index.claim_next()
     assert claimed is not None
@@ -95,9 +103,11 @@ def analyse(index: Index, case: Case, probability: float | None, levels: list[st
         "model": {"name": "phantom", "version": "1.2", "trained_on": "phantoms <only>, never a patient"},
         "patient_overall": {
             "probability": probability,
-            "finding": "undetermined" if probability is None else finding[bool(levels)],
+            "finding": patient or ("undetermined" if probability is None else finding[bool(levels)]),
         },
-        "levels": {level: {"finding": finding[level in levels]} for level in LEVELS},
+        "levels": {
+            level: {"finding": "undetermined" if level in unjudged else finding[level in levels]} for level in LEVELS
+        },
     }
     (folder / "findings.json").write_text(json.dumps(findings), encoding="utf-8")
     seg = dcmread(make_report(folder / "vertebrae.seg.dcm"))
@@ -140,6 +150,25 @@ def test_cases_are_listed_the_newest_first_with_what_was_found(
     assert "Model phantom 1.2: phantoms &lt;only&gt;, never a patient" in text
     assert "Research software, not a medical device." in text
     assert not {"Test^Neck", "TEST", "19700101"} & set(re.findall(r"[\w^]+", text))
+
+
+@pytest.mark.parametrize(
+    ("levels", "patient", "said"),
+    [
+        ([], "", "none; C1, C7 not judged"),
+        (["C5"], "", "C5; C1, C7 not judged"),
+        ([], "undetermined", "none; C1, C7 not judged"),
+    ],
+)
+def test_levels_that_were_not_judged_are_not_among_those_that_are_fine(
+    server: WebServer, index: Index, receive: Receive, levels: list[str], patient: str, said: str
+) -> None:
+    analyse(index, receive(), 0.36, levels, ["C1", "C7"], patient)
+    assert Read(get(server).text).rows[1][4:6] == ["36.0 %", said]
+
+
+def test_the_time_of_a_case_is_not_broken_at_its_dashes() -> None:
+    assert "time{white-space:nowrap}" in case_list._STYLE
 
 
 @pytest.mark.parametrize("how", ["refused", "skipped"])
@@ -227,6 +256,20 @@ def test_results_that_are_gone_leave_the_case_in_the_list(server: WebServer, ind
     analyse(index, case, 0.9, ["C1"])
     (index.data_dir / "cases" / case.series_instance_uid / "1" / "findings.json").write_text("{")
     assert Read(get(server).text).rows[1][4:6] == ["–", "–"]
+
+
+def test_names_of_patients_are_read_by_the_node_alone_and_leave_with_the_case(
+    server: WebServer, index: Index, receive: Receive
+) -> None:
+    case, kept = receive(), receive()
+    get(server)
+    files = [index.data_dir / f"catalog.sqlite{more}" for more in ("", "-wal", "-shm")]
+    assert [oct(path.stat().st_mode & 0o777) for path in files] == ["0o640"] * 3
+    assert any(case.series_instance_uid.encode() in path.read_bytes() for path in files)
+    assert delete_case(index, case)
+    get(server)
+    assert not any(case.series_instance_uid.encode() in path.read_bytes() for path in files)
+    assert any(kept.series_instance_uid.encode() in path.read_bytes() for path in files)
 
 
 def test_it_wants_a_token_where_all_else_does(index: Index, receive: Receive) -> None:

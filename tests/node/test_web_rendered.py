@@ -69,6 +69,24 @@ def test_a_series_is_its_middle_slice_or_all_of_them(web: WebServer, paths: list
     assert all((image(data) == shown(web, path)).all() for (_, data), path in zip(found, paths[:5], strict=True))
 
 
+def test_a_study_of_two_series_is_the_middle_slice_of_the_longer_one(tmp_path: Path) -> None:
+    shorter, longer = make_ct_series(tmp_path / "0", num_slices=2), make_ct_series(tmp_path / "1", num_slices=5)
+    uid = dcmread(shorter[0]).StudyInstanceUID
+    for path in longer:
+        ds = dcmread(path)
+        ds.StudyInstanceUID = uid
+        ds.save_as(path)
+    index = Index(tmp_path)
+    hold(index, [*shorter, *longer])
+    server = WebServer(Config(), index)
+    try:
+        one = server.get(path_of(longer[0], 1) + "/rendered")
+        assert one.content == server.get(path_of(longer[2]) + "/rendered").content
+    finally:
+        server.stop()
+        index.close()
+
+
 def test_a_study_is_shown_without_what_has_no_pixels(web: WebServer, paths: list[Path]) -> None:
     url = path_of(paths[0], 1) + "/rendered"
     assert image(web.get(url).content).shape == (20, 24)
