@@ -117,6 +117,14 @@ def test_auc_counts_a_tie_as_half_a_win() -> None:
     assert roc_auc(np.array([1, 0, 1, 0], bool), np.full(4, 0.3)) == 0.5
 
 
+def test_scores_that_are_no_numbers_are_refused_and_no_scores_have_no_auc() -> None:
+    with pytest.raises(ValueError, match="2 of 3 scores are NaN"):
+        roc_auc(np.array([1, 1, 0], bool), np.array([math.nan, math.nan, 1.0]))
+    for measure_of in (roc_auc, average_precision):
+        assert math.isnan(measure_of(np.zeros(0, bool), np.zeros(0)))
+    assert roc_auc(np.array([1, 0], bool), np.full(2, math.inf)) == 0.5
+
+
 def test_auc_is_the_mann_whitney_statistic() -> None:
     rng = np.random.default_rng(0)
     truth = rng.random(300) < 0.3
