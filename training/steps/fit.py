@@ -27,10 +27,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from model.bundle import write_weights
 from training.files import replacing_file
 from training.schedule import EMA_DECAY, WARM_UP_STEPS
 from training.steps.run import Run, StepError
@@ -234,7 +235,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
 def save_weights(network: nn.Module, path: Path) -> None:
     """A network's weights as safetensors."""
     with replacing_file(path) as unfinished:
-        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished)
+        write_weights(network, unfinished)
 
 
 def load_weights(network: nn.Module, folder: Path) -> nn.Module:
