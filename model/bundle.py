@@ -356,8 +356,6 @@ def write_bundle(bundle: Bundle, networks: Networks) -> None:
 
     A kill leaves the bundle from before or, in the moment of the change, none: `bundle.json` goes first and comes last.
     """
-    from safetensors.torch import save_file
-
     by_file = networks.by_file()
     if by_file.keys() != set(bundle.file_names):
         raise ValueError(f"The bundle describes {bundle.file_names}; the networks given are {tuple(by_file)}.")
@@ -366,7 +364,7 @@ def write_bundle(bundle: Bundle, networks: Networks) -> None:
     unfinished.mkdir(parents=True)
     hashes = {}
     for name, network in by_file.items():
-        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished / name)
+        write_weights(network, unfinished / name)
         (unfinished / name).chmod(0o644)  # the node may run as another user than trained
         hashes[name] = _sha256(unfinished / name)
     content = {"format": FORMAT, **bundle.to_dict(), "sha256": hashes}
@@ -375,6 +373,21 @@ def write_bundle(bundle: Bundle, networks: Networks) -> None:
     for name in (*by_file, DESCRIPTION):
         (unfinished / name).rename(bundle.folder / name)
     unfinished.rmdir()
+
+
+def write_weights(network: "nn.Module", path: Path) -> None:
+    """Writes a network's weights as safetensors.
+
+    Raises:
+        OSError: they cannot be written: the disk is full, for one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def _of_folds(name: str, num_folds: int) -> tuple[str, ...]:

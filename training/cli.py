@@ -16,6 +16,7 @@ from training.commands.export import export
 from training.commands.measure import measure
 from training.commands.necks import necks
 from training.commands.phantom import phantom
+from training.commands.predict import predict
 from training.commands.prepare import prepare
 from training.commands.regions import regions
 from training.commands.rsna_demo import rsna_demo
@@ -55,7 +56,7 @@ def main(context: click.Context, config: Path | None) -> None:
 
 for _command in (
     *(prepare, segment, cut, regions, classify, study, calibrate, export, everything),
-    *(evaluate, submission, measure, phantom, necks, rsna_demo, show_fractures),
+    *(evaluate, predict, submission, measure, phantom, necks, rsna_demo, show_fractures),
 ):
     main.add_command(_command)
 

@@ -1,6 +1,7 @@
 """Bundles: what was exported comes back, and anything else is refused with a sentence."""
 
 import json
+import resource
 import subprocess
 import sys
 import zipfile
@@ -170,6 +171,16 @@ def test_a_bundle_that_is_not_written_to_its_end_is_none_and_spoils_none(
     make_bundle(tmp_path / "old", replace(before, metrics={}))
     read_bundle(tmp_path / "old").load_networks()
     assert {"notes.txt", *before.file_names, "bundle.json"} == {path.name for path in (tmp_path / "old").iterdir()}
+
+
+def test_weights_for_which_the_disk_has_no_room_are_an_os_error(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"vertebra_unet\.safetensors cannot be written: .*too large"):
+            make_bundle(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_the_shipped_bundle_is_whole_small_and_honest_about_its_training() -> None:

@@ -122,7 +122,7 @@ def test_a_level_nobody_broke_is_null_with_a_reason_in_both_files(files: dict[st
     )
 
 
-@pytest.mark.parametrize("text", ["1.5", "C9=0.5", "C1=", "high"])
+@pytest.mark.parametrize("text", ["1.5", "C9=0.5", "C1=", "high", "=0.3"])
 def test_an_operating_point_that_is_none_is_refused(files: dict[str, Path], text: str) -> None:
     result = evaluate(files, "--operating-point", text)
     assert result.exit_code == 1
@@ -155,6 +155,41 @@ def test_subgroups_and_regions_add_their_sections(files: dict[str, Path], tmp_pa
     assert "scanner <b>" not in report
     assert "scanner &lt;b&gt;" in report
     assert "Fracture regions" in report
+
+
+def test_patients_of_some_studies_only_are_pointed_out_however_the_column_is_spelled(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    rows = [("1.2.3.1", "a"), ("1.2.3.2", "a")]
+    files["subgroups"] = write_csv(tmp_path / "groups.csv", ("StudyInstanceUID", "patientid"), rows)
+
+    result = evaluate(files)
+
+    assert f"PatientID says nothing of {NUM - 3} Studies: each counts as a patient of its own." in result.output
+    assert metrics_of(files)["num_patients"] == NUM - 2
+
+
+def test_a_table_of_true_boxes_without_rows_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    columns = ("StudyInstanceUID", "x", "y", "width", "height", "slice_number")
+    files["true_boxes"] = write_csv(tmp_path / "boxes.csv", columns, [])
+    files["predicted_regions"] = write_csv(tmp_path / "regions.csv", (*columns, "score"), [])
+    assert "boxes.csv has a header and no rows. It needs at least one." in evaluate(files).output
+
+
+def test_a_figure_without_an_interval_has_no_brackets(files: dict[str, Path]) -> None:
+    """Two Studies of one patient: every resample is the same."""
+    answer = [1, 1, 0, 0, 0, 0, 0, 0]
+    write_table(files["truth"], {"1.2.3.1": answer, "1.2.3.2": [0] * 8})
+    write_table(files["predictions"], {"1.2.3.1": answer, "1.2.3.2": answer})
+    files["subgroups"] = write_csv(
+        files["truth"].with_name("g.csv"), ("StudyInstanceUID", "PatientID"), [("1.2.3.1", "a"), ("1.2.3.2", "a")]
+    )
+
+    assert evaluate(files).exit_code == 0
+
+    report = (files["out"] / "report.html").read_text(encoding="utf-8")
+    assert "sensitivity 1.000, specificity 0.000." in report
+    assert "()" not in report
 
 
 def test_predictions_that_say_nothing_are_measured_and_reported_as_such(files: dict[str, Path], tmp_path: Path) -> None:

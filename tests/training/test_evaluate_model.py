@@ -58,6 +58,15 @@ def test_a_study_that_fails_is_named_with_its_reason_and_the_others_are_measured
     assert reason.split(".")[0] in (out / "report.html").read_text(encoding="utf-8")
 
 
+def test_the_report_says_where_the_curve_of_regions_ends_and_why(evaluated: tuple[Path, str]) -> None:
+    froc = json.loads((evaluated[0] / "metrics.json").read_text(encoding="utf-8"))["froc"]
+    report = (evaluated[0] / "report.html").read_text(encoding="utf-8")
+
+    end = froc["false_positives_per_study_at_any_score"]
+    assert f"levels that the model does not call are not drawn: the curve ends at {end:.2f} false positives" in report
+    assert "at 0.5 false positives per Study" in report
+
+
 def test_seconds_memory_and_masks_are_measured(evaluated: tuple[Path, str]) -> None:
     metrics = json.loads((evaluated[0] / "metrics.json").read_text(encoding="utf-8"))
 
@@ -155,6 +164,28 @@ def test_a_box_that_cannot_be_used_is_refused_before_the_model_runs(tmp_path: Pa
 def test_no_answer_at_all_says_why(rsna_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"None of the 1 Studies .* has an answer.\n  {uid(3)}: "):
         run_model(None, read_source(rsna_folder), tmp_path, only=[uid(3)], device="cpu")
+
+
+def test_studies_that_the_folder_does_not_have_are_no_failures(rsna_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"None of the 2 Studies asked for is among the \d+ of"):
+        run_model(None, read_source(rsna_folder), tmp_path, only=["9.1", "9.2"], device="cpu")
+
+
+def test_the_test_set_is_predicted_and_submitted(rsna_folder: Path, tmp_path: Path) -> None:
+    bundle, out = write_untrained_bundle(tmp_path / "bundle"), tmp_path / "out"
+    where = ["--data", rsna_folder / "test_images", "--bundle", bundle, "--out", out, "--device", "cpu"]
+    predicted = CliRunner().invoke(main, ["predict", *map(str, where)], catch_exceptions=False)
+    assert predicted.exit_code == 0, predicted.output
+    assert "1 studies predicted, 0 without an answer" in predicted.output
+
+    where = ["--predictions", out / "predictions.csv", "--test", rsna_folder / "test.csv", "--out", out / "s.csv"]
+    submitted = CliRunner().invoke(main, ["submission", *map(str, where)], catch_exceptions=False)
+    assert submitted.exit_code == 0, submitted.output
+    assert "8 rows written" in submitted.output
+
+    refused = CliRunner().invoke(main, ["predict", "--data", str(out), "--out", str(out)])
+    assert refused.exit_code == 1
+    assert "There is no folder of a study in" in refused.output
 
 
 def test_masks_and_attention_are_summed_up_over_the_levels_that_are_there() -> None:

@@ -24,6 +24,7 @@ from training.evaluation.bootstrap import (
 from training.evaluation.loss import best_constants, constant_baselines, study_losses
 from training.evaluation.metrics import Settings, any_called, level_accuracy, localisation, measure_all
 from training.evaluation.ranking import Ranking, pr_curve, roc_areas, roc_curve
+from training.evaluation.subgroups import split
 from training.evaluation.tables import InputError, Matched
 
 WILSON = partial(share_interval, resamples=np.zeros((0, 0), np.float32), one_row_per_patient=True)
@@ -115,6 +116,14 @@ def test_auc_counts_a_tie_as_half_a_win() -> None:
     # Pairs: 0.9 > 0.5 win, 0.9 > 0.2 win, 0.5 = 0.5 tie, 0.5 > 0.2 win: 3.5 of 4.
     assert roc_auc(np.array([1, 1, 0, 0], bool), np.array([0.9, 0.5, 0.5, 0.2])) == 3.5 / 4
     assert roc_auc(np.array([1, 0, 1, 0], bool), np.full(4, 0.3)) == 0.5
+
+
+def test_scores_that_are_no_numbers_are_refused_and_no_scores_have_no_auc() -> None:
+    with pytest.raises(ValueError, match="2 of 3 scores are NaN"):
+        roc_auc(np.array([1, 1, 0], bool), np.array([math.nan, math.nan, 1.0]))
+    for measure_of in (roc_auc, average_precision):
+        assert math.isnan(measure_of(np.zeros(0, bool), np.zeros(0)))
+    assert roc_auc(np.array([1, 0], bool), np.full(2, math.inf)) == 0.5
 
 
 def test_auc_is_the_mann_whitney_statistic() -> None:
@@ -237,6 +246,21 @@ def test_what_is_the_same_in_all_resamples_has_no_interval() -> None:
     assert found["auc"] == found["sensitivity"] == found["f1"] == 1
     assert found["auc_ci"] is found["sensitivity_ci"] is found["f1_ci"] is None
     assert "all the same" in found["reasons"]["f1_ci"]
+
+
+def test_what_differs_by_rounding_only_has_no_interval() -> None:
+    assert percentile_interval(np.tile([0.6931471805599455, 0.6931471805599461], 50)) is None
+    assert percentile_interval(np.tile([1e-12, 2e-12], 50)) == [1e-12, 2e-12]
+
+
+@pytest.mark.parametrize(("said", "called"), [(0.0, "fractured"), (1.0, "intact")])
+def test_a_predictive_value_of_nothing_says_that_nothing_was_called(said: float, called: str) -> None:
+    found = answers(question([1, 0, 1, 0], [said] * 4))
+    kind = "ppv" if called == "fractured" else "npv"
+    assert found[f"{kind}_at_5_percent"] is None
+    assert found["reasons"][f"{kind}_at_5_percent"] == f"nothing was called {called}"
+    one_class = answers(question([1, 1], [said] * 2))
+    assert "sensitivity or specificity" in one_class["reasons"]["ppv_at_5_percent"]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -370,6 +394,25 @@ def test_subgroups_are_measured_on_their_own_studies_and_lose_none() -> None:
     bins = found["subgroups"]["age"]
     assert list(bins) == ["20 to 34", "35 to 49", "50 to 64", "65 to 79"]
     assert {group["num_studies"] for group in bins.values()} == {15}
+
+
+@pytest.mark.parametrize(
+    ("values", "categories"),
+    [
+        ([f"2019{month:02d}{day:02d}" for month in (1, 2) for day in range(1, 9)], 4),
+        ([f"0.12345678{number:02d}" for number in range(16)], 4),
+        (["120", "120.0", "1.2e2", "80", "080"], ["80", "120"]),
+        ([str(100_000_000_000_000_000 + number) for number in range(3)], 3),
+    ],
+)
+def test_numbers_are_grouped_by_value_and_named_as_they_are_spelled(values: list[str], categories: object) -> None:
+    rows = split(values, {value: value for value in values}, "any")
+
+    assert (len(rows) if isinstance(categories, int) else list(rows)) == categories
+    assert sorted(row for part in rows.values() for row in part) == list(range(len(values)))
+    if categories == 4:
+        assert next(iter(rows)) == f"{values[0]} to {values[3]}"
+        assert {len(part) for part in rows.values()} == {4}
 
 
 def test_a_column_that_is_no_category_is_refused() -> None:

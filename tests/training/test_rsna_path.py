@@ -228,6 +228,24 @@ def test_a_killed_run_goes_on_and_other_options_are_refused(rsna_cache: Cache, c
 
 
 @pytest.mark.parametrize("step", ["segment", "regions", "classify", "study"])
+def test_a_training_that_diverged_is_refused_also_when_the_command_is_given_again(
+    step: str, work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(work, tmp_path / work.name)
+    shutil.rmtree(folder / step / "fold0")
+    arguments = [step, "--cache", str(rsna_cache.folder), "--work", str(folder), "--fold", "0"]
+    arguments += ["--epochs", "2", "--learning-rate", "1e30"]
+    arguments += ["--cut", "tiny"] if step in ("regions", "classify") else []
+
+    for _ in range(2):
+        refused = CliRunner().invoke(main, ["--config", str(config), *arguments])
+        assert refused.exit_code == 1
+        assert "Training diverged: " in refused.output
+        assert "is not finite. Start it again with --fresh and a smaller --learning-rate." in refused.output
+        assert not (folder / step / "fold0" / "result.json").exists()
+
+
+@pytest.mark.parametrize("step", ["segment", "regions", "classify", "study"])
 def test_the_same_seed_gives_the_same_weights_also_after_a_kill(
     step: str, work: Path, rsna_cache: Cache, config: Path, tmp_path: Path
 ) -> None:

@@ -190,10 +190,30 @@ def test_a_study_whose_files_cannot_be_read_now_is_tried_again(
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.rsna.study.read_series", fail)
+        patch.setattr("training.rsna.study.read_volume", fail)
         assert "Input/output error" in prepare_study(rsna_folder, study, tmp_path, settings)["left_out"]
 
     assert prepare_study(rsna_folder, study, tmp_path, settings)["left_out"] is None
+
+
+@pytest.mark.parametrize("num_cut_off", [1, 8])
+def test_files_that_were_cut_off_are_named_and_count_as_missing(
+    rsna_folder: Path, tmp_path: Path, num_cut_off: int
+) -> None:
+    study = read_source(rsna_folder).studies[uid(1)]
+    changed = replace(study, files=shutil.copytree(study.files, tmp_path / "files" / uid(1)))
+    cut_off = sorted(changed.files.iterdir())[10 : 10 + num_cut_off]
+    for path in cut_off:
+        path.write_bytes(path.read_bytes()[:600])
+
+    record = prepare_study(tmp_path, changed, tmp_path / "cache", Settings(spacing_mm=SPACING_MM))
+
+    said = " ".join(record["notes"]) if num_cut_off == 1 else record["left_out"]
+    assert (record["left_out"] is None) == (num_cut_off == 1)
+    assert (
+        f"Damaged, without a SeriesInstanceUID, and counted as missing: {num_cut_off} files ({cut_off[0].name}" in said
+    )
+    assert ("was interpolated" if num_cut_off == 1 else "has slice gaps") in said
 
 
 def test_a_mask_or_box_that_cannot_be_used_is_named_and_the_study_kept(rsna_folder: Path, tmp_path: Path) -> None:

@@ -40,6 +40,41 @@ def test_a_config_with_an_unknown_option_is_refused(tmp_path: Path) -> None:
     assert "gives study epoch; its options are" in refused.output
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("study: {epochs: }", "gives study epochs nothing; a value as on the command line is needed"),
+        ("study: {epochs: true}", "gives study epochs True; a value as on the command line is needed"),
+        ("segment: {channels: [8, [16]]}", "gives segment channels [8, [16]]; a value as on"),
+        ("study: {fresh: 1}", "gives study fresh 1; a value as on the command line is needed"),
+        ("study: {epochs: 1.5}", "'1.5' is not a valid integer range"),
+        ("study: {learning-rate: .nan}", "'nan' is no finite number"),
+        ("segment: {channels: 8, 16, 32}", "gives segment 16, 32; its options are"),
+        ("study: {hidden: \xe4}", "cannot be read: 'utf-8' codec"),
+    ],
+)
+def test_a_value_of_a_config_is_held_to_what_the_command_line_takes(tmp_path: Path, text: str, sentence: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    command, where = text.split(":")[0], ["--cache", str(tmp_path), "--work", str(tmp_path), "--fold", "0"]
+
+    refused = CliRunner().invoke(main, ["--config", str(path), command, *where])
+
+    assert refused.exit_code == 2
+    assert sentence in " ".join(refused.output.split())
+
+
+def test_true_and_lists_of_a_config_are_flags_and_numbers_with_commas(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("segment: {label-all: true, channels: [8, 16], spacing-mm: 4}\n", encoding="utf-8")
+    parent = click.Context(main, default_map=read_config(path, main))
+
+    where = ["--cache", "c", "--work", "w", "--fold", "0"]
+    given = main.commands["segment"].make_context("segment", where, parent=parent).params
+
+    assert (given["label_all"], given["channels"], given["spacing_mm"]) == (True, (8, 16), 4.0)
+
+
 def test_the_demo_config_and_every_step_of_all_are_commands_with_such_options(tmp_path: Path) -> None:
     read_config(Path(__file__).parents[2] / "training" / "demo.yaml", main)
     (tmp_path / "calibrate").mkdir()
@@ -91,6 +126,9 @@ def test_an_option_that_may_be_repeated_is_one_value_or_a_list(tmp_path: Path, t
         ("calibrate", ["--level-specificity", "95"], "is not in the range 0<=x<=1"),
         ("segment", ["--epochs", "0"], "0 is not in the range x>=1"),
         ("segment", ["--learning-rate", "0"], "is not in the range x>0"),
+        ("segment", ["--learning-rate", "inf"], "'inf' is no finite number"),
+        ("calibrate", ["--level-specificity", "nan"], "'nan' is no finite number"),
+        ("all", ["--work", ".x"], "'.x' is no name of a folder"),
         ("segment", ["--precision", "half"], "'half' is not one of 'auto', '32-true'"),
         ("segment", ["--seed", "-1"], "-1 is not in the range"),
         ("segment", ["--channels", "8"], "'8' must be two or more numbers from 1 on"),
@@ -117,6 +155,7 @@ def test_a_value_that_cannot_be_is_refused_before_anything_runs(
     ("arguments", "sentence"),
     [
         (["cut", "--cache", "c", "--name", "../x", "--masks", "truth"], "'../x' is no name of a folder"),
+        (["cut", "--cache", "c", "--name", "", "--masks", "truth"], "'' is no name of a folder"),
         (["cut", "--cache", "c", "--name", ".x", "--masks", "truth"], "'.x' is no name of a folder"),
         (["prepare", "--rsna", ".", "--cache", "file"], "'file' is a file"),
         (["phantom", "--out", "o", "--patients", "0"], "0 is not in the range x>=1"),
@@ -144,6 +183,13 @@ def test_a_damaged_cache_is_one_sentence(tmp_path: Path, content: str) -> None:
 
     assert refused.exit_code == 1
     assert f"{tmp_path / 'cache.json'} is damaged. Run `cspine-train prepare` again" in refused.output
+
+
+def test_a_work_folder_that_is_the_current_one_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--rsna", "r", "--cache", "c", "--work", ".", "--out", "o"]
+
+    assert main.commands["all"].make_context("all", arguments).params["work"] == tmp_path
 
 
 def test_a_fold_that_is_named_twice_is_trained_once() -> None:

@@ -1,5 +1,9 @@
 """Parts of the training steps by themselves: what is drawn, doubted, mixed, halved and weighed."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +25,22 @@ def test_opinions_are_asked_of_both_kinds_however_rare_one_is() -> None:
     assert [vertebra.fractured for vertebra in asked] == [True] + [False] * 500
     assert weights[0] == 1
     assert weights.sum() == pytest.approx(3000)
+
+
+def test_a_cut_without_these_studies_and_studies_without_vertebrae_are_two_faults(tmp_path: Path) -> None:
+    from training.steps.run import StepError
+    from training.steps.stacks import judged_vertebrae
+
+    none = SimpleNamespace(judged=np.zeros(7, bool))
+    for folder, stacks, sentence in (
+        (tmp_path / "none", None, "The cut 'A' has none of 1 studies; .* or for a single fold with --label-all"),
+        (tmp_path, none, "No vertebra was found in any of 1 studies. Train `segment` for longer."),
+    ):
+        study: Any = SimpleNamespace(
+            stacks=lambda cut, stacks=stacks: stacks, stacks_folder=lambda cut, folder=folder: folder
+        )
+        with pytest.raises(StepError, match=sentence):
+            judged_vertebrae([study], "A")
 
 
 def test_draws_depend_on_seed_and_epoch_and_are_shared_out_among_processes() -> None:

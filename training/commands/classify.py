@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import COUNT, SHARE, trains
+from training.commands.run_options import COUNT, SHARE, FiniteRange, trains
 from training.steps.run import Run
 
 
@@ -19,7 +19,7 @@ from training.steps.run import Run
 )
 @click.option(
     "--dropout",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=FiniteRange(0, 1, max_open=True),
     default=0.2,
     show_default=True,
     help="Of what the GRU says.",

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import click
 
-from training.commands.run_options import FOLDER
+from training.commands.run_options import FOLDER, FiniteRange
 
 
-def plain_name(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def plain_name(context: click.Context, parameter: click.Parameter | None, value: str) -> str:
     """A name of a folder in the cache, and of none elsewhere."""
-    if value != Path(value).name or value.startswith("."):
+    if not value or value != Path(value).name or value.startswith("."):
         raise click.BadParameter(f"{value!r} is no name of a folder. Give one without slashes that begins with no dot.")
     return value
 
@@ -26,7 +26,7 @@ def plain_name(context: click.Context, parameter: click.Parameter, value: str) -
 )
 @click.option("--slices", type=click.IntRange(3), default=15, show_default=True, help="Slices of a vertebra.")
 @click.option("--pixels", type=click.IntRange(32), default=96, show_default=True, help="Side of a slice.")
-@click.option("--pixel-mm", type=click.FloatRange(0.2, 3), default=0.9, show_default=True, help="Of a slice.")
+@click.option("--pixel-mm", type=FiniteRange(0.2, 3), default=0.9, show_default=True, help="Of a slice.")
 @click.option(
     "--workers", type=click.IntRange(1), default=os.cpu_count, show_default="all cores", help="Studies at a time."
 )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from training.commands.cut import plain_name
 from training.commands.run_options import CACHE_AND_WORK, FOLDER, numbers
 from training.steps.summary import summarise
 
@@ -40,6 +41,7 @@ def everything(context: click.Context, rsna: Path, cache: Path, work: Path, out:
     failure or a kill the same command goes on where it stopped. At the end WORK/summary.txt has each step's figures
     beside constants.
     """
+    plain_name(context, None, work.name)  # of the cut, too, which comes after days
     config = context.find_root().params["config"]
     program = [sys.executable, "-m", "training.cli", *(["--config", str(config)] if config else [])]
     for arguments in steps(rsna, cache, work, out, folds):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from training.commands.run_options import FOLDER
+from training.commands.run_options import FOLDER, FiniteRange
 
 
 @click.command()
@@ -19,9 +19,7 @@ from training.commands.run_options import FOLDER
 @click.option(
     "--workers", type=click.IntRange(1), default=os.cpu_count, show_default="all cores", help="Studies at a time."
 )
-@click.option(
-    "--spacing", type=click.FloatRange(0.5, 4), default=1.0, show_default=True, help="Of the neck's grid, mm."
-)
+@click.option("--spacing", type=FiniteRange(0.5, 4), default=1.0, show_default=True, help="Of the neck's grid, mm.")
 def prepare(rsna: Path, cache: Path, workers: int, spacing: float) -> None:
     """Read every study once: sort its slices, put its mask and boxes in place, and say what is wrong with it.
 

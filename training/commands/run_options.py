@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,10 +17,20 @@ from training.steps.run import Run, StepError, fold_folder, is_first_process
 Command = Callable[..., dict[str, Any]]
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+class FiniteRange(click.FloatRange):
+    """A range without infinity, and without "nan", which click finds in every one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        return number if math.isfinite(number) else self.fail(f"{value!r} is no finite number.", param, ctx)
+
+
 COUNT = click.IntRange(1)
-SHARE = click.FloatRange(0, 1)
+SHARE = FiniteRange(0, 1)
 SEED = click.IntRange(0, 2**32 - 1)
-ABOVE_0 = click.FloatRange(0, min_open=True)
+ABOVE_0 = FiniteRange(0, min_open=True)
 
 PRECISIONS = ("auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true")
 """Lightning's names, and "auto"."""
@@ -28,7 +39,7 @@ CACHE_AND_WORK = (
     click.option("--cache", type=FOLDER, required=True, help="Folder that `prepare` made."),
     click.option(
         "--work",
-        type=FOLDER,
+        type=click.Path(file_okay=False, path_type=Path, resolve_path=True),  # "." has no name
         required=True,
         help="Folder of this training; all its steps and folds share it. Its name names label sets in the cache.",
     ),

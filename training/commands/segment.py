@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from training.commands.run_options import counts, trains
+from training.commands.run_options import FiniteRange, counts, trains
 from training.steps.run import Run, StepError
 
 
@@ -20,7 +20,7 @@ from training.steps.run import Run, StepError
 @click.option("--channels", default="16,32,64,128,160", show_default=True, callback=counts, help="Of unet3d.")
 @click.option(
     "--spacing-mm",
-    type=click.FloatRange(0.1, 10),
+    type=FiniteRange(0.1, 10),
     default=2.0,
     show_default=True,
     help="Of unet3d's grid; unet2d has the cache's.",

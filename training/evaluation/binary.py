@@ -124,13 +124,22 @@ def measure(question: Question, resamples: NDArray[np.float32], *, one_row_per_p
             interval = percentile_interval(resampled[name])
         measured[f"{name}_ci"] = interval if np.isfinite(value) else None
         if not np.isfinite(value):
-            reasons[name] = _REASONS.get(name, "its sensitivity or specificity cannot be computed")
+            reasons[name] = _reason(name, once)
         elif interval is None:
             reasons[f"{name}_ci"] = (
                 f"too few: under {MIN_OF_A_CLASS} of a class, or bootstrap resamples of which more than 5 % have no "
                 "value, or all the same"
             )
     return measured | {"ece": expected_calibration_error(rows), "reliability": reliability(rows), "reasons": reasons}
+
+
+def _reason(name: str, values: dict[str, float]) -> str:
+    """Why a measure has no value."""
+    if name in _REASONS:
+        return _REASONS[name]
+    if not np.isfinite([values["sensitivity"], values["specificity"]]).all():
+        return "its sensitivity or specificity cannot be computed"
+    return _REASONS["precision" if name.startswith("ppv") else "npv"]
 
 
 def _statistics(rows: Question) -> Callable[[Array], dict[str, Array]]:

@@ -6,6 +6,7 @@ is in it, so that every statistic of a thousand resamples is a few operations on
 Reference: Efron and Tibshirani 1993 (percentile interval); Field and Welsh 2007 (resampling clusters); Wilson 1927.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
@@ -58,7 +59,7 @@ def percentile_interval(values: Array) -> list[float] | None:
     if exists.mean() < CONFIDENCE:
         return None
     lower, upper = np.quantile(values[exists], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return [float(lower), float(upper)] if lower < upper else None
+    return None if math.isclose(lower, upper, rel_tol=1e-9) else [float(lower), float(upper)]
 
 
 def share_interval(

@@ -48,17 +48,17 @@ def operating_points(given: Iterable[str], default: Mapping[str, float]) -> dict
     """
     points = {name: default[name] for name in OUTPUTS}
     for text in sorted(given, key=lambda text: "=" in text):
-        name, _, value = text.rpartition("=")
+        name, sign, value = text.rpartition("=")
         try:
             point = float(value)
         except ValueError:
             point = -1.0
-        if name not in ("", *OUTPUTS) or not 0 <= point <= 1:
+        if (sign and name not in OUTPUTS) or not 0 <= point <= 1:
             raise InputError(
                 f"Operating point {text!r} is not understood. Give a probability for all (0.4), or for one output of "
                 f"{', '.join(OUTPUTS)} (C2=0.4)."
             )
-        points |= dict.fromkeys(OUTPUTS if not name else (name,), point)
+        points |= dict.fromkeys(OUTPUTS if not sign else (name,), point)
     return points
 
 
@@ -155,7 +155,8 @@ def _warnings(matched: Matched, subgroups: Mapping[str, Mapping[str, str]]) -> l
     for column, values in subgroups.items():
         num_missing = sum(study not in values for study in matched.studies)
         if num_missing:
-            sentences.append(f"Subgroup column {column} says nothing of {num_missing} Studies: they are 'not stated'.")
+            so = "each counts as a patient of its own" if column == PATIENT else "they are 'not stated'"
+            sentences.append(f"Subgroup column {column} says nothing of {num_missing} Studies: {so}.")
     return sentences
 
 

@@ -27,10 +27,16 @@ class Ranking:
 
     @classmethod
     def of(cls, truth: NDArray[np.bool_], scores: Array) -> "Ranking":
-        """The ranking of `(N,)` scores; N is at least 1."""
+        """The ranking of `(N,)` scores.
+
+        Raises:
+            ValueError: a score is NaN, which no order has a place for.
+        """
+        if np.isnan(scores).any():
+            raise ValueError(f"{int(np.isnan(scores).sum())} of {len(scores)} scores are NaN. Leave these rows out.")
         order = np.argsort(-scores, kind="stable")
         falling = scores[order]
-        starts = np.flatnonzero(np.concatenate([[True], np.diff(falling) != 0]))
+        starts = np.flatnonzero(np.concatenate([[True], falling[1:] != falling[:-1]])[: len(falling)])
         return cls(scores=falling[starts], order=order, starts=starts, truth=np.asarray(truth, bool)[order])
 
     def counted(self, counts: Array) -> tuple[Array, Array]:
@@ -59,7 +65,7 @@ def average_precisions(positives: Array, negatives: Array) -> Array:
 
 
 def roc_auc(truth: NDArray[np.bool_], scores: Array) -> float:
-    """Area under the ROC curve; NaN if only one class occurs."""
+    """Area under the ROC curve; NaN if only one class occurs, or none."""
     return float(roc_areas(*_once(truth, scores))[0])
 
 

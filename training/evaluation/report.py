@@ -170,7 +170,7 @@ def _calls(metrics: Mapping[str, Any]) -> list[str]:
 
 def _any_called(measured: Mapping[str, Any]) -> str:
     figures = ", ".join(
-        f"{name} {number(measured[name])} ({between(measured[f'{name}_ci'])})"
+        f"{name} {number(measured[name])}{in_brackets(measured[f'{name}_ci'])}"
         for name in ("sensitivity", "specificity")
         if measured[name] is not None
     )
@@ -211,7 +211,7 @@ def _regions(report: Report) -> list[str]:
         [name, str(part["num_true"]), *(with_interval(part, key) for key in keys)]
         for name, part in (("boxes", froc), ("fractures", froc["fractures"]))
     ]
-    header = ["", "true", *(f"at {limit:g} false positives" for limit in FALSE_POSITIVES_PER_STUDY)]
+    header = ["", "true", *(f"at {limit:g} false positives per Study" for limit in FALSE_POSITIVES_PER_STUDY)]
     parts = [
         plots.froc(report.froc).replace("<svg", '<svg class="narrow"', 1),
         table(header, rows),
@@ -221,6 +221,7 @@ def _regions(report: Report) -> list[str]:
             f"{froc['num_studies']} Studies: {froc['num_with_boxes']} with boxes, the others intact; "
             f"{froc['num_fractured_without_boxes']} fractured ones without boxes are left out."
         ),
+        *_end_of_curves(report.metrics),
     ]
     for key, text in (
         ("boxes_of_other_studies", "Studies with true boxes that were not measured"),
@@ -228,6 +229,21 @@ def _regions(report: Report) -> list[str]:
     ):
         parts += [folded(text, froc[key])] if froc[key] else []
     return parts
+
+
+def _end_of_curves(metrics: Mapping[str, Any]) -> list[str]:
+    """What a model that was run cannot show: regions of what it did not call."""
+    froc = metrics["froc"]
+    if "run" not in metrics or not froc["num_true"]:
+        return []
+    key = "false_positives_per_study_at_any_score"
+    return [
+        paragraph(
+            f"Regions of levels that the model does not call are not drawn: the curve ends at {froc[key]:.2f} false "
+            f"positives per Study for boxes, at {froc['fractures'][key]:.2f} for fractures. Beyond that, the table has "
+            "the sensitivity there."
+        )
+    ]
 
 
 def _masks(masks: Mapping[str, Any]) -> list[str]:
@@ -255,10 +271,10 @@ def _masks(masks: Mapping[str, Any]) -> list[str]:
     return [
         table(header, rows),
         paragraph(
-            f"{masks['num_studies']} Studies with masks; mean of their mean Dice {number(masks['mean_dice'])} "
-            f"({between(masks['mean_dice_ci'])}). Levels that a mask lacks are left out; {masks['num_invented']} such "
-            "were drawn nevertheless. Identified: the centroid lies within 20 mm of the true one and nearer to it than "
-            "to that of any other level."
+            f"{masks['num_studies']} Studies with masks; mean of their mean Dice "
+            f"{number(masks['mean_dice'])}{in_brackets(masks['mean_dice_ci'])}. Levels that a mask lacks are left out; "
+            f"{masks['num_invented']} such were drawn nevertheless. Identified: the centroid lies within 20 mm of the "
+            "true one and nearer to it than to that of any other level."
         ),
         *([folded("Masks that could not be used", _named(masks["problems"]))] if masks["problems"] else []),
     ]
@@ -332,6 +348,11 @@ def number(value: float | None, digits: int = 3) -> str:
 def between(interval: list[float] | None, digits: int = 3) -> str:
     """An interval, or nothing."""
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if interval else ""
+
+
+def in_brackets(interval: list[float] | None) -> str:
+    """An interval as it follows a figure in a sentence, or nothing."""
+    return f" ({between(interval)})" if interval else ""
 
 
 def with_interval(measured: Mapping[str, Any], key: str) -> str:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import LEVELS, PARSE_ERRORS, Analysis, SeriesError, Volume, load_pipeline, read_bundle, read_series
+from model import LEVELS, PARSE_ERRORS, Analysis, SeriesError, Volume, load_pipeline, read_bundle
 from model.pipeline import Pipeline
 from training.evaluation.masks import attention_alignment, measure_masks
 from training.evaluation.tables import OVERALL, InputError
 from training.files import replacing_file
-from training.rsna import RULES, MaskError, Source, SourceStudy, dicom_files, read_mask, source_fingerprint
+from training.rsna import MaskError, Source, SourceStudy, dicom_files, read_mask, read_volume, source_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,16 @@ def run_model(
     analysed is logged and named with its reason, and tried again the next time.
 
     Raises:
-        InputError: `out` holds answers of another model, no Study has an answer, or there is no such device.
+        InputError: `out` holds answers of another model, no Study is there or answered, or there is no such device.
         BundleError: the bundle is missing, damaged or of another architecture.
     """
     description = describe(bundle)
     studies = [study for uid, study in source.studies.items() if only is None or uid in only]
+    if not studies:
+        raise InputError(
+            f"None of the {len(only or ())} Studies asked for is among the {len(source.studies)} of {source.folder}. "
+            "Check that the two belong together."
+        )
     kept, failures = dict(_kept(out, description)), {}
     answers = {
         study.study_instance_uid: answer
@@ -126,7 +131,7 @@ def _answer(pipeline: Pipeline, study: SourceStudy) -> dict[str, Any]:
     files = dicom_files(study.files)
     if not files:
         raise SeriesError(f"There are no files in {study.files}.")
-    volume = read_series(files, RULES)
+    volume = read_volume(files)
     read = time.perf_counter()
     analysis = pipeline.analyse(volume)
     done = time.perf_counter()
@@ -162,7 +167,7 @@ def _alignment(analysis: Analysis, study: SourceStudy, number_of: dict[str, int]
     found = {}
     for name, level in analysis.findings.levels.items():
         weights: dict[int, float] = {}
-        for each in level.attention if study.labels[name] else ():
+        for each in level.attention if study.labels.get(name) else ():
             number = number_of.get(each.sop_instance_uid)
             if number is not None:
                 weights[number] = weights.get(number, 0.0) + each.weight

@@ -110,7 +110,7 @@ def read_subgroups(path: Path) -> dict[str, dict[str, str]]:
         faults += _fault_of_study(study, line, seen)
         row.pop("", None)  # spreadsheets write columns without a name
         for name, value in row.items():
-            column = columns.setdefault(name, {})
+            column = columns.setdefault(PATIENT if name.lower() == PATIENT.lower() else name, {})
             if value:
                 column[study] = value
     _refuse(path, faults)
@@ -147,7 +147,7 @@ def read_rows(path: Path, needed: Iterable[str], *, may_be_empty: bool = False) 
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). Name a CSV file.") from error
     if num_rows == 0 and not may_be_empty:
-        raise InputError(f"{path} has a header and no rows. It needs one row for each Study.")
+        raise InputError(f"{path} has a header and no rows. It needs at least one.")
 
 
 def _check_header(path: Path, header: list[str], needed: Iterable[str]) -> None:

@@ -6,18 +6,17 @@ set of the same shape from the phantom. No training here, and no patient data.
 
 from training.files import dicom_files
 from training.rsna.boxes import Box
-from training.rsna.cache import NUM_FOLDS, RULES, Cache, CacheError, Study
+from training.rsna.cache import NUM_FOLDS, Cache, CacheError, Study, read_volume
 from training.rsna.cuts import cut, cut_fingerprint, cut_settings, cut_study
 from training.rsna.masks import Mask, MaskError, labels_on, read_mask
 from training.rsna.preparation import NoStudiesError, prepare
 from training.rsna.processes import ProcessDiedError
-from training.rsna.source import Source, SourceError, SourceStudy, read_source
+from training.rsna.source import Source, SourceError, SourceStudy, read_images, read_source
 from training.rsna.stacks import CutSettings, Stacks
 from training.rsna.study import Settings, source_fingerprint
 
 __all__ = [
     "NUM_FOLDS",
-    "RULES",
     "Box",
     "Cache",
     "CacheError",
@@ -39,7 +38,9 @@ __all__ = [
     "dicom_files",
     "labels_on",
     "prepare",
+    "read_images",
     "read_mask",
     "read_source",
+    "read_volume",
     "source_fingerprint",
 ]

@@ -16,16 +16,18 @@ few seconds to read, are needed once for each cut, and would be some 200 GB besi
 import hashlib
 import json
 import zipfile
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
+from pydicom.errors import InvalidDicomError
 
-from model import LEVELS, Grid, SeriesRules, Volume, read_series
+from model import LEVELS, PARSE_ERRORS, Grid, SeriesError, SeriesRules, Volume, read_series
 from training.files import dicom_files, replacing_file
 from training.rsna.boxes import Box, draw_boxes
 from training.rsna.stacks import Stacks, read_stacks
@@ -120,7 +122,7 @@ class Study:
                 f"The DICOM files of study {self.study_instance_uid} are no longer in {self.files}. "
                 "Run `cspine-train prepare` with the folder they are in now; nothing is built twice."
             )
-        return read_series(dicom_files(self.files), RULES)
+        return read_volume(dicom_files(self.files))
 
     def stacks(self, cut: str) -> Stacks | None:
         """The study's stacks of a cut, None if it has none there."""
@@ -237,6 +239,35 @@ class Cache:
             files=self.source / record["files"],
             cache=self.folder,
         )
+
+
+def read_volume(files: Sequence[Path]) -> Volume:
+    """The CT in a study's files. One that was cut off before it says of which Series it is counts as missing.
+
+    Raises:
+        SeriesError, OSError: see `model.read_series`.
+    """
+    try:
+        return read_series(files, RULES)
+    except SeriesError:
+        damaged = [path for path in files if _is_of_no_series(path)]
+        if len(damaged) in (0, len(files)):
+            raise
+    names = ", ".join([*(path.name for path in damaged[:5]), *(["..."] if len(damaged) > 5 else [])])
+    sentence = f"Damaged, without a SeriesInstanceUID, and counted as missing: {len(damaged)} files ({names})."
+    try:
+        volume = read_series([path for path in files if path not in damaged], RULES)
+    except SeriesError as error:
+        raise SeriesError(f"{error} {sentence}") from error
+    return replace(volume, warnings=(*volume.warnings, sentence))
+
+
+def _is_of_no_series(path: Path) -> bool:
+    try:
+        ds = pydicom.dcmread(path, specific_tags=["SeriesInstanceUID"], stop_before_pixels=True)
+        return not ds.get("SeriesInstanceUID")
+    except (InvalidDicomError, *PARSE_ERRORS):  # which `read_series` knows
+        return False
 
 
 def read_record(cache: Path, study_instance_uid: str) -> dict[str, Any] | None:

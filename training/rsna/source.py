@@ -24,7 +24,10 @@ class SourceError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class SourceStudy:
-    """What the folder has of one study. files: folder of its DICOM files. mask: its NIfTI file, None without one."""
+    """What the folder has of one study.
+
+    labels: by target; of a study to predict none. files: folder of its DICOM files. mask: its NIfTI file, or None.
+    """
 
     study_instance_uid: str
     labels: dict[str, bool]
@@ -74,6 +77,25 @@ def read_source(folder: Path) -> Source:
         for uid, values in labels.items()
     }
     return Source(folder=root, studies=studies, problems=tuple(problems))
+
+
+def read_images(folder: Path) -> Source:
+    """The studies in a folder such as the challenge's `test_images`, of which nothing is known but their files.
+
+    Raises:
+        SourceError: it has no folder that is named like a study.
+    """
+    studies = {
+        path.name: SourceStudy(study_instance_uid=path.name, labels={}, files=path, mask=None, boxes=())
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and _UID.fullmatch(path.name)
+    }
+    if not studies:
+        raise SourceError(
+            f"There is no folder of a study in {folder}. Name the folder, such as test_images, in which each study has "
+            "one that is named by its StudyInstanceUID."
+        )
+    return Source(folder=folder, studies=studies, problems=())
 
 
 def _read_labels(path: Path) -> dict[str, dict[str, bool]]:

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from pydicom.errors import InvalidDicomError
 
-from model import PARSE_ERRORS, SeriesError, Volume, read_series
+from model import PARSE_ERRORS, SeriesError, Volume
 from model.resample import body_volume
 from training.files import dicom_files, replacing_folder, write_json
 from training.rsna.boxes import Box
-from training.rsna.cache import FORMAT, RULES, grid_to_dict, read_record
+from training.rsna.cache import FORMAT, grid_to_dict, read_record, read_volume
 from training.rsna.masks import Mask, MaskError, labels_on, read_mask
 from training.rsna.source import SourceStudy
 
@@ -80,7 +80,7 @@ def _made(study: SourceStudy, files: list[Path], settings: Settings) -> tuple[di
         raise UnusableStudy("It is on the list of studies that were found to be unusable.")
     if not files:
         raise UnusableStudy(f"There are no files in {study.files}.")
-    volume = read_series(files, RULES)
+    volume = read_volume(files)
     neck_hu, neck_grid = body_volume(volume.voxels_hu, volume.grid, settings.spacing_mm, multiple=1)
     bone_cm3 = float((neck_hu > BONE_HU).sum()) * settings.spacing_mm**3 / 1000
     if bone_cm3 < MIN_BONE_CM3:

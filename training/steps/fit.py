@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,10 +27,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from model.bundle import write_weights
 from training.files import replacing_file
 from training.schedule import EMA_DECAY, WARM_UP_STEPS
 from training.steps.run import Run, StepError
@@ -138,6 +139,28 @@ class StepSeed(Callback):
         torch.manual_seed(int(rng.integers(1 << 62)))
 
 
+class Divergence(Callback):
+    """Ends a training that diverged after the epoch that did, rather than after days."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Looks at the losses that were shown, and at the weights."""
+        refuse_diverged(trainer, trainer.callback_metrics | pl_module.state_dict())
+
+
+def refuse_diverged(trainer: lightning.Trainer, values: Mapping[str, Tensor]) -> None:
+    """Refuses losses or weights, by name, that are no numbers: what such a network says can look like good answers.
+
+    Raises:
+        StepError: one of these, or of another process's, is not finite.
+    """
+    wrong = next((name for name, value in values.items() if not value.isfinite().all()), None)
+    if not trainer.strategy.reduce_boolean_decision(wrong is None):
+        raise StepError(
+            f"Training diverged: {wrong or 'a value of another process'} is not finite. Start it again with --fresh "
+            "and a smaller --learning-rate."
+        )
+
+
 def adamw(module: lightning.LightningModule, learning_rate: float) -> OptimizerLRSchedulerConfig:
     """What `configure_optimizers` gives: AdamW, warmed up and then down to zero along a cosine, step by step."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY)
@@ -183,6 +206,9 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
 
     No epoch is chosen by what the held-out fold says of it, so that this fold stays data that nothing was fitted to.
     What was finished already is only loaded; the trainer is connected to the other processes either way.
+
+    Raises:
+        StepError: the training diverged, or Lightning cannot train so here.
     """
     run = data.run
     _quiet()
@@ -197,6 +223,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
     # The averaged weights are the checkpoint's, whether this process trained to the end or found that one had.
     averaged = torch.load(last, map_location="cpu", weights_only=True)["state_dict"]
     mine = {key.removeprefix("network."): value for key, value in averaged.items() if key.startswith("network.")}
+    refuse_diverged(trainer, mine)
     network.cpu().load_state_dict(mine)
     network.eval()
     if trainer.is_global_zero:
@@ -208,7 +235,7 @@ def fit(module: lightning.LightningModule, network: nn.Module, data: StepData, f
 def save_weights(network: nn.Module, path: Path) -> None:
     """A network's weights as safetensors."""
     with replacing_file(path) as unfinished:
-        save_file({key: value.contiguous().cpu() for key, value in network.state_dict().items()}, unfinished)
+        write_weights(network, unfinished)
 
 
 def load_weights(network: nn.Module, folder: Path) -> nn.Module:
@@ -233,6 +260,7 @@ def _trainer(run: Run, folder: Path) -> lightning.Trainer:
         ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, enable_version_counter=False),
         WeightAveraging(avg_fn=_averaged),
         StepSeed(run.seed),
+        Divergence(),
         LearningRateMonitor("step"),
         TQDMProgressBar(refresh_rate=10),
     ]

@@ -71,6 +71,11 @@ def judged_vertebrae(studies: Sequence[Study], cut: str) -> list[Vertebra]:
             )
             for level in np.flatnonzero(stacks.judged).tolist()
         ]
+    if not found and not any(study.stacks_folder(cut).exists() for study in studies):
+        raise StepError(
+            f"The cut {cut!r} has none of {len(studies)} studies; its cut.json says why. If they have no labels: train "
+            "`segment` for their folds, too, or for a single fold with --label-all, and cut again."
+        )
     if not found:
         raise StepError(f"No vertebra was found in any of {len(studies)} studies. Train `segment` for longer.")
     return found
