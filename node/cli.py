@@ -241,7 +241,7 @@ def check(config_path: Path | None) -> None:
     for name, problem, detail in run_checks(config):
         sound &= not problem
         mark = click.style("failed", fg="red") if problem else click.style("ok    ", fg="green")
-        click.echo(f"{mark}  {name:<24} {problem or detail}")
+        click.echo(f"{mark}  {name:<24}  {problem or detail}")
     if not sound:
         sys.exit(EXIT_FAILED)
 

@@ -181,5 +181,5 @@ def test_tokens_are_made_listed_and_removed_by_command(tmp_path: Path) -> None:
     assert cspine("list")[1].startswith("pacs  store  20")
     assert cspine("remove", "pacs") == (0, "pacs is removed.\n")
     status, said = cspine("remove", "pacs")
-    assert status == 2
+    assert status == 1
     assert "no token 'pacs'" in said
