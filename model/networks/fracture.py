@@ -89,7 +89,8 @@ class FractureNet(nn.Module):
 
     The region decoder shares the encoder. Its strongest pixels are among the features the GRU reads, and those of the
     whole vertebra, its evidence, are added to what the GRU concludes: the verdict rests on what is shown. On held-out
-    stacks the evidence alone told broken from intact better (AUC 0.93) than a GRU that had read it (0.91).
+    stacks of drawn bone evidence alone told broken from intact better (AUC 0.93) than a GRU that had read it (0.91); in
+    patients' bone, which is less even, it does not, and weighs little (`training/fractures.py`).
 
     encoder: see `make_encoder`. num_heads: 7 for a head of its own for each of C1..C7, 1 for one that all share.
     num_layers: of the GRU. dropout: of what the GRU says, in training.

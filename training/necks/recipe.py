@@ -68,7 +68,7 @@ CLASSIFY = ClassifySettings(
     region_threshold=0.5,
     mirrored=True,
 )
-VERSION = "0.11.0"
+VERSION = "0.12.0"
 TRAINED_ON = (
     "Trained without one labelled patient: on necks drawn from an atlas and a phantom, on unlabelled planning CT, and "
     "on fractures that were put into drawn and real bone. It has never seen a real fracture, nor RSNA data: its "
@@ -92,8 +92,6 @@ HELD_OUT_SEED = 20261125
 FIRST_HELD_OUT_STACK = 100_000
 NUM_HELD_OUT = 40
 MIN_CORD_POINTS = 8
-MIN_SPECIFICITY = 0.96
-"""On drawn necks, where the operating point is set; on real ones it is lower."""
 KNOWS_FROM = 5
 """The round from which on the coarse network's own borders label necks, too."""
 
@@ -306,7 +304,7 @@ def export(
     share = float(LEVEL_PREVALENCE.mean())
     weights = np.where(truths, share / truths.mean(), (1 - share) / (1 - truths.mean()))
     platt = fit_platt(logits, truths, weights)
-    threshold = choose_operating_point(logits, truths, MIN_SPECIFICITY)
+    threshold = choose_operating_point(logits, truths)
     operating_point = platt.probability(float(np.log(threshold / (1 - threshold))))
     bundle = Bundle(
         folder=out,
