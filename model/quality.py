@@ -81,7 +81,7 @@ to 1.3; where C7 had swallowed T1: 2 and more; two vertebrae fused into one: 1.9
 
 SQUEEZED = 0.85
 """Step of neighbours over that of C2 and C3, where the lowest vertebra is cut: before the end of the slices the network
-may see a level too many. Measured on 16 necks cut at 16 heights: less in 12 of 15 vertebrae that were judged under
+may see a level too many. Measured on 18 necks cut at 16 heights: less in 12 of 15 vertebrae that were judged under
 another's number, and in 41 of 879 others."""
 
 BONE_HU, MIN_BONE_SHARE = 150, 0.6
