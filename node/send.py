@@ -238,11 +238,14 @@ def answers_echo(peer: DicomPeer, sop_class: UID, *, calling_ae_title: str) -> b
     """
     contexts = [(uid, UNCOMPRESSED) for uid in dict.fromkeys((Verification, sop_class))]
     with associated(peer, contexts, calling_ae_title=calling_ae_title) as association:
-        if association.send_c_echo().get("Status") != 0:
-            raise SendError(f"{peer.where} does not answer C-ECHO")
-        if not any(context.abstract_syntax == sop_class for context in association.accepted_contexts):
-            return False
-        return sop_class != StudyRootQueryRetrieveInformationModelFind or _may_ask(association)
+        try:
+            if association.send_c_echo().get("Status") != 0:
+                raise SendError(f"{peer.where} does not answer C-ECHO")
+            if not any(context.abstract_syntax == sop_class for context in association.accepted_contexts):
+                return False
+            return sop_class != StudyRootQueryRetrieveInformationModelFind or _may_ask(association)
+        except RuntimeError as error:
+            raise SendError(f"{peer.where} ended the association before it was asked") from error
 
 
 def _may_ask(association: Association) -> bool:
