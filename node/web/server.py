@@ -1,5 +1,6 @@
 """The process of the HTTP side. Started and watched by `service.py`, like the receiver."""
 
+import logging
 import signal
 import threading
 from multiprocessing.connection import Connection
@@ -7,11 +8,13 @@ from socket import AF_INET, AF_INET6, IPPROTO_TCP, SO_REUSEADDR, SOCK_STREAM, SO
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from node.config import Config
 from node.index import Index
-from node.process import be_child, describe_listen_error, spare_the_collector
+from node.process import be_child, describe_error, describe_listen_error, spare_the_collector
 from node.receive.store import Store
+from node.reminder import Reminder
 from node.tls import TlsError, check_pair
 from node.web.app import make_app
 from node.web.catalog import Catalog
@@ -19,7 +22,10 @@ from node.web.limits import LimitedProtocol
 from node.web.settings import WebConfig
 from node.web.tokens import Tokens
 
+log = logging.getLogger(__name__)
+
 _STOP_S = 3
+_REFRESH_S = 1.0
 
 
 def run(config: Config, run_name: str, ready: Connection) -> None:
@@ -91,6 +97,11 @@ def _listen(host: str, port: int) -> socket:
 
 
 def _refresh(catalog: Catalog, stopping: threading.Event) -> None:
-    """Reads what has come since, so that no query has to wait for it."""
-    while not stopping.wait(1.0):
-        catalog.refresh()
+    """Reads what has come since, so that no query has to wait for it; after a fault, such as a full disk, again."""
+    reminder = Reminder(60.0)
+    while not stopping.wait(_REFRESH_S):
+        try:
+            catalog.refresh()
+        except (OSError, SQLAlchemyError) as error:
+            if reminder.is_due("refresh"):
+                log.error("action=catalog-not-refreshed: %s; see whether the disk is full", describe_error(error))

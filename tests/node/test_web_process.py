@@ -1,12 +1,16 @@
 """The process of the HTTP side as the service sees it."""
 
 import socket
+import threading
 from collections.abc import Callable
+from unittest.mock import Mock
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from node.config import Config
 from node.index import Index
+from node.web import server
 from node.web.settings import WebConfig
 from node.web.supervisor import WebProcess
 from tests.ports import free_port
@@ -53,3 +57,19 @@ def test_where_it_cannot_be_started_again_it_is_tried_with_pauses_and_told_of_on
     finally:
         web.terminate()
         web.join(5)
+
+
+def test_the_catalog_is_refreshed_again_after_a_fault(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "_REFRESH_S", 0.01)
+    refresh = Mock(side_effect=[OperationalError("", {}, Exception("database or disk is full")), *[None] * 10_000])
+    stopping = threading.Event()
+    thread = threading.Thread(target=server._refresh, args=(Mock(refresh=refresh), stopping))
+    thread.start()
+    try:
+        wait_until(lambda: refresh.call_count >= 3)
+    finally:
+        stopping.set()
+        thread.join(WAIT_S)
+    assert caplog.text.count("action=catalog-not-refreshed") == 1
