@@ -85,9 +85,10 @@ _REACH_MM = (_SLAB_MM, 48.0, 24.0)
 _NUM_TURNS = 3  # after which the axis no longer changes by a degree
 _MIN_DEPTH_MM, _MAX_DEPTH_MM = 7.0, 30.0
 _MIN_HEIGHT_MM, _MAX_HEIGHT_MM = 3.0, 30.0
-_MAX_SLICE_MM = 2.0  # thicker ones move an endplate by as much as a wedge takes away
+_MAX_SLICE_MM = 2.0
+"""Ratios of 29 intact bodies of phantoms, true masks: 1.00 to 1.08 at 0.8 mm, 0.86 to 1.17 at 2, 0.82 to 1.33 at 3."""
 _MAX_BULGE = 1.3
-"""Of the middle height over the greater of the others: endplates are hollow, so what bulges is no body's outline."""
+"""Middle height over the greater of the others. Endplates are hollow: of the same bodies at most 1.00 up to 2 mm."""
 
 
 def body_heights(mask: NDArray[np.bool_], grid: Grid) -> BodyHeights | None:

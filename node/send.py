@@ -169,7 +169,7 @@ def associated(
     as_scp_of: SOP Classes of which it is proposed that we are the SCP, and the peer the SCU (PS3.7 D.3.3.4).
 
     Raises:
-        SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4).
+        SendError: there is none; permanent when the peer rejects it for good (PS3.8 9.3.4). Or it ended too early.
     """
     ae = make_ae(calling_ae_title)
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = ae.connection_timeout = peer.timeout_s
@@ -180,6 +180,11 @@ def associated(
     association = _associate(ae, peer, handlers, roles)
     try:
         yield association
+    except RuntimeError as error:
+        if association.is_established:
+            raise
+        # pynetdicom's, of a question after the end.
+        raise SendError(f"{peer.where} ended the association before it was asked everything") from error
     finally:
         association.release()
 
@@ -238,14 +243,11 @@ def answers_echo(peer: DicomPeer, sop_class: UID, *, calling_ae_title: str) -> b
     """
     contexts = [(uid, UNCOMPRESSED) for uid in dict.fromkeys((Verification, sop_class))]
     with associated(peer, contexts, calling_ae_title=calling_ae_title) as association:
-        try:
-            if association.send_c_echo().get("Status") != 0:
-                raise SendError(f"{peer.where} does not answer C-ECHO")
-            if not any(context.abstract_syntax == sop_class for context in association.accepted_contexts):
-                return False
-            return sop_class != StudyRootQueryRetrieveInformationModelFind or _may_ask(association)
-        except RuntimeError as error:
-            raise SendError(f"{peer.where} ended the association before it was asked") from error
+        if association.send_c_echo().get("Status") != 0:
+            raise SendError(f"{peer.where} does not answer C-ECHO")
+        if not any(context.abstract_syntax == sop_class for context in association.accepted_contexts):
+            return False
+        return sop_class != StudyRootQueryRetrieveInformationModelFind or _may_ask(association)
 
 
 def _may_ask(association: Association) -> bool:

@@ -121,11 +121,7 @@ def count_instances(case: Case, source: Source, calling_ae_title: str) -> int:
     deadline = time.monotonic() + source.timeout_s
     count = None
     with associated(source, [(model, syntaxes)], calling_ae_title=calling_ae_title) as association:
-        try:
-            answers = enumerate(association.send_c_find(query, model))
-        except RuntimeError as error:
-            raise SendError(f"{source.where} ended the association before it was asked") from error
-        for number, (status, found) in answers:
+        for number, (status, found) in enumerate(association.send_c_find(query, model)):
             if "Status" not in status:
                 raise SendError(f"{source.where} broke off the query")
             if status.Status not in (0x0000, 0xFF00, 0xFF01):

@@ -54,15 +54,12 @@ def request_commitment(
         offered = {context.abstract_syntax for context in association.accepted_contexts}
         if StorageCommitmentPushModel not in offered:
             raise not_offered(destination, StorageCommitmentPushModel, calling_ae_title)
-        try:
-            status, _ = association.send_n_action(
-                _request(files, transaction_uid),
-                _REQUEST_COMMITMENT,
-                StorageCommitmentPushModel,
-                StorageCommitmentPushModelInstance,
-            )
-        except RuntimeError as error:  # the association ended
-            raise SendError(f"{destination.where} ended the association before it was asked to commit") from error
+        status, _ = association.send_n_action(
+            _request(files, transaction_uid),
+            _REQUEST_COMMITMENT,
+            StorageCommitmentPushModel,
+            StorageCommitmentPushModelInstance,
+        )
         if "Status" not in status:
             raise SendError(f"{destination.where} broke the connection when it was asked to commit")
         if status.Status != _SUCCESS:

@@ -67,20 +67,17 @@ class DicomCourier:
         wanted.SeriesInstanceUID = file.series_instance_uid
         wanted.SOPInstanceUID = file.key
         found = False
-        try:
-            for status, identifier in association.send_c_find(wanted, _FIND):
-                if "Status" not in status:
-                    raise SendError(
-                        f"{self._peer.where} broke off when it was asked for {file.path.name}; it may not let "
-                        f"{self._calling_ae_title} query: allow that there, or set verify: none"
-                    )
-                category = code_to_category(status.Status)
-                if category == "Pending":
-                    found |= identifier is not None and identifier.get("SOPInstanceUID") == file.key
-                elif category != "Success":
-                    raise self._cannot_ask(status.Status)
-        except RuntimeError as error:  # the association ended since the last question
-            raise SendError(f"{self._peer.where} ended the association while it was asked") from error
+        for status, identifier in association.send_c_find(wanted, _FIND):
+            if "Status" not in status:
+                raise SendError(
+                    f"{self._peer.where} broke off when it was asked for {file.path.name}; it may not let "
+                    f"{self._calling_ae_title} query: allow that there, or set verify: none"
+                )
+            category = code_to_category(status.Status)
+            if category == "Pending":
+                found |= identifier is not None and identifier.get("SOPInstanceUID") == file.key
+            elif category != "Success":
+                raise self._cannot_ask(status.Status)
         return found
 
     def _cannot_ask(self, status: int | None = None) -> SendError:

@@ -301,8 +301,7 @@ class LaneProvider(DULServiceProvider):  # type: ignore[misc]
                 status,
                 comment,
             )
-        if status in (OUT_OF_RESOURCES, CANNOT_UNDERSTAND):
-            self.sender.note_refusal()
+            self.sender.note_refusal(status)
         max_length = self.assoc.dimse.maximum_pdu_size
         for pdu in c_store_response(command, message.context_id, status, comment, max_length):
             self.socket.send(pdu)

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from node.index import Index
 from node.process import describe_error
+from node.receive.status import CANNOT_UNDERSTAND, OUT_OF_RESOURCES
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ class Sender:
                 self._id = self._index.open_association(self.ae_title, self._run)
             return self._id
 
-    def note_refusal(self) -> None:
-        """An Instance could not be taken: however the association ends, not all has come."""
-        self._is_all_taken = False
+    def note_refusal(self, status: int) -> None:
+        """An Instance was refused. One that could not be stored or parsed: however this ends, not all has come."""
+        self._is_all_taken &= status not in (OUT_OF_RESOURCES, CANNOT_UNDERSTAND)
 
     def end(self, *, released: bool) -> None:
         """Notes that the association ended; when it has been noted, nothing."""

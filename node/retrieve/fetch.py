@@ -103,18 +103,15 @@ def _ask(association: Association, peer: DicomPeer, query: Dataset) -> list[Data
     """The answers to a C-FIND that name what was asked about."""
     key = "StudyInstanceUID" if query.QueryRetrieveLevel == "STUDY" else "SeriesInstanceUID"
     found: list[Dataset] = []
-    try:
-        for status, answer in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
-            code = _code(status, peer, "query")
-            if code not in (SUCCESS, *_PENDING):
-                raise SendError(f"{peer.where} refused the query with {_said(status)}")
-            if answer is not None and answer.get(key):
-                found.append(answer)
-            if len(found) > _MAX_ANSWERS:
-                association.abort()
-                raise SendError(f"{peer.where} finds more than {_MAX_ANSWERS}; ask for less")
-    except RuntimeError as error:  # it ended the association
-        raise SendError(f"{peer.where} ended the association before it was asked") from error
+    for status, answer in association.send_c_find(query, StudyRootQueryRetrieveInformationModelFind):
+        code = _code(status, peer, "query")
+        if code not in (SUCCESS, *_PENDING):
+            raise SendError(f"{peer.where} refused the query with {_said(status)}")
+        if answer is not None and answer.get(key):
+            found.append(answer)
+        if len(found) > _MAX_ANSWERS:
+            association.abort()
+            raise SendError(f"{peer.where} finds more than {_MAX_ANSWERS}; ask for less")
     return found
 
 

@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator
+from io import BytesIO
 from typing import Any
 
 import pynetdicom._config
@@ -37,7 +38,7 @@ from node.receive.contexts import CT_SOP_CLASSES, decodable_transfer_syntaxes
 from node.retrieve.identifier import TooManyError, answers, identified, parse_query, parse_retrieval
 from node.send import proposed_contexts
 from node.tls import TlsError, client_context
-from node.transcode import UNCOMPRESSED, TranscodeError, transcoded
+from node.transcode import UNCOMPRESSED, TranscodeError, transcoded_bytes
 from node.web.attributes import completed
 from node.web.catalog import Catalog, StoredInstance
 from node.web.matching import QueryError
@@ -301,8 +302,7 @@ def _read(instance: StoredInstance, accepted: Collection[tuple[str, str]]) -> Da
         if (sop_class, syntax) in accepted:
             return completed(dcmread(instance.path))
         if instead is not None and syntax != ExplicitVRBigEndian:
-            with transcoded(instance.path, instead) as path:
-                return completed(dcmread(path))
+            return completed(dcmread(BytesIO(transcoded_bytes(instance.path, instead))))
     except TranscodeError as error:
         problem = str(error)
     except (OSError, *PARSE_ERRORS) as error:  # it has just gone

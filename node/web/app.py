@@ -404,6 +404,8 @@ def _store_router(config: WebConfig, store: Store) -> APIRouter:
             status = next(_STATUSES[kind] for kind in type(error).__mro__ if kind in _STATUSES)
             why = str(error) or _TOO_SLOW
         finally:
+            for _, status in stored.failed:
+                source.note_refusal(status)
             await asyncio.to_thread(source.end, released=is_whole)
         answer = Response(json.dumps(stored.to_json(_root(request))), stored.status, media_type=form)
         if not is_whole:  # what has been stored all the same is named

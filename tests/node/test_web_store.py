@@ -136,6 +136,7 @@ def test_what_cannot_be_taken_is_named_and_the_rest_is_stored(web: WebServer, in
     assert len(failed) == len(items(answer, "00081198")) == 2
     assert [item["00081197"]["Value"][0] for item in items(answer, "0008119A")] == [0xC000] * 2  # name no Instance
     assert len(files(index)) == 1
+    assert ends(index) == [False]  # not all has come, and the result will say so
 
 
 def test_nothing_taken_is_a_conflict(web: WebServer, index: Index) -> None:
